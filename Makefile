@@ -1,0 +1,49 @@
+# make walkthrough  run every notebook in a fresh kernel, write HTML for reviewers to build/
+# make test         run the tests, notebooks included
+# make lab          open JupyterLab at the first notebook
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: walkthrough lab test test-unit notebooks record lint constraints clean
+
+walkthrough: $(READY)
+	$(BIN)/python tools/walkthrough.py
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+# The tests that need no vLLM and no kernel.
+test-unit: $(READY)
+	$(BIN)/python -m pytest -m "not vllm and not notebooks"
+
+# For committers: execute the notebooks in place.
+notebooks: $(READY)
+	$(BIN)/python tools/walkthrough.py --in-place
+
+# For committers: the same, and renew the results under data/recorded that machines without vLLM show.
+record: $(READY)
+	GLMPP_RECORD=1 $(BIN)/python tools/walkthrough.py --in-place
+
+lint: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# For committers: renew constraints.txt from the environment that the tests passed in.
+constraints: $(READY)
+	$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable > constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e ".[lab,vllm,test]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build data/generated

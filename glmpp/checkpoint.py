@@ -1,0 +1,441 @@
+"""What is in a checkpoint: names, dtypes, shapes, files. No tensor data is read to answer that.
+
+Three sources, one type: a folder of safetensors (`Checkpoint.from_directory`), a config.json alone
+(`Checkpoint.from_config`, the GLM-5 family), or a synthetic checkpoint written here (`write_checkpoint`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from glmpp.dequant import quantize
+from glmpp.errors import GlmppError
+
+INDEX_FILE = "model.safetensors.index.json"
+
+# safetensors' dtype name -> torch dtype. https://github.com/huggingface/safetensors, `Dtype` in tensor.rs.
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a checkpoint: its name, safetensors dtype, shape, and the shard file that holds it (None: no file)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.dtype]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk, in bytes."""
+        return self.numel * self.torch_dtype.itemsize
+
+    @property
+    def is_scale(self) -> bool:
+        return self.name.endswith((".weight_scale_inv", ".weight_scale"))
+
+    def meta(self) -> torch.Tensor:
+        """The tensor without its data, on the meta device."""
+        return torch.empty(self.shape, dtype=self.torch_dtype, device="meta")
+
+
+class Checkpoint(Mapping[str, TensorSpec]):
+    """An ordered mapping name -> TensorSpec, in the order in which vLLM's default loader would meet the tensors.
+
+    Attributes:
+        config: the checkpoint's config.json as a dict.
+        directory: the folder that holds the shards, or None when there are none (`from_config`).
+    """
+
+    def __init__(self, specs: list[TensorSpec], config: dict, directory: Path | None = None):
+        self._specs = {spec.name: spec for spec in specs}
+        self.config = config
+        self.directory = directory
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        return self._specs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def __repr__(self) -> str:
+        return (
+            f"Checkpoint({len(self):,} tensors, {self.num_parameters / 1e9:,.1f} B parameters, {self.nbytes / 1e9:,.1f} GB)"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, scales included."""
+        return sum(spec.nbytes for spec in self.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all tensors, the quantisation scales left out."""
+        return sum(spec.numel for spec in self.values() if not spec.is_scale)
+
+    def read(self, names: list[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) in checkpoint order; meta tensors when the checkpoint has no files.
+
+        Args:
+            names: only these (default: all). A shard that holds none of them is not opened.
+
+        Raises:
+            GlmppError: a shard cannot be read; the message names file and tensor.
+        """
+        wanted = self._specs.keys() if names is None else set(names)
+        specs = [spec for spec in self.values() if spec.name in wanted]
+        if self.directory is None:
+            yield from ((spec.name, spec.meta()) for spec in specs)
+            return
+        for file, held in groupby(specs, key=lambda spec: spec.file):
+            with _open_shard(self.directory / file) as shard:
+                for spec in held:
+                    try:
+                        yield spec.name, shard.get_tensor(spec.name)
+                    except SafetensorError as error:
+                        raise GlmppError(f"{file}: tensor {spec.name!r} cannot be read: {error}") from error
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Checkpoint:
+        """Read config.json, the index and the safetensors headers of a checkpoint folder.
+
+        Raises:
+            GlmppError: no config.json, no safetensors, a shard that the index names is missing or truncated, or index
+                and headers disagree; the message names the file and a tensor.
+        """
+        directory = Path(path)
+        config = load_config(directory)
+        index_path = directory / INDEX_FILE
+        if index_path.exists():
+            weight_map = _read_json(index_path).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise GlmppError(f"{index_path}: has no 'weight_map'; download the index again")
+        elif (directory / "model.safetensors").exists():
+            weight_map = None
+        else:
+            raise GlmppError(f"{directory}: holds neither {INDEX_FILE} nor model.safetensors; is the download complete?")
+
+        files = sorted(set(weight_map.values()), key=_natural_key) if weight_map else ["model.safetensors"]
+        specs: list[TensorSpec] = []
+        for file in files:
+            listed = {name for name, where in weight_map.items() if where == file} if weight_map else None
+            if not (directory / file).exists():
+                raise GlmppError(
+                    f"{directory / file}: the shard is missing; the index places {len(listed or ())} tensors in it, "
+                    f"e.g. {min(listed)!r}. Download it again"
+                )
+            with _open_shard(directory / file) as shard:
+                for name in shard.keys():  # noqa: SIM118  not a dict
+                    view = shard.get_slice(name)
+                    specs.append(_spec(name, view.get_dtype(), tuple(view.get_shape()), file))
+            if listed is not None:
+                _check_index(directory / file, listed, {spec.name for spec in specs if spec.file == file})
+        return cls(specs, config, directory)
+
+    @classmethod
+    def from_config(cls, config: dict | str | Path) -> Checkpoint:
+        """The full tensor list of a GLM-5 family checkpoint (`glm_moe_dsa`) from its config alone.
+
+        Args:
+            config: a dict, a config.json, or a folder that holds one.
+
+        Returns:
+            Specs without files, layer by layer; with `quantization_config` the linear layers are FP8 with a
+            `weight_scale_inv` each, apart from `modules_to_not_convert`; the `num_nextn_predict_layers` MTP layers follow
+            the main layers.
+
+        Raises:
+            GlmppError: another model type, or a field that is missing.
+        """
+        config = load_config(config)
+        if config.get("model_type") != "glm_moe_dsa":
+            raise GlmppError(
+                f"from_config knows the model type 'glm_moe_dsa' only, this config says {config.get('model_type')!r}; "
+                "for other models give the folder that holds the shards"
+            )
+        try:
+            return cls(list(_glm_moe_dsa(config)), config)
+        except KeyError as error:
+            raise GlmppError(f"config.json has no field {error}, which the GLM-5 tensor list is built from") from None
+
+
+def load_config(source: dict | str | Path) -> dict:
+    """A config as a dict: from a dict, a config.json, or a folder that holds one. Raises GlmppError if it cannot."""
+    if isinstance(source, dict):
+        return source
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.exists():
+        raise GlmppError(f"{path}: no such file")
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise GlmppError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise GlmppError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _open_shard(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise GlmppError(f"{path}: not a complete safetensors file ({error}); download it again") from None
+
+
+def _spec(name: str, dtype: str, shape: tuple[int, ...], file: str) -> TensorSpec:
+    if dtype not in TORCH_DTYPES:
+        raise GlmppError(f"{file}: tensor {name!r} has dtype {dtype!r}, which torch has no type for")
+    return TensorSpec(name, dtype, shape, file)
+
+
+def _check_index(path: Path, listed: set[str], held: set[str]) -> None:
+    if missing := sorted(listed - held):
+        raise GlmppError(
+            f"{path}: the index places {missing[0]!r} here ({len(missing)} such), but the shard does not hold it"
+        )
+    if extra := sorted(held - listed):
+        raise GlmppError(f"{path}: holds {extra[0]!r} ({len(extra)} such), which the index does not place here")
+
+
+def _natural_key(file: str) -> list[str | int]:
+    """Sort key that puts shard 2 before shard 10, the order in which vLLM's default loader opens shards."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file)]
+
+
+# --- the GLM-5 family ---------------------------------------------------------------------------------------------
+
+
+def _glm_moe_dsa(c: dict) -> Iterator[TensorSpec]:
+    """Every tensor of a `glm_moe_dsa` checkpoint, in model order. Source: file metadata of zai-org/GLM-5.1-FP8."""
+    quantization = c.get("quantization_config") or {}
+    block = quantization.get("weight_block_size")
+    kept = set(quantization.get("modules_to_not_convert") or ())
+    dtype = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[c.get("dtype", c.get("torch_dtype", "bfloat16"))]
+    hidden, vocab = c["hidden_size"], c["vocab_size"]
+
+    def linear(module: str, out_features: int, in_features: int) -> Iterator[TensorSpec]:
+        if block is None or module in kept:
+            yield TensorSpec(f"{module}.weight", dtype, (out_features, in_features))
+        else:
+            yield TensorSpec(f"{module}.weight", "F8_E4M3", (out_features, in_features))
+            grid = (-(-out_features // block[0]), -(-in_features // block[1]))
+            yield TensorSpec(f"{module}.weight_scale_inv", "F32", grid)
+
+    def plain(name: str, *shape: int, dtype: str = dtype) -> Iterator[TensorSpec]:
+        yield TensorSpec(name, dtype, shape)
+
+    def mlp(module: str, width: int) -> Iterator[TensorSpec]:
+        yield from linear(f"{module}.gate_proj", width, hidden)
+        yield from linear(f"{module}.up_proj", width, hidden)
+        yield from linear(f"{module}.down_proj", hidden, width)
+
+    def layer(index: int) -> Iterator[TensorSpec]:
+        at, heads = f"model.layers.{index}", c["num_attention_heads"]
+        yield from plain(f"{at}.input_layernorm.weight", hidden)
+        yield from plain(f"{at}.post_attention_layernorm.weight", hidden)
+        attn = f"{at}.self_attn"
+        yield from linear(f"{attn}.q_a_proj", c["q_lora_rank"], hidden)
+        yield from plain(f"{attn}.q_a_layernorm.weight", c["q_lora_rank"])
+        yield from linear(f"{attn}.q_b_proj", heads * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"]), c["q_lora_rank"])
+        yield from linear(f"{attn}.kv_a_proj_with_mqa", c["kv_lora_rank"] + c["qk_rope_head_dim"], hidden)
+        yield from plain(f"{attn}.kv_a_layernorm.weight", c["kv_lora_rank"])
+        yield from linear(f"{attn}.kv_b_proj", heads * (c["qk_nope_head_dim"] + c["v_head_dim"]), c["kv_lora_rank"])
+        yield from linear(f"{attn}.o_proj", hidden, heads * c["v_head_dim"])
+        indexer = f"{attn}.indexer"
+        yield from linear(f"{indexer}.wq_b", c["index_n_heads"] * c["index_head_dim"], c["q_lora_rank"])
+        yield from linear(f"{indexer}.wk", c["index_head_dim"], hidden)
+        yield from plain(f"{indexer}.weights_proj.weight", c["index_n_heads"], hidden)
+        yield from plain(f"{indexer}.k_norm.weight", c["index_head_dim"])
+        yield from plain(f"{indexer}.k_norm.bias", c["index_head_dim"])
+        if index < c["first_k_dense_replace"]:
+            yield from mlp(f"{at}.mlp", c["intermediate_size"])
+            return
+        yield from plain(f"{at}.mlp.gate.weight", c["n_routed_experts"], hidden)
+        yield from plain(f"{at}.mlp.gate.e_score_correction_bias", c["n_routed_experts"], dtype="F32")
+        for expert in range(c["n_routed_experts"]):
+            yield from mlp(f"{at}.mlp.experts.{expert}", c["moe_intermediate_size"])
+        yield from mlp(f"{at}.mlp.shared_experts", c["moe_intermediate_size"] * c["n_shared_experts"])
+
+    yield from plain("model.embed_tokens.weight", vocab, hidden)
+    for index in range(c["num_hidden_layers"]):
+        yield from layer(index)
+    for index in range(c["num_hidden_layers"], c["num_hidden_layers"] + c.get("num_nextn_predict_layers", 0)):
+        yield from layer(index)
+        yield from plain(f"model.layers.{index}.eh_proj.weight", hidden, 2 * hidden)
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            yield from plain(f"model.layers.{index}.{norm}.weight", hidden)
+    yield from plain("model.norm.weight", hidden)
+    if not c.get("tie_word_embeddings"):
+        yield from plain("lm_head.weight", vocab, hidden)
+
+
+# The smallest sizes at which the GLM-5 classes of vLLM 0.22.1 build and every block layout still occurs:
+# kv_lora_rank + qk_rope_head_dim = 192 rows end in half a block, as GLM-5.1's 576 rows do.
+TINY = {
+    "num_hidden_layers": 12,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "first_k_dense_replace": 3,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "qk_head_dim": 128,
+    "v_head_dim": 64,
+    "index_n_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "eos_token_id": [1],
+}
+
+
+def reduced_config(config: dict | str | Path, **sizes: int) -> dict:
+    """A GLM-5 config with smaller dimensions and the same structure; `sizes` override the defaults in `TINY`.
+
+    `modules_to_not_convert` is cut to the layers that remain; the MTP layer's entries follow it to its new index.
+    """
+    config = load_config(config)
+    reduced = {**config, **TINY, **sizes}
+    if "quantization_config" in config:
+        old, new = config["num_hidden_layers"], reduced["num_hidden_layers"]
+        template: dict[str, None] = {}
+        for module in config["quantization_config"]["modules_to_not_convert"]:
+            match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+            if match is None:
+                template[module] = None
+            elif int(match[1]) >= old:
+                template[f"model.layers.{int(match[1]) - old + new}.{match[2]}"] = None
+            elif int(match[1]) < new:
+                template[module] = None
+        reduced["quantization_config"] = {**config["quantization_config"], "modules_to_not_convert": list(template)}
+    return reduced
+
+
+# --- synthetic checkpoints ----------------------------------------------------------------------------------------
+
+
+def synthetic_original(spec: TensorSpec, seed: int = 0, std: float = 0.02) -> torch.Tensor:
+    """The unquantised values behind a tensor of a synthetic checkpoint, float32, a function of name and seed alone.
+
+    Norm weights are 1 + N(0, std); everything else is N(0, std), the model's `initializer_range`.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(spec.name.encode()) ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
+    values = torch.randn(spec.shape, generator=generator) * std
+    return values + 1 if "norm" in spec.name and spec.name.endswith(".weight") else values
+
+
+def write_checkpoint(
+    config: dict | str | Path,
+    directory: str | Path,
+    seed: int = 0,
+    max_shard_bytes: int = 5_000_000,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Checkpoint:
+    """Write a valid, sharded, synthetic checkpoint of the GLM-5 family with properly quantised FP8 weights.
+
+    Args:
+        config: a `glm_moe_dsa` config (`reduced_config` makes a small one).
+        directory: created; must not exist unless `overwrite`.
+        seed: the same seed and config give the same bytes.
+        max_shard_bytes: a new shard begins when the next tensor would pass this size.
+
+    Returns:
+        The written checkpoint, read back from its headers.
+
+    Raises:
+        GlmppError: bad config, or `directory` exists. Nothing that looks finished is left behind: the folder appears
+            under its name in one rename, after the last byte.
+    """
+    directory, plan = Path(directory), Checkpoint.from_config(config)
+    if directory.exists() and not overwrite:
+        raise GlmppError(f"{directory}: exists already; choose another folder or pass overwrite=True")
+    block = tuple((plan.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128))
+
+    shards: list[list[TensorSpec]] = [[]]
+    for spec in plan.values():
+        if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(spec)
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
+    try:
+        weight_map = {}
+        for number, specs in enumerate(tqdm(shards, "writing shards", disable=not progress), start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {spec.name: _synthetic_tensor(spec, plan, seed, block) for spec in specs}
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(tensors, file))
+        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
+        (partial / INDEX_FILE).write_text(json.dumps(index, indent=1))
+        (partial / "config.json").write_text(json.dumps(plan.config, indent=1))
+        partial.chmod(0o755)
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.rename(partial, directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Checkpoint.from_directory(directory)
+
+
+def _synthetic_tensor(spec: TensorSpec, plan: Checkpoint, seed: int, block: tuple[int, int]) -> torch.Tensor:
+    """The bytes stored under `spec.name`; weight and scale of a pair come from the same original."""
+    if spec.is_scale:
+        weight = plan[spec.name.removesuffix("_scale_inv")]
+        return quantize(synthetic_original(weight, seed), block)[1]
+    original = synthetic_original(spec, seed)
+    return quantize(original, block)[0] if spec.dtype == "F8_E4M3" else original.to(spec.torch_dtype)

@@ -1,0 +1,86 @@
+"""What every notebook needs: where it runs, a verdict line that can fail, and source code shown side by side."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import os
+import platform
+import textwrap
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from glmpp.dry_run import vllm_version
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
+GLM_CONFIG = DATA / "glm-5.1-fp8" / "config.json"
+TINY_CHECKPOINT = DATA / "generated" / "glm-5.1-tiny"
+RECORDED = DATA / "recorded"
+
+
+def environment() -> pd.DataFrame:
+    """Versions and hardware that the following cells run on."""
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: CPU only"
+    rows = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vllm": vllm_version() or "not installed: recorded results are shown, labelled as recorded",
+        "transformers": installed("transformers"),
+        "safetensors": installed("safetensors"),
+        "glmpp": installed("glmpp"),
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "GPU": gpu,
+    }
+    return pd.DataFrame({"here": rows})
+
+
+def verdict(claim: str, *, expected: Any, got: Any) -> None:
+    """Print `claim: expected …, got …, match: True`, or fail the cell with the same line."""
+    line = f"{claim}: expected {expected}, got {got}, match: {expected == got}"
+    assert expected == got, line
+    print(line)
+
+
+def body(function: Callable) -> list[str]:
+    """Source lines of a function's body, without signature and docstring, dedented; comments kept."""
+    source = textwrap.dedent(inspect.getsource(function))
+    node = ast.parse(source).body[0]
+    statements = node.body[1:] if ast.get_docstring(node) else node.body
+    first = node.body[0].end_lineno if ast.get_docstring(node) else statements[0].lineno - 1
+    return textwrap.dedent("\n".join(source.splitlines()[first:])).splitlines()
+
+
+def side_by_side(left: Callable, right: Callable, width: int = 58) -> str:
+    """Two function bodies in two columns, aligned; `>` marks a line that only the right one has, `<` only the left."""
+    a, b = body(left), body(right)
+    rows = [f"  {left.__name__:<{width}}  {right.__name__}", "  " + "-" * width + "  " + "-" * width]
+    for tag, i, j, k, m in difflib.SequenceMatcher(a=a, b=b, autojunk=False).get_opcodes():
+        for n in range(max(j - i, m - k)):
+            one = a[i + n] if i + n < j else ""
+            two = b[k + n] if k + n < m else ""
+            mark = " " if tag == "equal" else ("<" if one and not two else ">" if two and not one else "|")
+            rows.append(f"{mark} {one:<{width}}  {two}".rstrip())
+    return "\n".join(rows)
+
+
+def tiny_checkpoint():
+    """The synthetic checkpoint under data/generated, written on first use."""
+    from glmpp.checkpoint import Checkpoint, reduced_config, write_checkpoint
+
+    if TINY_CHECKPOINT.exists():
+        return Checkpoint.from_directory(TINY_CHECKPOINT)
+    return write_checkpoint(reduced_config(GLM_CONFIG), TINY_CHECKPOINT)

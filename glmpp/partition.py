@@ -1,0 +1,204 @@
+"""Which layers a pipeline stage holds, and who owns a tensor of the checkpoint.
+
+The arithmetic is vLLM's (`vllm/distributed/utils.py:get_pp_indices`, `vllm/model_executor/models/utils.py`): layers are
+dealt out evenly, a remainder goes to the stages before the last, `VLLM_PP_LAYER_PARTITION` overrides.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from glmpp.checkpoint import Checkpoint, TensorSpec
+from glmpp.errors import GlmppError
+
+PARTITION_VARIABLE = "VLLM_PP_LAYER_PARTITION"
+
+OWN, OTHER_STAGE, SPECULATIVE, UNKNOWN = "own", "another stage's", "speculative layer", "unknown"
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+# Parts outside the layers, under the names of the checkpoint.
+_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.", "model.norm.", "lm_head."
+
+
+def partition_layers(num_layers: int, pp_size: int, layer_counts: list[int] | str | None = None) -> list[range]:
+    """The layers of each stage, first to last.
+
+    Args:
+        num_layers: main layers of the model (the MTP layer is not one of them).
+        pp_size: pipeline stages. More stages than layers gives empty ranges, as in vLLM.
+        layer_counts: layers per stage, as a list or as vLLM's comma-separated string; by default the environment
+            variable VLLM_PP_LAYER_PARTITION, and without it an even split.
+
+    Raises:
+        GlmppError: `layer_counts` has the wrong length or sum, a negative entry, or is not made of numbers.
+    """
+    if pp_size < 1 or num_layers < 1:
+        raise GlmppError(f"cannot split {num_layers} layers over {pp_size} stages: both must be at least 1")
+    if layer_counts is None:
+        layer_counts = os.environ.get(PARTITION_VARIABLE)
+    if layer_counts is None:
+        each, left = divmod(num_layers, pp_size)
+        # The remainder goes one layer each to the last stages but one, counted from the end: the last stage also
+        # holds the final norm and lm_head, the first the embedding.
+        counts = [each + (pp_size - 1 - left <= stage < pp_size - 1) for stage in range(pp_size)]
+    else:
+        counts = _parse_counts(layer_counts, num_layers, pp_size)
+    return [range(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
+
+
+def _parse_counts(layer_counts: list[int] | str, num_layers: int, pp_size: int) -> list[int]:
+    entries = layer_counts.split(",") if isinstance(layer_counts, str) else layer_counts
+    try:
+        counts = [int(entry) for entry in entries]
+    except ValueError:
+        raise GlmppError(f"{PARTITION_VARIABLE}={layer_counts!r}: expected {pp_size} numbers like '10,10,…'") from None
+    if len(counts) != pp_size:
+        raise GlmppError(f"{PARTITION_VARIABLE}={layer_counts!r} names {len(counts)} stages, there are {pp_size}")
+    if sum(counts) != num_layers or min(counts) < 0:
+        raise GlmppError(
+            f"{PARTITION_VARIABLE}={layer_counts!r} adds up to {sum(counts)} layers, the model has {num_layers}"
+        )
+    return counts
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage: what it holds and what it misses.
+
+    Attributes:
+        rank, size: position in the pipeline group.
+        layers: main layers held.
+        num_layers: main layers of the whole model.
+        num_nextn: MTP layers after them.
+        tied: `tie_word_embeddings`: the last stage holds the embedding too and there is no lm_head in the checkpoint.
+        drafter: the MTP drafter runs, on the last stage; its layers then count as that stage's own.
+    """
+
+    rank: int
+    size: int
+    layers: range
+    num_layers: int
+    num_nextn: int = 0
+    tied: bool = False
+    drafter: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+    def column(self, name: str) -> str:
+        """Where a checkpoint tensor belongs, seen from this stage: OWN, OTHER_STAGE, SPECULATIVE or UNKNOWN."""
+        if match := _LAYER.match(name):
+            index = int(match[1])
+            if index < self.num_layers:
+                return OWN if index in self.layers else OTHER_STAGE
+            if index < self.num_layers + self.num_nextn:
+                return OWN if self.drafter and self.is_last else SPECULATIVE
+            return UNKNOWN
+        if name.startswith(_EMBEDDING):
+            return OWN if self.is_first or (self.tied and self.is_last) else OTHER_STAGE
+        if name.startswith((_NORM, _HEAD)):
+            return OWN if self.is_last else OTHER_STAGE
+        return UNKNOWN
+
+    def owns(self, name: str) -> bool:
+        """Whether this stage loads the checkpoint tensor `name`."""
+        return self.column(name) == OWN
+
+    def missing_prefixes(self) -> list[str]:
+        """Prefixes of what this stage has only placeholders for; vLLM's `pp_missing_layer_names`, in module order.
+
+        Each ends in a dot: without it `model.layers.1` would also match `model.layers.11.…`.
+        """
+        missing = [] if self.owns(_EMBEDDING) else [_EMBEDDING]
+        missing += [f"model.layers.{index}." for index in range(self.num_layers) if index not in self.layers]
+        return missing if self.is_last else [*missing, _NORM, _HEAD]
+
+    def __str__(self) -> str:
+        first, last = (self.layers[0], self.layers[-1]) if self.layers else ("none", "none")
+        return f"stage {self.rank} of {self.size} (layers {first}-{last})"
+
+
+def make_stages(
+    config: dict, pp_size: int, layer_counts: list[int] | str | None = None, drafter: bool = False
+) -> list[Stage]:
+    """All stages of a model, from its config.json.
+
+    Raises:
+        GlmppError: a stage would hold no layer (`pp_size` above the layer count), or a bad `layer_counts`.
+    """
+    num_layers = config["num_hidden_layers"]
+    if pp_size > num_layers:
+        raise GlmppError(f"{pp_size} stages for {num_layers} layers: at least one stage would hold no layer")
+    return [
+        Stage(
+            rank=rank,
+            size=pp_size,
+            layers=layers,
+            num_layers=num_layers,
+            num_nextn=config.get("num_nextn_predict_layers") or 0,
+            tied=bool(config.get("tie_word_embeddings")),
+            drafter=drafter,
+        )
+        for rank, layers in enumerate(partition_layers(num_layers, pp_size, layer_counts))
+    ]
+
+
+def owned(checkpoint: Checkpoint, stage: Stage) -> list[TensorSpec]:
+    """The checkpoint's tensors that `stage` loads, in checkpoint order."""
+    return [spec for spec in checkpoint.values() if stage.owns(spec.name)]
+
+
+def stage_bytes(checkpoint: Checkpoint, stages: list[Stage]) -> list[int]:
+    """Checkpoint bytes that each stage loads. A tied embedding counts on both of its stages."""
+    return [sum(spec.nbytes for spec in owned(checkpoint, stage)) for stage in stages]
+
+
+def balance(checkpoint: Checkpoint, pp_size: int, drafter: bool = False) -> list[int]:
+    """Layers per stage that make the largest stage, in checkpoint bytes, as small as it can be.
+
+    Every stage holds at least one layer. Among splits with the same largest stage the one with the smallest sum of
+    squares is taken. `",".join(map(str, balance(…)))` is a value for VLLM_PP_LAYER_PARTITION.
+
+    Args:
+        drafter: count the MTP layer on the last stage.
+    """
+    config = checkpoint.config
+    num_layers = config["num_hidden_layers"]
+    make_stages(config, pp_size)  # refuses more stages than layers
+    layer_bytes = [0] * num_layers
+    first = last = 0
+    ends = make_stages(config, min(2, num_layers), [1, num_layers - 1] if num_layers > 1 else [1], drafter)
+    for spec in checkpoint.values():
+        match = _LAYER.match(spec.name)
+        if match and int(match[1]) < num_layers:
+            layer_bytes[int(match[1])] += spec.nbytes
+            continue
+        first += spec.nbytes * ends[0].owns(spec.name)
+        last += spec.nbytes * (ends[-1].owns(spec.name) and (len(ends) > 1))
+    if pp_size == 1:
+        return [num_layers]
+    below = [0, *accumulate(layer_bytes)]
+
+    def size(rank: int, start: int, stop: int) -> int:
+        return below[stop] - below[start] + first * (rank == 0) + last * (rank == pp_size - 1)
+
+    # best[stop] = (largest stage, sum of squares, counts) over the first `rank + 1` stages holding layers [0, stop).
+    best = {stop: (size(0, 0, stop), size(0, 0, stop) ** 2, [stop]) for stop in range(1, num_layers + 1)}
+    for rank in range(1, pp_size):
+        best = {
+            stop: min(
+                (max(largest, size(rank, start, stop)), squares + size(rank, start, stop) ** 2, [*counts, stop - start])
+                for start, (largest, squares, counts) in best.items()
+                if start < stop
+            )
+            for stop in range(rank + 1, num_layers + 1)
+        }
+    return best[num_layers][2]

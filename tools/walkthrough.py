@@ -1,0 +1,139 @@
+"""Execute the notebooks in order, each in a fresh kernel, and write HTML for reviewers.
+
+Prints a table notebook / seconds / verdicts passed; ends non-zero if a cell failed or a verdict is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbconvert import HTMLExporter
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+@dataclass
+class Outcome:
+    """How one notebook ended."""
+
+    name: str
+    seconds: float
+    passed: int
+    expected: int
+    error: str | None
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None and self.passed >= self.expected
+
+
+def execute(path: Path, on_cell=lambda: None) -> tuple[nbformat.NotebookNode, Outcome]:
+    """Run a notebook top to bottom in a fresh kernel of this interpreter; outputs are those of this run alone."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    # Colours in a traceback would be committed as escape codes.
+    os.environ.update(NO_COLOR="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
+    client = NotebookClient(
+        notebook,
+        timeout=900,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        record_timing=False,
+        on_cell_complete=lambda **_: on_cell(),
+    )
+    started, error = time.perf_counter(), None
+    try:
+        client.execute()
+    except CellExecutionError as failure:
+        error = str(failure).strip().splitlines()[-1]
+    for cell in notebook.cells:
+        tidy(cell)
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    outcome = Outcome(path.name, time.perf_counter() - started, *count_verdicts(notebook), error)
+    return notebook, outcome
+
+
+def tidy(cell: nbformat.NotebookNode) -> None:
+    """Leave in a stream what a terminal would show in the end: progress bars overwrite their line."""
+    if cell.cell_type != "code":
+        return
+    kept = []
+    for output in cell.outputs:
+        if output.output_type == "stream":
+            lines = [line.rsplit("\r", 1)[-1].rstrip() for line in output.text.rstrip("\r").split("\n")]
+            output.text = "\n".join(lines)
+            if not output.text.strip():
+                continue
+        kept.append(output)
+    cell.outputs = kept
+
+
+def count_verdicts(notebook: nbformat.NotebookNode) -> tuple[int, int]:
+    """Verdict lines printed, and calls of verdict() in the source (a loop prints more than one)."""
+    printed = calls = 0
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            calls += len(re.findall(r"^\s*verdict\(", cell.source, flags=re.M))
+            text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+            printed += len(re.findall(r"match: True$", text, flags=re.M))
+    return printed, calls
+
+
+def to_html(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """A page for reviewers; links between notebooks become links between pages."""
+    page, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+    path.write_text(re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', page))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all, in order")
+    parser.add_argument("--in-place", action="store_true", help="also write the outputs into the notebooks")
+    arguments = parser.parse_args()
+    paths = [path.resolve() for path in arguments.notebooks] or NOTEBOOKS
+
+    sys.path.insert(0, str(ROOT))
+    from glmpp.notebook import tiny_checkpoint
+
+    checkpoint = tiny_checkpoint()
+    print(f"synthetic checkpoint: {checkpoint.directory.relative_to(ROOT)}, {len(checkpoint)} tensors")
+    build = ROOT / "build"
+    build.mkdir(exist_ok=True)
+    cells = sum(len(nbformat.read(path, as_version=4).cells) for path in paths)
+    outcomes = []
+    with tqdm(total=cells, unit="cell") as bar:
+        for path in paths:
+            bar.set_description(path.stem)
+            notebook, outcome = execute(path, on_cell=bar.update)
+            outcomes.append(outcome)
+            to_html(notebook, build / f"{path.stem}.html")
+            if arguments.in_place and outcome.error is None:
+                nbformat.write(notebook, path)
+
+    print(f"\n{'notebook':<36}{'seconds':>8}  verdicts passed")
+    for outcome in outcomes:
+        print(f"{outcome.name:<36}{outcome.seconds:>8.1f}  {outcome.passed} of {max(outcome.passed, outcome.expected)}")
+        if not outcome.ok:
+            print(f"    FAILED: {outcome.error or 'fewer verdict lines than verdict() calls'}")
+    print(f"\nHTML: {build.relative_to(ROOT)}/")
+    return 0 if all(outcome.ok for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
