@@ -21,7 +21,7 @@ test: $(READY)
 
 # The tests that need no vLLM and no kernel.
 test-unit: $(READY)
-	$(BIN)/python -m pytest -m "not vllm and not notebooks"
+	$(BIN)/python -m pytest -m "not vllm and not notebooks and not mutation"
 
 # For committers: execute the notebooks in place.
 notebooks: $(READY)

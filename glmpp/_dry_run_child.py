@@ -2,11 +2,13 @@
 
 Real: EngineArgs and every config check, the model class and its `__init__`, `make_layers`, the placeholders, the default
 loader, `load_weights`, every parameter's `weight_loader`. Stand-ins, and why each is needed, are in `STAND_INS`.
-Nothing here is imported by the parent: patches stay in this process.
+Nothing here is imported by the parent. vLLM is imported once; each request is answered in a fork, so that patches and
+process groups stay in it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -14,6 +16,8 @@ import json
 import os
 import re
 import resource
+import signal
+import socket
 import sys
 import time
 import traceback
@@ -114,7 +118,7 @@ def missing_prefixes(model: torch.nn.Module) -> list[str]:
 
 
 class Guard:
-    """Puts the wanted helper into every vLLM module that calls it, and remembers the buffer it was given."""
+    """Puts the wanted helper into every vLLM module that calls it, and remembers the buffers it was given."""
 
     def __init__(self, mode: str, helper: str, callers: list[str] | None):
         self.mode, self.callers = mode, callers
@@ -124,7 +128,7 @@ class Guard:
         self.reset()
 
     def reset(self) -> None:
-        self.buffer: dict = {}
+        self.buffers: list[dict] = []  # one for each call of load_weights: there is one call per run of names
         self.missing: dict[int, list[str]] = {}
 
     def install(self) -> list[str]:
@@ -148,7 +152,8 @@ class Guard:
         """The kit's helper behind vLLM's call: whatever the release passes, the sixth argument is computed here."""
 
         def call(name, tensor, buffer, params, loaded, *_, **__):
-            self.buffer = buffer
+            if not any(buffer is known for known in self.buffers):
+                self.buffers.append(buffer)
             model = sys._getframe(1).f_locals["self"]  # the model whose load_weights is calling
             if id(model) not in self.missing:  # reset() before every load, so that no id is a dead model's
                 self.missing[id(model)] = missing_prefixes(model)
@@ -311,7 +316,10 @@ class Stages:
             "parameters": {name: [recorder.written[name], size] for name, size in sizes.items()},
             "missing_prefixes": list(missing),
             "pending": {  # what the helper still holds back
-                layer: sum(t.nbytes for t in parts.values()) for layer, parts in self.guard.buffer.items() if parts
+                layer: sum(t.nbytes for t in parts.values())
+                for buffer in self.guard.buffers
+                for layer, parts in buffer.items()
+                if parts
             },
         }
         if self.request["weights"] == "real":
@@ -354,11 +362,24 @@ def versions() -> dict:
     return {"python": platform.python_version(), **{name: version(name) for name in ("vllm", "torch", "transformers")}}
 
 
-def serve(request: dict, send) -> None:
+def preload() -> None:
+    """Everything slow and common to all requests: half a minute of imports the first time, a second once forked."""
     install_platform()
-    import vllm.model_executor.models.registry  # noqa: F401  the registry must exist before its inspection is replaced
+    import vllm.engine.arg_utils
+    import vllm.model_executor.model_loader.default_loader
+    import vllm.model_executor.models.registry  # noqa: F401
 
     install_stand_ins()
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    get_quantization_config("fp8")
+    for module in ("deepseek_v2", "deepseek_mtp"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"vllm.model_executor.models.{module}")
+
+
+def serve(request: dict, send) -> None:
+    """Answer one request: every run of it, one message each."""
     world = request["world"]
     init_groups(world["rank"], world["size"], world["init_file"])
     stand_ins = {**STAND_INS, "pipeline group": RANK_STAND_IN} if world["size"] == 1 else STAND_INS
@@ -371,11 +392,51 @@ def serve(request: dict, send) -> None:
     send({"kind": "end", "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
 
 
-if __name__ == "__main__":
-    with open(sys.argv[1]) as file, os.fdopen(int(sys.argv[2]), "w") as channel:
+def answer(path: str, pipe: int) -> None:
+    """In a fork of its own: read the request, write messages into the pipe and everything else into the log."""
+    with open(path) as file:
+        request = json.load(file)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(request["cwd"])
+    sys.path.insert(0, request["cwd"])  # where the reader's own helper may lie
+    with os.fdopen(pipe, "w") as channel:
 
         def send(message: dict) -> None:
             channel.write(json.dumps(message) + "\n")
             channel.flush()
 
-        serve(json.load(file), send)
+        send({"kind": "pid", "pid": os.getpid()})
+        try:
+            serve(request, send)
+        except BaseException:
+            traceback.print_exc()  # before the pipe closes: the parent reads the log then
+            sys.stderr.flush()
+            raise
+
+
+def main() -> None:
+    """Import vLLM once, then fork for every request, so that no request sees another's patches.
+
+    A request is a message on the socket: the path of a JSON file, and with it the pipe to answer into.
+    """
+    preload()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished forks are reaped by the kernel
+    server = socket.socket(fileno=int(sys.argv[1]))
+    while True:
+        path, pipes, *_ = socket.recv_fds(server, 4096, 1)
+        if not path:
+            return  # the kernel that started this process has gone
+        if os.fork() == 0:
+            try:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                server.close()
+                answer(path.decode(), pipes[0])
+            finally:
+                os._exit(0)  # no exit handlers: they are the server's
+        os.close(pipes[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -95,7 +95,8 @@ def quantize(
     padded = values.new_zeros(grid_rows * block_rows, grid_cols * block_cols)
     padded[:rows, :cols] = values
     absmax = padded.view(grid_rows, block_rows, grid_cols, block_cols).abs().amax(dim=(1, 3))
-    scale = torch.where(absmax > 0, absmax / FP8_MAX, 1.0)
+    scale = absmax / FP8_MAX
+    scale = torch.where(scale > 0, scale, 1.0)
     if power_of_two:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
     spread = scale.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(block_cols, 1)[:, :cols]

@@ -1,15 +1,19 @@
 """Will every pipeline stage load this checkpoint, on the vLLM that is installed? No GPU, no weights.
 
-The work is done in a child process (`_dry_run_child`), so that the notebook's kernel never imports or patches vLLM.
+The work is done in a child process (`_dry_run_child`), so that the notebook's kernel never imports or patches vLLM. The
+child imports vLLM once and forks for each dry run: the first takes the time of the imports, later ones do not.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -278,36 +282,80 @@ def _in_real_group(request: dict, runs: list, pp_size: int, folder: Path, bar: t
     return [message for child in children for message in child.collect(bar)]
 
 
+class _Server:
+    """The process that has imported vLLM and forks for every request. One for each kernel, started on first use."""
+
+    current: _Server | None = None
+
+    def __init__(self) -> None:
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        command = [sys.executable, "-m", "glmpp._dry_run_child", str(theirs.fileno())]
+        # A session of its own: interrupting the notebook's kernel must not end it.
+        self.process = subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
+            start_new_session=True,
+        )
+        theirs.close()
+        self.owner = os.getpid()
+        atexit.register(self.socket.close)
+
+    @classmethod
+    def running(cls) -> _Server:
+        server = cls.current
+        if server is None or server.owner != os.getpid() or server.process.poll() is not None:
+            server = cls.current = cls()
+        return server
+
+
 class _Child:
+    """One request, answered in a fork of the server; its messages come through a pipe that closes when it ends."""
+
     def __init__(self, request: dict, runs: list, world: tuple[int, int], folder: Path):
         rank, size = world
-        request = {**request, "runs": runs, "world": {"rank": rank, "size": size, "init_file": str(folder / "group")}}
+        self.log = folder / f"log-{rank}.txt"
+        request = {
+            **request,
+            "runs": runs,
+            "world": {"rank": rank, "size": size, "init_file": str(folder / "group")},
+            "log": str(self.log),
+            "cwd": os.getcwd(),
+        }
         path = folder / f"request-{rank}.json"
         path.write_text(json.dumps(request))
-        self.log = open(folder / f"log-{rank}.txt", "w+")  # noqa: SIM115  closed in collect
+        self.server = _Server.running()
         read, write = os.pipe()
-        self.channel = os.fdopen(read)
-        command = [sys.executable, "-m", "glmpp._dry_run_child", str(path), str(write)]
-        self.process = subprocess.Popen(command, pass_fds=[write], stdout=self.log, stderr=subprocess.STDOUT)
-        os.close(write)
+        try:
+            socket.send_fds(self.server.socket, [str(path).encode()], [write])
+        finally:
+            os.close(write)
+        self.pipe = os.fdopen(read)
 
     def collect(self, bar: tqdm) -> list[dict]:
-        messages = []
+        messages: list[dict] = []
         try:
-            for line in self.channel:
+            for line in self.pipe:
                 messages.append(json.loads(line))
                 bar.update(messages[-1]["kind"] == "stage")
-            code = self.process.wait()
-            if code != 0 or not messages or messages[-1]["kind"] != "end":
-                self.log.seek(0)
-                tail = "".join(self.log.readlines()[-15:])
-                raise GlmppError(f"the vLLM child process ended with code {code} after {len(messages)} messages:\n{tail}")
         finally:
-            self.process.kill()
-            self.process.wait()
-            self.channel.close()
-            self.log.close()
+            self.pipe.close()
+            ended = bool(messages) and messages[-1]["kind"] == "end"
+            if messages and not ended:  # interrupted, or broken down
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(messages[0]["pid"], signal.SIGKILL)
+        if not ended:
+            raise GlmppError(f"the vLLM child process broke off after {len(messages)} messages:\n{self.last_words()}")
         return messages
+
+    def last_words(self, lines: int = 15) -> str:
+        if self.log.exists():
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        self.server.log.seek(0)
+        return "".join(self.server.log.readlines()[-lines:])
 
 
 def _stage_report(message: dict, checkpoint: Checkpoint, stages: list[Stage]) -> StageReport:

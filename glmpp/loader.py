@@ -311,8 +311,9 @@ def load_stage(
         loaded.add(where.parameter)
         ledger.tensors[name] = LOADED
     for layer, parts in pending.items():  # held back and never stored: not loaded after all
-        for name in (f"{layer}.wk.weight", f"{layer}.wk.weight_scale_inv"):
-            if parts and ledger.tensors.get(name) == LOADED:
+        for part in parts:
+            name = f"{layer}.wk.{'weight' if part == 'weight' else 'weight_scale_inv'}"
+            if ledger.tensors.get(name) == LOADED:
                 ledger.tensors[name] = UNEXPECTED
     ledger.parameters = {name: (param.elements_written, param.numel()) for name, param in params.items()}
     return params, ledger

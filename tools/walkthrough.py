@@ -20,6 +20,7 @@ from nbconvert import HTMLExporter
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
@@ -44,21 +45,22 @@ def execute(path: Path, on_cell=lambda: None) -> tuple[nbformat.NotebookNode, Ou
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    # Colours in a traceback would be committed as escape codes.
-    os.environ.update(NO_COLOR="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     client = NotebookClient(
         notebook,
-        timeout=900,
         kernel_name="python3",
+        timeout=900,
         resources={"metadata": {"path": str(path.parent)}},
         record_timing=False,
         on_cell_complete=lambda **_: on_cell(),
     )
     started, error = time.perf_counter(), None
+    BUILD.mkdir(exist_ok=True)
     try:
-        client.execute()
+        with open(BUILD / "kernel.log", "a") as log:  # what the kernel process itself says, not its cells
+            client.execute(stderr=log)
     except CellExecutionError as failure:
-        error = str(failure).strip().splitlines()[-1]
+        error = re.sub(r"\x1b\[[\d;]*m", "", str(failure)).strip().splitlines()[-1]
     for cell in notebook.cells:
         tidy(cell)
     notebook.metadata = {
@@ -113,16 +115,14 @@ def main() -> int:
 
     checkpoint = tiny_checkpoint()
     print(f"synthetic checkpoint: {checkpoint.directory.relative_to(ROOT)}, {len(checkpoint)} tensors")
-    build = ROOT / "build"
-    build.mkdir(exist_ok=True)
-    cells = sum(len(nbformat.read(path, as_version=4).cells) for path in paths)
+    cells = sum(cell.cell_type == "code" for path in paths for cell in nbformat.read(path, as_version=4).cells)
     outcomes = []
     with tqdm(total=cells, unit="cell") as bar:
         for path in paths:
             bar.set_description(path.stem)
             notebook, outcome = execute(path, on_cell=bar.update)
             outcomes.append(outcome)
-            to_html(notebook, build / f"{path.stem}.html")
+            to_html(notebook, BUILD / f"{path.stem}.html")
             if arguments.in_place and outcome.error is None:
                 nbformat.write(notebook, path)
 
@@ -131,7 +131,7 @@ def main() -> int:
         print(f"{outcome.name:<36}{outcome.seconds:>8.1f}  {outcome.passed} of {max(outcome.passed, outcome.expected)}")
         if not outcome.ok:
             print(f"    FAILED: {outcome.error or 'fewer verdict lines than verdict() calls'}")
-    print(f"\nHTML: {build.relative_to(ROOT)}/")
+    print(f"\nHTML: {BUILD.relative_to(ROOT)}/")
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 

@@ -1,0 +1,45 @@
+"""Shared fixtures: the GLM-5.1-FP8 config, a tiny one of the same structure, and a tiny checkpoint with real bytes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import glmpp
+from glmpp.checkpoint import Checkpoint, load_config, reduced_config, write_checkpoint
+from glmpp.notebook import GLM_CONFIG
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# test_mutations.py runs tests against a changed copy of the package: make sure that it is the copy that is imported.
+if expected := os.environ.get("GLMPP_MUTANT"):
+    assert Path(glmpp.__file__).is_relative_to(expected), f"imported {glmpp.__file__}, expected the copy in {expected}"
+
+
+@pytest.fixture(autouse=True)
+def no_partition_variable(monkeypatch):
+    monkeypatch.delenv("VLLM_PP_LAYER_PARTITION", raising=False)
+
+
+@pytest.fixture(scope="session")
+def config() -> dict:
+    return load_config(GLM_CONFIG)
+
+
+@pytest.fixture(scope="session")
+def full(config) -> Checkpoint:
+    """All tensors of GLM-5.1-FP8, without data."""
+    return Checkpoint.from_config(config)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(config) -> dict:
+    return reduced_config(config)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_config, tmp_path_factory) -> Checkpoint:
+    """A tiny GLM-5 checkpoint with real bytes in several shards."""
+    return write_checkpoint(tiny_config, tmp_path_factory.mktemp("checkpoint") / "tiny")

@@ -1,0 +1,213 @@
+"""What a checkpoint holds, from its config and from its files; and what a bad folder is told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import glmpp.checkpoint
+from glmpp.checkpoint import INDEX_FILE, Checkpoint, reduced_config, synthetic_original, write_checkpoint
+from glmpp.dequant import dequantize, quantize
+from glmpp.errors import GlmppError
+
+
+def test_glm_5_1_fp8_has_the_published_size(full):
+    assert len(full) == pytest.approx(119_000, rel=1e-3)
+    assert full.num_parameters == pytest.approx(753.9e9, rel=1e-3)
+    assert full.nbytes == pytest.approx(756e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape"),
+    [
+        ("model.layers.0.self_attn.indexer.wk.weight", "F8_E4M3", (128, 6144)),
+        ("model.layers.0.self_attn.indexer.wk.weight_scale_inv", "F32", (1, 48)),
+        ("model.layers.77.self_attn.indexer.weights_proj.weight", "BF16", (32, 6144)),
+        ("model.layers.5.self_attn.kv_a_proj_with_mqa.weight", "F8_E4M3", (576, 6144)),
+        ("model.layers.5.self_attn.kv_a_proj_with_mqa.weight_scale_inv", "F32", (5, 48)),
+        ("model.layers.2.mlp.down_proj.weight", "F8_E4M3", (6144, 12288)),
+        ("model.layers.3.mlp.experts.255.up_proj.weight", "F8_E4M3", (2048, 6144)),
+        ("model.layers.3.mlp.gate.e_score_correction_bias", "F32", (256,)),
+        ("model.layers.78.eh_proj.weight", "BF16", (6144, 12288)),
+        ("lm_head.weight", "BF16", (154880, 6144)),
+    ],
+)
+def test_tensors_of_glm_5_1_fp8(full, name, dtype, shape):
+    """The facts of the published file metadata."""
+    assert (full[name].dtype, full[name].shape) == (dtype, shape)
+
+
+def test_the_mtp_layer_has_no_lm_head_of_its_own(full):
+    mtp = [name for name in full if name.startswith("model.layers.78.")]
+    assert len(mtp) == 1569
+    assert not any("shared_head.head" in name or "embed_tokens" in name for name in mtp)
+
+
+@pytest.mark.vllm  # transformers comes with the vllm extra
+def test_names_and_shapes_equal_what_transformers_saves(config, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5.6")
+    bf16 = {key: value for key, value in reduced_config(config).items() if key != "quantization_config"}
+    fields = {key: value for key, value in bf16.items() if key not in ("architectures", "model_type")}
+    model = transformers.GlmMoeDsaForCausalLM(transformers.GlmMoeDsaConfig(**fields))
+    model.save_pretrained(tmp_path)
+    saved = {name: spec.shape for name, spec in Checkpoint.from_directory(tmp_path).items()}
+    ours = {name: spec.shape for name, spec in Checkpoint.from_config(bf16).items()}
+    assert saved == {name: shape for name, shape in ours.items() if not name.startswith("model.layers.12.")}
+    fp8 = Checkpoint.from_config(reduced_config(config))
+    assert {name: spec.shape for name, spec in fp8.items() if not spec.is_scale} == ours
+
+
+@pytest.mark.parametrize("change", [{"model_type": "llama"}, {"model_type": None}])
+def test_from_config_of_another_model_is_an_error(tiny_config, change):
+    with pytest.raises(GlmppError, match="glm_moe_dsa"):
+        Checkpoint.from_config({**tiny_config, **change})
+
+
+def test_from_config_names_the_missing_field(tiny_config):
+    del (broken := dict(tiny_config))["kv_lora_rank"]
+    with pytest.raises(GlmppError, match="kv_lora_rank"):
+        Checkpoint.from_config(broken)
+
+
+def test_from_config_that_is_not_json(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(GlmppError, match=r"config\.json: not readable as JSON"):
+        Checkpoint.from_config(tmp_path)
+
+
+# --- synthetic checkpoints ---
+
+
+def test_written_checkpoint_holds_what_its_config_promises(tiny):
+    promised = Checkpoint.from_config(tiny.config)
+    assert {n: (s.dtype, s.shape) for n, s in tiny.items()} == {n: (s.dtype, s.shape) for n, s in promised.items()}
+    assert len({spec.file for spec in tiny.values()}) > 1
+    index = json.loads((tiny.directory / INDEX_FILE).read_text())
+    assert index["metadata"]["total_size"] == tiny.nbytes
+
+
+def test_written_weights_are_quantised_originals(tiny):
+    name = "model.layers.7.self_attn.indexer.wk.weight"
+    stored = dict(tiny.read([name, f"{name}_scale_inv"]))
+    original = synthetic_original(tiny[name])
+    codes, scale = quantize(original)
+    assert torch.equal(stored[name].view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(stored[f"{name}_scale_inv"], scale)
+    restored = dequantize(stored[name], stored[f"{name}_scale_inv"])
+    assert (restored.float() - original).norm() < 0.04 * original.norm()
+
+
+def test_same_seed_same_bytes(tiny, tmp_path):
+    again = write_checkpoint(tiny.config, tmp_path / "again")
+    other = write_checkpoint(tiny.config, tmp_path / "other", seed=1)
+    for file in {spec.file for spec in tiny.values()}:
+        assert (again.directory / file).read_bytes() == (tiny.directory / file).read_bytes()
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(dict(other.read([name]))[name], dict(tiny.read([name]))[name])
+
+
+def test_read_yields_every_tensor_once_in_checkpoint_order(tiny):
+    assert [name for name, _ in tiny.read()] == list(tiny)
+
+
+def test_a_failed_write_leaves_nothing(tiny_config, tmp_path, monkeypatch):
+    calls = []
+
+    def full_disk(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError("No space left on device")
+        save_file(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(glmpp.checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(tiny_config, tmp_path / "half")
+    assert len(calls) == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_appears_only_when_it_is_complete(tiny_config, tmp_path, monkeypatch):
+    seen = []
+
+    def watch(tensors, path, metadata):
+        seen.append((tmp_path / "new").exists())
+        save_file(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(glmpp.checkpoint, "save_file", watch)
+    write_checkpoint(tiny_config, tmp_path / "new")
+    assert seen and not any(seen) and (tmp_path / "new" / INDEX_FILE).exists()
+
+
+def test_an_existing_folder_is_not_overwritten_unasked(tiny_config, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(GlmppError, match="exists already"):
+        write_checkpoint(tiny_config, tmp_path / "mine")
+    assert len(write_checkpoint(tiny_config, tmp_path / "mine", overwrite=True)) == 618
+
+
+# --- folders that are not in order ---
+
+
+@pytest.fixture
+def folder(tiny_config, tmp_path):
+    """A checkpoint folder to break, its first shard, and a tensor in that shard."""
+    directory = write_checkpoint(tiny_config, tmp_path / "model").directory
+    shard = sorted(directory.glob("*.safetensors"))[1]
+    return directory, shard, sorted(load_file(shard))[0]
+
+
+def test_a_missing_shard_is_named_with_a_tensor_it_should_hold(folder):
+    directory, shard, tensor = folder
+    shard.unlink()
+    with pytest.raises(GlmppError) as error:
+        Checkpoint.from_directory(directory)
+    assert shard.name in str(error.value) and tensor in str(error.value) and "missing" in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_a_truncated_shard_is_named(folder, keep):
+    directory, shard, _ = folder
+    shard.write_bytes(shard.read_bytes()[:keep])
+    with pytest.raises(GlmppError, match=shard.name):
+        Checkpoint.from_directory(directory)
+
+
+def test_an_index_that_names_a_tensor_its_shard_does_not_hold(folder):
+    directory, shard, tensor = folder
+    tensors = load_file(shard)
+    del tensors[tensor]
+    save_file(tensors, shard)
+    with pytest.raises(GlmppError) as error:
+        Checkpoint.from_directory(directory)
+    assert shard.name in str(error.value) and tensor in str(error.value)
+
+
+def test_a_tensor_that_the_index_does_not_name(folder):
+    directory, shard, _ = folder
+    save_file({**load_file(shard), "stray": torch.zeros(1)}, shard)
+    with pytest.raises(GlmppError, match="stray"):
+        Checkpoint.from_directory(directory)
+
+
+def test_a_folder_without_weights(folder):
+    directory, *_ = folder
+    (directory / INDEX_FILE).unlink()
+    with pytest.raises(GlmppError, match=r"neither model\.safetensors\.index\.json nor model\.safetensors"):
+        Checkpoint.from_directory(directory)
+
+
+def test_an_index_without_a_weight_map(folder):
+    directory, *_ = folder
+    (directory / INDEX_FILE).write_text("{}")
+    with pytest.raises(GlmppError, match="weight_map"):
+        Checkpoint.from_directory(directory)
+
+
+def test_a_shard_that_is_broken_after_the_headers_were_read(folder):
+    directory, shard, _ = folder
+    checkpoint = Checkpoint.from_directory(directory)
+    shard.write_bytes(b"")
+    with pytest.raises(GlmppError, match=shard.name):
+        list(checkpoint.read())

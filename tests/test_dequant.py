@@ -1,0 +1,205 @@
+"""`dequantize` against an oracle in integers: no torch cast, no ml_dtypes cast, only the bits of the formats."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glmpp.dequant import FP8, dequantize, error_stats, quantize
+from glmpp.errors import GlmppError
+
+
+def decode_e4m3fn(code: int) -> float:
+    """A float8_e4m3fn code by its definition: 1 sign, 4 exponent (bias 7), 3 mantissa bits; S.1111.111 is NaN."""
+    sign = -1.0 if code & 0x80 else 1.0
+    exponent, mantissa = code >> 3 & 15, code & 7
+    if exponent == 15 and mantissa == 7:
+        return math.nan
+    if exponent == 0:
+        return sign * mantissa * 2.0**-9
+    return sign * (8 + mantissa) * 2.0 ** (exponent - 10)
+
+
+def bf16_bits(value: np.float32) -> int:
+    """The bfloat16 nearest to a float32, ties to even, by integer arithmetic on its bits; NaN gives 0x7fc0."""
+    if np.isnan(value):
+        return 0x7FC0
+    bits = int(np.float32(value).view(np.uint32))
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 & 0xFFFF
+
+
+DECODED = np.array([decode_e4m3fn(code) for code in range(256)], dtype=np.float32)
+
+
+def oracle(codes: np.ndarray, scale_of) -> np.ndarray:
+    """bfloat16 bits of code * scale, one element at a time in float32."""
+    result = np.empty(codes.shape, dtype=np.uint16)
+    for (row, col), code in np.ndenumerate(codes):
+        with np.errstate(over="ignore", invalid="ignore"):
+            result[row, col] = bf16_bits(DECODED[code] * np.float32(scale_of(row, col)))
+    return result
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    """bfloat16 bits, NaNs in one canonical form (their sign and payload carry nothing)."""
+    found = tensor.contiguous().view(torch.uint16).numpy().copy()
+    found[torch.isnan(tensor).numpy()] = 0x7FC0
+    return found
+
+
+def as_fp8(codes: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(codes.astype(np.uint8)).view(FP8)
+
+
+def test_all_256_codes_times_many_scales():
+    codes = np.tile(np.arange(256, dtype=np.uint8), (64, 1))
+    rng = np.random.default_rng(0)
+    scales = (rng.standard_normal(64) ** 2 * 10.0 ** rng.integers(-42, 37, 64)).astype(np.float32)
+    got = dequantize(as_fp8(codes), torch.from_numpy(scales))
+    assert np.array_equal(bits(got), oracle(codes, lambda row, col: scales[row]))
+
+
+def test_nan_codes_stay_nan():
+    restored = dequantize(torch.tensor([[0x7F, 0xFF, 0x38]], dtype=torch.uint8).view(FP8), torch.ones(1, 1))
+    assert torch.isnan(restored).tolist() == [[True, True, False]]
+    assert restored[0, 2] == 1.0
+
+
+def test_ragged_576_rows():
+    """kv_a_proj_with_mqa of GLM-5.1: 576 rows are four blocks of 128 and half a block."""
+    rng = np.random.default_rng(1)
+    codes = rng.integers(0, 256, (576, 200), dtype=np.uint8)
+    scales = rng.random((5, 2), dtype=np.float32)
+    got = dequantize(as_fp8(codes), torch.from_numpy(scales))
+    assert np.array_equal(bits(got), oracle(codes, lambda row, col: scales[row // 128, col // 128]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_shape_and_block_and_scale_layout(data):
+    rows, cols = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    block = data.draw(st.tuples(st.integers(1, 50), st.integers(1, 50)))
+    layout = data.draw(st.sampled_from(["block", "channel", "column of channels", "tensor"]))
+    kind = data.draw(st.sampled_from(["float32", "bfloat16", "uint8 E8M0", "float8_e8m0fnu"]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    codes = rng.integers(0, 256, (rows, cols), dtype=np.uint8)
+    shape = {
+        "block": (-(-rows // block[0]), -(-cols // block[1])),
+        "channel": (rows,),
+        "column of channels": (rows, 1),
+        "tensor": (),
+    }[layout]
+    if kind in ("uint8 E8M0", "float8_e8m0fnu"):
+        exponents = rng.integers(0, 255, shape, dtype=np.uint8)
+        values = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127).astype(np.float32)
+        stored = torch.from_numpy(np.asarray(exponents))
+        stored = stored.view(torch.float8_e8m0fnu) if kind == "float8_e8m0fnu" else stored
+    else:
+        stored = torch.from_numpy(np.asarray(rng.random(shape), dtype=np.float32)).to(getattr(torch, kind))
+        values = stored.float().numpy()
+
+    def scale_of(row, col):
+        if layout == "block":
+            return values[row // block[0], col // block[1]]
+        return values.reshape(-1)[row if layout != "tensor" else 0]
+
+    assert np.array_equal(bits(dequantize(as_fp8(codes), stored, block)), oracle(codes, scale_of))
+
+
+def test_mx_layout_of_one_scale_per_32_columns():
+    codes = np.random.default_rng(2).integers(0, 256, (3, 96), dtype=np.uint8)
+    exponents = np.array([[120, 127, 130], [0, 254, 127], [1, 2, 3]], dtype=np.uint8)
+    got = dequantize(as_fp8(codes), torch.from_numpy(exponents), block_size=(1, 32))
+    assert np.array_equal(bits(got), oracle(codes, lambda row, col: 2.0 ** (int(exponents[row, col // 32]) - 127)))
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (5, 1), (2, 5), (10,), (575, 1), (2,)])
+def test_a_grid_that_does_not_fit_names_both_shapes(shape):
+    weight = torch.zeros(576, 256, dtype=FP8)
+    with pytest.raises(GlmppError) as error:
+        dequantize(weight, torch.ones(shape))
+    assert str(list(shape)) in str(error.value) and "[576, 256]" in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_a_bad_scale_is_an_error_unless_asked_for(bad):
+    weight, scale = torch.ones(2, 2).to(FP8), torch.tensor([[1.0], [bad]])
+    with pytest.raises(GlmppError, match=r"scale \[1, 0\]"):
+        dequantize(weight, scale)
+    assert dequantize(weight, scale, check=False).shape == (2, 2)
+
+
+def test_e8m0_code_255_is_nan_and_refused():
+    with pytest.raises(GlmppError, match="nan"):
+        dequantize(torch.ones(1, 1).to(FP8), torch.tensor([[255]], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(4, 4), torch.zeros(4, dtype=FP8)])
+def test_a_weight_that_is_not_an_fp8_matrix_is_an_error(weight):
+    with pytest.raises(GlmppError, match="expected a float8_e4m3fn matrix"):
+        dequantize(weight, torch.ones(1, 1))
+
+
+def test_integer_scales_are_an_error():
+    with pytest.raises(GlmppError, match="expected a float type"):
+        dequantize(torch.zeros(2, 2, dtype=FP8), torch.ones(1, 1, dtype=torch.int32))
+
+
+def test_out_is_written_in_place_and_nothing_else_is():
+    weight, scale = quantize(torch.randn(128, 300, generator=torch.Generator().manual_seed(0)))
+    fused = torch.full((160, 300), 7.0, dtype=torch.bfloat16)
+    returned = dequantize(weight, scale, out=fused[:128])
+    assert returned.data_ptr() == fused.data_ptr()
+    assert torch.equal(fused[:128], dequantize(weight, scale))
+    assert (fused[128:] == 7).all()
+    columns = torch.zeros(300, 128, dtype=torch.bfloat16).t()  # not contiguous
+    assert torch.equal(dequantize(weight, scale, out=columns), fused[:128])
+    with pytest.raises(GlmppError, match=r"\[160, 300\]"):
+        dequantize(weight, scale, out=fused)
+
+
+def test_meta_tensors_give_a_meta_result_of_the_right_shape():
+    got = dequantize(torch.empty(576, 256, dtype=FP8, device="meta"), torch.empty(5, 2, device="meta"))
+    assert got.is_meta and got.shape == (576, 256) and got.dtype == torch.bfloat16
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 60),
+    st.integers(1, 60),
+    st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_quantize_then_dequantize_stays_within_half_an_fp8_step(rows, cols, block, power_of_two, seed):
+    original = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+    codes, scale = quantize(original, block, power_of_two)
+    restored = dequantize(codes, scale, block, dtype=torch.float32)
+    spread = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :cols]
+    # Half a step: 2^-4 of the value for normal codes, 2^-10 of the scale below them.
+    bound = torch.maximum(original.abs() * 2**-4, spread * 2**-10) * (1 + 1e-5)
+    assert ((restored - original).abs() <= bound).all()
+    assert (codes.float().abs() <= 448).all()
+    if power_of_two:
+        assert torch.equal(torch.exp2(torch.round(torch.log2(scale))), scale)
+
+
+def test_a_block_of_zeros_survives():
+    codes, scale = quantize(torch.zeros(130, 5))
+    assert torch.equal(scale, torch.ones(2, 1)) and not dequantize(codes, scale).any()
+
+
+def test_error_stats_of_a_known_error():
+    original = torch.tensor([[3.0, 4.0]])
+    stats = error_stats(original, torch.tensor([[3.0, 4.05]]))
+    assert stats.relative_frobenius == pytest.approx(0.01, rel=1e-5)
+    assert stats.sqnr_db == pytest.approx(40, rel=1e-5)
+    assert stats.max_abs == pytest.approx(0.05, rel=1e-5) and stats.worst_index == (0, 1)
+    assert error_stats(original, original).sqnr_db == math.inf
+    with pytest.raises(GlmppError, match=r"\[1, 2\] and \[2\]"):
+        error_stats(original, torch.zeros(2))

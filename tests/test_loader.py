@@ -1,0 +1,238 @@
+"""The helper of the bug, before and after the fix, and the ledger that has to close."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+import torch
+
+from glmpp.checkpoint import Checkpoint
+from glmpp.dequant import dequantize, quantize
+from glmpp.errors import GlmppError
+from glmpp.loader import (
+    LOADED,
+    UNEXPECTED,
+    Ledger,
+    load_fp8_indexer_wk,
+    load_fp8_indexer_wk_late_skip,
+    load_fp8_indexer_wk_unguarded,
+    load_stage,
+)
+from glmpp.partition import OTHER_STAGE, SPECULATIVE, make_stages
+
+SPLITS = [(1, None), (2, None), (3, None), (4, None), (8, None), (3, [1, 9, 2])]
+HIDDEN, HEAD = 256, 128
+
+
+class FusedParameter(torch.nn.Parameter):
+    """wk_weights_proj as vLLM has it: shard 0 is wk, shard 1 weights_proj."""
+
+    @staticmethod
+    def make() -> torch.nn.Parameter:
+        param = torch.nn.Parameter(torch.full((HEAD + 4, HIDDEN), -1.0, dtype=torch.bfloat16), requires_grad=False)
+        param.weight_loader = lambda p, tensor, shard: p.data[:HEAD].copy_(tensor) if shard == 0 else None
+        return param
+
+
+def wk(layer: int) -> dict[str, torch.Tensor]:
+    """FP8 wk of a layer and its scale, under the names that the inner model sees."""
+    codes, scale = quantize(torch.randn(HEAD, HIDDEN, generator=torch.Generator().manual_seed(layer)))
+    stem = f"layers.{layer}.self_attn.indexer.wk"
+    return {f"{stem}.weight": codes, f"{stem}.weight_scale_inv": scale}
+
+
+def fused(layer: int) -> str:
+    return f"layers.{layer}.self_attn.indexer.wk_weights_proj.weight"
+
+
+# --- the helper ---
+
+
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_every_arrival_order_of_two_layers_gives_the_same_parameters(order):
+    params, pending, loaded = {fused(n): FusedParameter.make() for n in (1, 11)}, {}, set()
+    arrivals = [*wk(1).items(), *wk(11).items()]
+    for index in order:
+        assert load_fp8_indexer_wk(*arrivals[index], pending, params, loaded, [])
+    assert pending == {} and loaded == {fused(1), fused(11)}
+    for layer in (1, 11):
+        weight, scale = wk(layer).values()
+        assert torch.equal(params[fused(layer)][:HEAD], dequantize(weight, scale))
+        assert (params[fused(layer)][HEAD:] == -1).all()  # shard 1 untouched
+
+
+def test_weight_and_scale_may_arrive_in_separate_calls_of_load_weights(tiny):
+    """vLLM issue 46078: the buffer has to outlive one call."""
+    stage = make_stages(tiny.config, 3)[1]
+    everything = list(tiny.read())
+    scales = [pair for pair in everything if pair[0].endswith(".wk.weight_scale_inv")]
+    rest = [pair for pair in everything if not pair[0].endswith(".wk.weight_scale_inv")]
+    whole, _ = load_stage(tiny, stage)
+    for first, second in ((scales, rest), (rest, scales)):
+        pending = {}
+        params, ledger = load_stage(tiny, stage, weights=first, pending=pending)
+        assert sorted(pending) == [f"model.layers.{n}.self_attn.indexer" for n in stage.layers]
+        assert any(name.endswith("wk_weights_proj.weight") for name in ledger.left_at_init)
+        params, ledger = load_stage(tiny, stage, weights=second, pending=pending, params=params)
+        assert pending == {} and ledger.left_at_init == []
+        assert all(torch.equal(params[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_foreign_layer_leaves_buffer_parameters_and_loaded_untouched(reverse):
+    pending, loaded = {}, set()
+    for name, tensor in sorted(wk(0).items(), reverse=reverse):
+        assert load_fp8_indexer_wk(name, tensor, pending, {}, loaded, ["layers.0.", "layers.2."])
+        assert pending == {} and loaded == set()
+
+
+def test_a_missing_layer_1_does_not_swallow_layer_11():
+    params, pending, loaded = {fused(11): FusedParameter.make()}, {}, set()
+    for name, tensor in wk(11).items():
+        load_fp8_indexer_wk(name, tensor, pending, params, loaded, ["layers.1."])
+    assert loaded == {fused(11)}
+
+
+def test_without_the_skip_the_key_error_is_the_one_that_was_reported():
+    pending = {}
+    (first, weight), (second, scale) = wk(0).items()
+    assert load_fp8_indexer_wk_unguarded(first, weight, pending, {}, set(), ["layers.0."])
+    with pytest.raises(KeyError) as error:
+        load_fp8_indexer_wk_unguarded(second, scale, pending, {}, set(), ["layers.0."])
+    assert error.value.args[0] == "layers.0.self_attn.indexer.wk_weights_proj.weight"
+
+
+def test_with_the_skip_after_the_buffering_foreign_tensors_stay_in_the_buffer():
+    pending = {}
+    for layer in (0, 2):
+        for name, tensor in wk(layer).items():
+            load_fp8_indexer_wk_late_skip(name, tensor, pending, {}, set(), [f"layers.{layer}."])
+    assert sorted(pending) == ["layers.0.self_attn.indexer", "layers.2.self_attn.indexer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("layers.0.self_attn.indexer.wk.weight", torch.bfloat16),  # a BF16 checkpoint
+        ("layers.0.self_attn.indexer.weights_proj.weight", torch.bfloat16),
+        ("layers.0.self_attn.indexer.wk_weights_proj.weight", torch.bfloat16),
+        ("layers.0.self_attn.indexer.wq_b.weight", torch.float8_e4m3fn),
+        ("layers.0.self_attn.q_a_proj.weight_scale_inv", torch.float32),
+        ("layers.0.mlp.gate.weight", torch.bfloat16),
+    ],
+)
+def test_other_tensors_are_none_of_the_helpers_business(name, dtype):
+    pending, loaded = {}, set()
+    assert not load_fp8_indexer_wk(name, torch.zeros(2, 2).to(dtype), pending, {}, loaded, ["layers.0."])
+    assert pending == {} and loaded == set()
+
+
+def test_models_without_an_indexer_never_enter_the_helper(full):
+    others = [spec for spec in full.values() if ".indexer.wk." not in spec.name]
+    assert len(others) == len(full) - 2 * 79
+    assert not any(load_fp8_indexer_wk(spec.name, spec.meta(), {}, {}, set(), [""]) for spec in others)
+
+
+# --- one stage, and its ledger ---
+
+
+@pytest.mark.parametrize(("pp_size", "counts"), SPLITS)
+def test_every_stage_loads_exactly_the_bytes_of_the_whole(tiny, pp_size, counts):
+    whole, ledger = load_stage(tiny, make_stages(tiny.config, 1)[0])
+    ledger.check(tiny, make_stages(tiny.config, 1)[0])
+    seen: set[str] = set()
+    for stage in make_stages(tiny.config, pp_size, counts):
+        params, ledger = load_stage(tiny, stage)
+        ledger.check(tiny, stage)
+        assert seen.isdisjoint(params)
+        seen |= params.keys()
+        for name, param in params.items():
+            assert torch.equal(param.view(torch.uint8), whole[name].view(torch.uint8)), name
+    assert seen == whole.keys()
+
+
+def test_full_size_ledger_closes_on_every_stage(full):
+    for stage in make_stages(full.config, 8):
+        _, ledger = load_stage(full, stage)
+        ledger.check(full, stage)
+        counts = ledger.counts()
+        assert sum(counts.values()) == len(full) and counts[SPECULATIVE] == 1569 and counts[UNEXPECTED] == 0
+
+
+def test_columns_of_all_stages_together_hold_every_tensor_once(tiny):
+    """The MTP layer is neither lost nor counted twice."""
+    ledgers = [load_stage(tiny, stage)[1] for stage in make_stages(tiny.config, 4)]
+    for name in tiny:
+        columns = [ledger.tensors[name] for ledger in ledgers]
+        if name.startswith("model.layers.12."):
+            assert columns == [SPECULATIVE] * 4
+        else:
+            assert sorted(columns) == sorted([LOADED] + [OTHER_STAGE] * 3)
+    with_drafter = [load_stage(tiny, stage)[1] for stage in make_stages(tiny.config, 4, drafter=True)]
+    mtp = [name for name in tiny if name.startswith("model.layers.12.")]
+    assert [sum(ledger.tensors[name] == LOADED for name in mtp) for ledger in with_drafter] == [0, 0, 0, len(mtp)]
+
+
+def test_without_the_skip_the_kits_own_loader_dies_like_vllm(tiny):
+    for stage in make_stages(tiny.config, 4):
+        with pytest.raises(KeyError) as error:
+            load_stage(tiny, stage, helper=load_fp8_indexer_wk_unguarded)
+        layer = 3 if stage.is_first else 0
+        assert error.value.args[0] == f"model.layers.{layer}.self_attn.indexer.wk_weights_proj.weight"
+
+
+def test_a_tensor_nobody_owns_is_unexpected_and_the_books_do_not_close(tiny):
+    stage = make_stages(tiny.config, 2)[0]
+    stray = "model.layers.0.self_attn.rotary.inv_freq"
+    pairs = [*tiny.read(), (stray, torch.zeros(4))]
+    _, ledger = load_stage(tiny, stage, weights=pairs)
+    assert ledger.in_column(UNEXPECTED) == [stray]
+    with pytest.raises(GlmppError, match="the ledger only"):
+        ledger.check(tiny, stage)
+
+
+def test_the_books_do_not_close_when_a_tensor_never_arrives(tiny):
+    stage = make_stages(tiny.config, 2)[0]
+    name = "model.layers.2.input_layernorm.weight"
+    _, ledger = load_stage(tiny, stage, weights=(pair for pair in tiny.read() if pair[0] != name))
+    assert ledger.left_at_init == [name]
+    with pytest.raises(GlmppError, match="the checkpoint or the ledger only"):
+        ledger.check(tiny, stage)
+
+
+def test_the_books_do_not_close_when_half_of_a_pair_is_held_back(tiny):
+    stage = make_stages(tiny.config, 2)[0]
+    pairs = [(n, t.float() if n == "model.layers.1.self_attn.indexer.wk.weight" else t) for n, t in tiny.read()]
+    _, ledger = load_stage(tiny, stage, weights=pairs)
+    assert ledger.in_column(UNEXPECTED) == ["model.layers.1.self_attn.indexer.wk.weight_scale_inv"]
+
+
+@pytest.fixture
+def closed(tiny) -> tuple[Ledger, Checkpoint, object]:
+    stage = make_stages(tiny.config, 2)[1]
+    return load_stage(tiny, stage)[1], tiny, stage
+
+
+def test_a_guard_that_is_one_layer_too_wide_is_caught(closed):
+    ledger, tiny, stage = closed
+    name = "model.layers.6.mlp.gate.weight"
+    ledger.tensors[name] = OTHER_STAGE
+    with pytest.raises(GlmppError, match=rf"{name}.*another stage's.*expected 'loaded'"):
+        ledger.check(tiny, stage)
+
+
+def test_a_parameter_left_at_init_is_caught_unless_accounted_for(closed):
+    ledger, tiny, stage = closed
+    name = "model.norm.weight"
+    ledger.parameters[name] = (0, 256)
+    with pytest.raises(GlmppError, match="left at init"):
+        ledger.check(tiny, stage)
+    ledger.check(tiny, stage, may_stay_at_init=[name])
+
+
+def test_a_parameter_written_twice_is_caught(closed):
+    ledger, tiny, stage = closed
+    ledger.parameters["model.norm.weight"] = (512, 256)
+    with pytest.raises(GlmppError, match="more than once"):
+        ledger.check(tiny, stage)

@@ -1,0 +1,220 @@
+"""Take a guard away and the test that claims to watch it must fail.
+
+Each case changes one piece of source in a copy of the package and runs one test against the copy.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SKIP = """    if name.startswith(tuple(pp_missing_layer_names)):
+        return True
+    layer ="""
+
+# file, source to replace, replacement, test that must fail
+MUTATIONS = {
+    "the skip": (
+        "loader.py",
+        SKIP,
+        "    layer =",
+        "test_loader.py::test_a_foreign_layer_leaves_buffer_parameters_and_loaded_untouched",
+    ),
+    "the skip moved behind the buffering": (
+        "loader.py",
+        SKIP + ' name.rsplit(".wk.", 1)[0]\n    pending.setdefault(layer, {})[part] = tensor\n',
+        '    layer = name.rsplit(".wk.", 1)[0]\n    pending.setdefault(layer, {})[part] = tensor\n'
+        "    if name.startswith(tuple(pp_missing_layer_names)):\n        return True\n",
+        "test_loader.py::test_a_foreign_layer_leaves_buffer_parameters_and_loaded_untouched",
+    ),
+    "the pair is forgotten once stored": (
+        "loader.py",
+        "pending.pop(layer)",
+        "pending[layer]",
+        "test_loader.py::test_every_arrival_order_of_two_layers_gives_the_same_parameters",
+    ),
+    "the dot at the end of a layer prefix": (
+        "partition.py",
+        'f"model.layers.{index}."',
+        'f"model.layers.{index}"',
+        "test_partition.py::test_a_missing_layer_1_does_not_hide_layer_11",
+    ),
+    "the dot in the layer pattern": (
+        "partition.py",
+        r'r"model\.layers\.(\d+)\."',
+        r'r"model\.layers\.(\d)"',
+        "test_partition.py::test_stage_with_layer_1_does_not_own_layer_11",
+    ),
+    "the tied embedding on the last stage": (
+        "partition.py",
+        "self.is_first or (self.tied and self.is_last)",
+        "self.is_first",
+        "test_partition.py::test_every_tensor_of_the_model_has_an_owner",
+    ),
+    "more stages than layers": (
+        "partition.py",
+        "if pp_size > num_layers:",
+        "if False:",
+        "test_partition.py::test_more_stages_than_layers_is_an_error_for_stages",
+    ),
+    "wrong number of layer counts": (
+        "partition.py",
+        "if len(counts) != pp_size:",
+        "if False:",
+        "test_partition.py::test_bad_layer_counts_are_clear_errors",
+    ),
+    "wrong sum of layer counts": (
+        "partition.py",
+        "if sum(counts) != num_layers or min(counts) < 0:",
+        "if min(counts) < 0:",
+        "test_partition.py::test_bad_layer_counts_are_clear_errors",
+    ),
+    "negative layer counts": (
+        "partition.py",
+        "if sum(counts) != num_layers or min(counts) < 0:",
+        "if sum(counts) != num_layers:",
+        "test_partition.py::test_bad_layer_counts_are_clear_errors",
+    ),
+    "zero layers or stages": (
+        "partition.py",
+        "if pp_size < 1 or num_layers < 1:",
+        "if False:",
+        "test_partition.py::test_nothing_to_split_is_an_error",
+    ),
+    "a scale grid that does not fit": (
+        "dequant.py",
+        "if shape == blocks:",
+        "if len(shape) == 2:",
+        "test_dequant.py::test_a_grid_that_does_not_fit_names_both_shapes",
+    ),
+    "bad scales": (
+        "dequant.py",
+        "if check and not",
+        "if False and not",
+        "test_dequant.py::test_a_bad_scale_is_an_error_unless_asked_for",
+    ),
+    "E8M0 code 255": (
+        "dequant.py",
+        "codes == 255, math.nan",
+        "codes == 256, math.nan",
+        "test_dequant.py::test_e8m0_code_255_is_nan_and_refused",
+    ),
+    "dtype and rank of the weight": (
+        "dequant.py",
+        "if weight.dtype != FP8 or weight.ndim != 2:",
+        "if False:",
+        "test_dequant.py::test_a_weight_that_is_not_an_fp8_matrix_is_an_error",
+    ),
+    "the shape of out": (
+        "dequant.py",
+        "elif out.shape != weight.shape:",
+        "elif False:",
+        "test_dequant.py::test_out_is_written_in_place_and_nothing_else_is",
+    ),
+    "the scale of a block of zeros": (
+        "dequant.py",
+        "torch.where(scale > 0, scale, 1.0)",
+        "scale",
+        "test_dequant.py::test_a_block_of_zeros_survives",
+    ),
+    "the ledger against ownership": (
+        "loader.py",
+        "if column != expected:",
+        "if False:",
+        "test_loader.py::test_a_guard_that_is_one_layer_too_wide_is_caught",
+    ),
+    "the ledger against the checkpoint": (
+        "loader.py",
+        "if self.tensors.keys() != checkpoint.keys():",
+        "if False:",
+        "test_loader.py::test_a_tensor_nobody_owns_is_unexpected_and_the_books_do_not_close",
+    ),
+    "parameters left at init": (
+        "loader.py",
+        "if left := sorted(set(self.left_at_init) - set(may_stay_at_init)):",
+        "if left := []:",
+        "test_loader.py::test_a_parameter_left_at_init_is_caught_unless_accounted_for",
+    ),
+    "parameters written twice": (
+        "loader.py",
+        "if self.written_twice:",
+        "if False:",
+        "test_loader.py::test_a_parameter_written_twice_is_caught",
+    ),
+    "pairs held back are not loaded": (
+        "loader.py",
+        "for part in parts:",
+        "for part in ():",
+        "test_loader.py::test_the_books_do_not_close_when_half_of_a_pair_is_held_back",
+    ),
+    "the write under another name": (
+        "checkpoint.py",
+        'partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))',
+        "directory.mkdir(); partial = directory",
+        "test_checkpoint.py::test_the_folder_appears_only_when_it_is_complete",
+    ),
+    "cleaning up after a failed write": (
+        "checkpoint.py",
+        "shutil.rmtree(partial, ignore_errors=True)",
+        "pass",
+        "test_checkpoint.py::test_a_failed_write_leaves_nothing",
+    ),
+    "an existing folder": (
+        "checkpoint.py",
+        "if directory.exists() and not overwrite:",
+        "if False:",
+        "test_checkpoint.py::test_an_existing_folder_is_not_overwritten_unasked",
+    ),
+    "a missing shard": (
+        "checkpoint.py",
+        "if not (directory / file).exists():",
+        "if False:",
+        "test_checkpoint.py::test_a_missing_shard_is_named_with_a_tensor_it_should_hold",
+    ),
+    "index entries the shard lacks": (
+        "checkpoint.py",
+        "if missing := sorted(listed - held):",
+        "if missing := []:",
+        "test_checkpoint.py::test_an_index_that_names_a_tensor_its_shard_does_not_hold",
+    ),
+    "tensors the index lacks": (
+        "checkpoint.py",
+        "if extra := sorted(held - listed):",
+        "if extra := []:",
+        "test_checkpoint.py::test_a_tensor_that_the_index_does_not_name",
+    ),
+    "another model type": (
+        "checkpoint.py",
+        'if config.get("model_type") != "glm_moe_dsa":',
+        "if False:",
+        "test_checkpoint.py::test_from_config_of_another_model_is_an_error",
+    ),
+}
+
+
+def run_test(node: str, package_parent=None) -> subprocess.CompletedProcess:
+    """One test in a fresh interpreter; `package_parent` holds the copy of glmpp to import."""
+    environment = dict(os.environ)
+    if package_parent is not None:
+        environment |= {"PYTHONPATH": str(package_parent), "GLMPP_MUTANT": str(package_parent)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests" / node)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("guard", MUTATIONS)
+def test_without_the_guard_its_test_fails(guard, tmp_path):
+    file, old, new, node = MUTATIONS[guard]
+    shutil.copytree(ROOT / "glmpp", tmp_path / "glmpp", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    source = (tmp_path / "glmpp" / file).read_text()
+    assert old in source, f"{file} has changed: bring this mutation up to date"
+    (tmp_path / "glmpp" / file).write_text(source.replace(old, new))
+    result = run_test(node, tmp_path)
+    assert result.returncode == 1, f"{node} still passes without {guard}\n{result.stdout[-2000:]}{result.stderr[-1000:]}"
+    assert "1 failed" in result.stdout

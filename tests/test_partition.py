@@ -1,0 +1,160 @@
+"""Layers to stages, tensors to owners. Agreement with the installed vLLM is in test_vllm_partition.py."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glmpp.checkpoint import Checkpoint, TensorSpec
+from glmpp.errors import GlmppError
+from glmpp.partition import (
+    OTHER_STAGE,
+    OWN,
+    SPECULATIVE,
+    UNKNOWN,
+    Stage,
+    balance,
+    make_stages,
+    partition_layers,
+    stage_bytes,
+)
+
+
+def counts(ranges: list[range]) -> list[int]:
+    return [len(layers) for layers in ranges]
+
+
+def test_78_layers_over_8_stages_put_the_remainder_in_the_middle():
+    assert counts(partition_layers(78, 8)) == [9, 10, 10, 10, 10, 10, 10, 9]
+
+
+@given(st.integers(1, 300), st.integers(1, 64))
+def test_every_layer_is_held_once_and_in_order(num_layers, pp_size):
+    ranges = partition_layers(num_layers, pp_size)
+    assert [layer for layers in ranges for layer in layers] == list(range(num_layers))
+    assert max(counts(ranges)) - min(counts(ranges)) <= 1
+
+
+def test_layer_counts_as_list_string_and_environment_agree(monkeypatch):
+    expected = partition_layers(12, 3, [2, 4, 6])
+    assert counts(expected) == [2, 4, 6]
+    assert partition_layers(12, 3, "2,4,6") == expected
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "2,4,6")
+    assert partition_layers(12, 3) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("6,6", "names 2 stages, there are 3"),
+        ("4,4,5", "adds up to 13 layers, the model has 12"),
+        ("4,four,4", "expected 3 numbers"),
+        ("", "expected 3 numbers"),
+        ("-2,7,7", "adds up to 12"),
+    ],
+)
+def test_bad_layer_counts_are_clear_errors(value, message):
+    with pytest.raises(GlmppError, match=message):
+        partition_layers(12, 3, value)
+
+
+@pytest.mark.parametrize(("num_layers", "pp_size"), [(0, 1), (1, 0), (4, -1)])
+def test_nothing_to_split_is_an_error(num_layers, pp_size):
+    with pytest.raises(GlmppError, match="both must be at least 1"):
+        partition_layers(num_layers, pp_size)
+
+
+def test_more_stages_than_layers_is_an_error_for_stages(tiny_config):
+    with pytest.raises(GlmppError, match="13 stages for 12 layers"):
+        make_stages(tiny_config, 13)
+
+
+def test_stage_with_layer_1_does_not_own_layer_11():
+    stage = Stage(rank=0, size=2, layers=range(0, 2), num_layers=12)
+    assert stage.owns("model.layers.1.self_attn.indexer.wk.weight")
+    assert not stage.owns("model.layers.11.self_attn.indexer.wk.weight")
+
+
+def test_a_missing_layer_1_does_not_hide_layer_11():
+    stage = Stage(rank=1, size=2, layers=range(2, 12), num_layers=12)
+    missing = tuple(stage.missing_prefixes())
+    assert "model.layers.1.mlp.gate.weight".startswith(missing)
+    assert not "model.layers.11.mlp.gate.weight".startswith(missing)
+    assert all(prefix.endswith(".") for prefix in missing)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.booleans(), st.booleans(), st.integers(0, 2))
+def test_every_tensor_of_the_model_has_an_owner(num_layers, pp_size, tied, drafter, num_nextn):
+    config = {"num_hidden_layers": num_layers, "num_nextn_predict_layers": num_nextn, "tie_word_embeddings": tied}
+    if pp_size > num_layers:
+        return
+    stages = make_stages(config, pp_size, drafter=drafter)
+    owners = lambda name: [stage.rank for stage in stages if stage.owns(name)]  # noqa: E731
+    for layer in range(num_layers):
+        assert len(owners(f"model.layers.{layer}.x.weight")) == 1
+    for layer in range(num_layers, num_layers + num_nextn):
+        assert owners(f"model.layers.{layer}.x.weight") == ([pp_size - 1] if drafter else [])
+    assert owners("model.norm.weight") == owners("lm_head.weight") == [pp_size - 1]
+    assert owners("model.embed_tokens.weight") == sorted({0, pp_size - 1} if tied else {0})
+
+
+@given(st.integers(1, 30), st.data())
+def test_missing_prefixes_and_ownership_say_the_same(num_layers, data):
+    pp_size = data.draw(st.integers(1, num_layers))
+    tied = data.draw(st.booleans())
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    names += [f"model.layers.{layer}.x.weight" for layer in range(num_layers)]
+    for stage in make_stages({"num_hidden_layers": num_layers, "tie_word_embeddings": tied}, pp_size):
+        missing = tuple(stage.missing_prefixes())
+        assert all(name.startswith(missing) == (not stage.owns(name)) for name in names)
+
+
+def test_columns_of_a_middle_stage():
+    stage = Stage(rank=1, size=3, layers=range(4, 8), num_layers=12, num_nextn=1)
+    assert stage.column("model.layers.5.mlp.gate.weight") == OWN
+    assert stage.column("model.layers.3.mlp.gate.weight") == OTHER_STAGE
+    assert stage.column("lm_head.weight") == OTHER_STAGE
+    assert stage.column("model.layers.12.eh_proj.weight") == SPECULATIVE
+    assert stage.column("model.layers.13.eh_proj.weight") == UNKNOWN
+    assert stage.column("visual.patch_embed.weight") == UNKNOWN
+
+
+@pytest.mark.parametrize("drafter", [False, True])
+@pytest.mark.parametrize("pp_size", [1, 4, 8])
+def test_stage_bytes_add_up_to_the_checkpoint(full, pp_size, drafter):
+    stages = make_stages(full.config, pp_size, drafter=drafter)
+    mtp = sum(spec.nbytes for name, spec in full.items() if name.startswith("model.layers.78."))
+    assert sum(stage_bytes(full, stages)) == full.nbytes - (0 if drafter else mtp)
+
+
+@given(st.data())
+def test_balance_equals_brute_force(data):
+    num_layers = data.draw(st.integers(1, 9))
+    pp_size = data.draw(st.integers(1, num_layers))
+    size = st.integers(1, 50)
+    specs = [TensorSpec(f"model.layers.{n}.w.weight", "U8", (data.draw(size),)) for n in range(num_layers)]
+    specs.append(TensorSpec(f"model.layers.{num_layers}.w.weight", "U8", (data.draw(size),)))
+    specs.append(TensorSpec("model.embed_tokens.weight", "U8", (data.draw(size),)))
+    tied, drafter = data.draw(st.booleans()), data.draw(st.booleans())
+    if not tied:
+        specs.append(TensorSpec("lm_head.weight", "U8", (data.draw(size),)))
+    config = {"num_hidden_layers": num_layers, "num_nextn_predict_layers": 1, "tie_word_embeddings": tied}
+    checkpoint = Checkpoint(specs, config)
+
+    def largest(split: list[int]) -> int:
+        return max(stage_bytes(checkpoint, make_stages(config, pp_size, split, drafter)))
+
+    cuts = combinations(range(1, num_layers), pp_size - 1)
+    splits = [[b - a for a, b in zip((0, *cut), (*cut, num_layers))] for cut in cuts]
+    found = balance(checkpoint, pp_size, drafter)
+    assert sum(found) == num_layers and min(found) >= 1
+    assert largest(found) == min(map(largest, splits))
+
+
+def test_balance_of_glm_5_1_cuts_the_largest_stage_at_pp_4(full):
+    default = max(stage_bytes(full, make_stages(full.config, 4)))
+    balanced = max(stage_bytes(full, make_stages(full.config, 4, balance(full, 4))))
+    assert balanced < 0.97 * default
