@@ -18,11 +18,6 @@ BLUE, ORANGE, RED, PURPLE, GREY, VIOLET = "#5790fc", "#f89c20", "#e42536", "#964
 PALE = "#e8e8ea"
 
 
-def _figure(width: float, height: float, **kwargs):
-    with plt.style.context(STYLE):
-        return plt.subplots(figsize=(width, height), **kwargs)
-
-
 def layers_and_stages(stages: list[Stage], report: DryRunReport | None = None) -> Figure:
     """Which layer lives on which stage, and, from a dry run, the layer at which each stage dies.
 
@@ -71,6 +66,7 @@ def layers_and_stages(stages: list[Stage], report: DryRunReport | None = None) -
         ax.set_xlabel("layer (blue: held by the stage; grey: a PPMissingLayer placeholder without parameters)")
         ax.tick_params(length=0)
         ax.spines[["left", "bottom"]].set_visible(False)
+    plt.close(fig)  # returned, not left for pyplot to show a second time
     return fig
 
 
@@ -90,6 +86,7 @@ def remainder(num_layers: range, pp_size: int) -> Figure:
         ax.set(xlim=(-0.6, pp_size - 0.4), ylim=(len(counts) - 0.4, -0.6))
         ax.tick_params(length=0)
         ax.spines[["left", "bottom"]].set_visible(False)
+    plt.close(fig)  # returned, not left for pyplot to show a second time
     return fig
 
 
@@ -121,6 +118,7 @@ def bytes_per_stage(checkpoint: Checkpoint, splits: dict[str, list[Stage]]) -> F
         ax.set_ylabel("checkpoint GB (1e9 bytes)")
         ax.set_ylim(0, ax.get_ylim()[1] * 1.08)
         ax.legend(loc="upper left", bbox_to_anchor=(0, 1.24), ncols=1)
+    plt.close(fig)  # returned, not left for pyplot to show a second time
     return fig
 
 
@@ -147,4 +145,5 @@ def ledger_bars(report: DryRunReport) -> Figure:
         ax.set_yticks(range(len(report.stages)), [f"stage {one.stage.rank}" for one in report.stages])
         ax.set(xlabel="tensors of the checkpoint", ylim=(len(report.stages) - 0.5, -0.5))
         ax.set_xlim(0, ax.get_xlim()[1] * 1.06)
+    plt.close(fig)  # returned, not left for pyplot to show a second time
     return fig

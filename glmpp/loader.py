@@ -120,6 +120,22 @@ def _store_wk(layer: str, pending: Pending, params: dict[str, torch.nn.Parameter
     loaded.add(fused)
 
 
+def first_foreign_pair(names: Iterable[str], stage: Stage) -> str | None:
+    """The fused parameter that an unguarded helper looks up first and does not find, under the checkpoint's names.
+
+    It is that of the first wk whose two halves have both arrived and whose layer is another stage's; None if there is
+    none. Nothing but the order of `names` decides it.
+    """
+    halves = set()
+    for name in names:
+        layer, found, _ = name.partition(".wk.")
+        if found and layer.endswith(".indexer") and stage.column(name) == OTHER_STAGE:
+            if layer in halves:
+                return f"{layer}.wk_weights_proj.weight"
+            halves.add(layer)
+    return None
+
+
 # --- the ledger ---------------------------------------------------------------------------------------------------
 
 LOADED, UNEXPECTED, NOT_REACHED = "loaded", "unexpected", "not reached"

@@ -50,9 +50,15 @@ def environment() -> pd.DataFrame:
 
 def verdict(claim: str, *, expected: Any, got: Any) -> None:
     """Print `claim: expected …, got …, match: True`, or fail the cell with the same line."""
-    line = f"{claim}: expected {expected}, got {got}, match: {expected == got}"
-    assert expected == got, line
-    print(line)
+    match = expected == got
+    assert match, f"{claim}: expected {expected}, got {got}, match: False"
+    print(f"{claim}: expected {_short(expected)}, got {_short(got)}, match: {match}")
+
+
+def _short(value: Any, limit: int = 90) -> str:
+    """A long list by its ends and its length; what was compared is the whole."""
+    text = str(value)
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 4 :]} ({len(value)} in all)"
 
 
 def body(function: Callable) -> list[str]:
@@ -69,11 +75,11 @@ def side_by_side(left: Callable, right: Callable, width: int = 58) -> str:
     a, b = body(left), body(right)
     rows = [f"  {left.__name__:<{width}}  {right.__name__}", "  " + "-" * width + "  " + "-" * width]
     for tag, i, j, k, m in difflib.SequenceMatcher(a=a, b=b, autojunk=False).get_opcodes():
-        for n in range(max(j - i, m - k)):
-            one = a[i + n] if i + n < j else ""
-            two = b[k + n] if k + n < m else ""
-            mark = " " if tag == "equal" else ("<" if one and not two else ">" if two and not one else "|")
-            rows.append(f"{mark} {one:<{width}}  {two}".rstrip())
+        if tag == "equal":
+            rows += [f"  {one:<{width}}  {two}".rstrip() for one, two in zip(a[i:j], b[k:m])]
+        else:
+            rows += [f"< {one}" for one in a[i:j]]
+            rows += [f"> {'':<{width}}  {two}" for two in b[k:m]]
     return "\n".join(rows)
 
 

@@ -14,6 +14,7 @@ from glmpp.loader import (
     LOADED,
     UNEXPECTED,
     Ledger,
+    first_foreign_pair,
     load_fp8_indexer_wk,
     load_fp8_indexer_wk_late_skip,
     load_fp8_indexer_wk_unguarded,
@@ -236,3 +237,16 @@ def test_a_parameter_written_twice_is_caught(closed):
     ledger.parameters["model.norm.weight"] = (512, 256)
     with pytest.raises(GlmppError, match="more than once"):
         ledger.check(tiny, stage)
+
+
+def test_first_foreign_pair_is_where_the_unguarded_helper_dies_in_any_order(tiny_config):
+    tiny = Checkpoint.from_config(tiny_config)
+    rng = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        names = [list(tiny)[i] for i in torch.randperm(len(tiny), generator=rng)]
+        for stage in make_stages(tiny.config, 4):
+            weights = [(name, tiny[name].meta()) for name in names]
+            with pytest.raises(KeyError) as error:
+                load_stage(tiny, stage, helper=load_fp8_indexer_wk_unguarded, weights=weights)
+            assert error.value.args[0] == first_foreign_pair(names, stage)
+    assert first_foreign_pair(tiny, make_stages(tiny.config, 1)[0]) is None

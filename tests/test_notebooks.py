@@ -77,7 +77,8 @@ def test_the_checks_on_notebooks_can_fail():
 def test_progress_bars_leave_no_trace():
     cell = nbformat.v4.new_code_cell("1")
     cell.outputs = [
-        nbformat.v4.new_output("stream", name="stderr", text="  0%|   | 0/9\r100%|###| 9/9\r            \r"),
+        nbformat.v4.new_output("stream", name="stderr", text="  0%|   | 0/9\r100%|###| 9/9"),
+        nbformat.v4.new_output("stream", name="stderr", text="\r            \r"),
         nbformat.v4.new_output("stream", name="stdout", text="kept\nhalf\rwhole\n"),
     ]
     walkthrough.tidy(cell)
@@ -89,7 +90,7 @@ def test_progress_bars_leave_no_trace():
 def test_runs_top_to_bottom_in_a_fresh_kernel(path):
     notebook, outcome = walkthrough.execute(path)
     assert outcome.error is None, outcome.error
-    assert outcome.passed >= outcome.expected - (VLLM is None) > 0
+    assert outcome.ok and (VLLM is None or outcome.passed >= outcome.expected)
     if VLLM and path.stem == "00_start_here":
         (seconds,) = re.findall(r"answer after (\d+) s", str(notebook))
         assert int(seconds) < 60
