@@ -28,7 +28,7 @@ def layers_and_stages(stages: list[Stage], report: DryRunReport | None = None) -
         if one.verdict == DIES and (match := re.search(r"layers\.(\d+)\.", one.key or "")):
             deaths[one.stage.rank] = int(match[1])
     num_layers = stages[0].num_layers
-    ends = {"embed": -3, "MTP": num_layers + 1.3, "norm": num_layers + 3.3, "lm_head": num_layers + 5.3}
+    ends = {"embed": -3, "MTP": num_layers + 1.3, "norm": num_layers + 3.8, "lm_head": num_layers + 6.3}
     names = {
         "embed": "model.embed_tokens.",
         "MTP": f"model.layers.{num_layers}.",
@@ -55,14 +55,14 @@ def layers_and_stages(stages: list[Stage], report: DryRunReport | None = None) -
                 ax.plot(deaths[stage.rank] + 0.5, y, "X", color=RED, ms=9, mec="white", mew=0.8)
         if deaths:
             ax.text(
-                num_layers + 7, -0.9, "X: the layer whose wk it looks up when it dies", color=RED, ha="right", fontsize=9
+                num_layers + 8, -0.9, "X: the layer whose wk it looks up when it dies", color=RED, ha="right", fontsize=9
             )
         for part, x in ends.items():
             ax.text(x + 0.85, len(stages) - 0.35, part, rotation=40, ha="right", va="top", fontsize=8)
         ax.set_yticks(range(len(stages)), [f"stage {stage.rank}" for stage in stages])
         step = 10 if num_layers > 20 else 1
         ax.set_xticks([x + 0.5 for x in range(0, num_layers, step)], range(0, num_layers, step))
-        ax.set(xlim=(-4, num_layers + 8), ylim=(len(stages) - 0.4, -0.7 if not deaths else -1.3))
+        ax.set(xlim=(-4, num_layers + 9), ylim=(len(stages) - 0.4, -0.7 if not deaths else -1.3))
         ax.set_xlabel("layer (blue: held by the stage; grey: a PPMissingLayer placeholder without parameters)")
         ax.tick_params(length=0)
         ax.spines[["left", "bottom"]].set_visible(False)

@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -194,27 +196,78 @@ MUTATIONS = {
         "if False:",
         "test_checkpoint.py::test_from_config_of_another_model_is_an_error",
     ),
+    "clearing vLLM's cache of missing layers between models": (
+        "_dry_run_child.py",
+        "utils._model_to_pp_missing_layer_names.clear()",
+        "pass",
+        "test_vllm_dry_run.py::test_a_list_that_vllm_cached_under_a_reused_id_is_not_read",
+    ),
+    "crediting both halves of a buffered pair": (
+        "_dry_run_child.py",
+        'or re.sub(r"_scale(_inv)?$", "", name) in stems',
+        "",
+        "test_vllm_dry_run.py::test_several_models_in_one_process_do_not_share_missing_layers",
+    ),
+    "counting parameters that were left at init": (
+        "dry_run.py",
+        "if report.verdict == LOADS and set(report.ledger.left_at_init) - set(report.accounted):",
+        "if False:",
+        "test_vllm_dry_run.py::test_a_tensor_missing_from_the_checkpoint_is_found_although_vllm_says_nothing",
+    ),
+    "every caller follows the helper's signature": (
+        "_dry_run_child.py",
+        "self.callers is None or name",
+        "name",
+        "test_vllm_dry_run.py::test_mtp_must_follow_the_new_signature",
+    ),
+    "a rank that does not exist": (
+        "dry_run.py",
+        "if stray := [rank for rank in ranks if rank not in range(pp_size)]:",
+        "if stray := []:",
+        "test_vllm_dry_run.py::test_bad_arguments_are_refused_before_a_process_is_started",
+    ),
+    "an unknown guard": (
+        "dry_run.py",
+        "if guard not in GUARDS:",
+        "if False:",
+        "test_vllm_dry_run.py::test_bad_arguments_are_refused_before_a_process_is_started",
+    ),
 }
 
 
-def run_test(node: str, package_parent=None) -> subprocess.CompletedProcess:
-    """One test in a fresh interpreter; `package_parent` holds the copy of glmpp to import."""
-    environment = dict(os.environ)
-    if package_parent is not None:
-        environment |= {"PYTHONPATH": str(package_parent), "GLMPP_MUTANT": str(package_parent)}
+def mutant(guard: str, folder: Path) -> subprocess.CompletedProcess:
+    """Run the guard's test in a fresh interpreter that imports a copy of the package without the guard."""
+    file, old, new, node = MUTATIONS[guard]
+    shutil.copytree(ROOT / "glmpp", folder / "glmpp", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "data").symlink_to(ROOT / "data")
+    source = (folder / "glmpp" / file).read_text()
+    assert old in source, f"{file} has changed: bring the mutation {guard!r} up to date"
+    (folder / "glmpp" / file).write_text(source.replace(old, new))
+    environment = {**os.environ, "PYTHONPATH": str(folder), "GLMPP_MUTANT": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests" / node)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def results(request, tmp_path_factory):
+    """All selected mutants, started at once and run two at a time: each is mostly the import of torch."""
+    chosen = {
+        item.callspec.params["guard"]
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    }
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield {
+            guard: pool.submit(mutant, guard, tmp_path_factory.mktemp("mutant")) for guard in MUTATIONS if guard in chosen
+        }
 
 
 @pytest.mark.mutation
-@pytest.mark.parametrize("guard", MUTATIONS)
-def test_without_the_guard_its_test_fails(guard, tmp_path):
-    file, old, new, node = MUTATIONS[guard]
-    shutil.copytree(ROOT / "glmpp", tmp_path / "glmpp", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "data").symlink_to(ROOT / "data")
-    source = (tmp_path / "glmpp" / file).read_text()
-    assert old in source, f"{file} has changed: bring this mutation up to date"
-    (tmp_path / "glmpp" / file).write_text(source.replace(old, new))
-    result = run_test(node, tmp_path)
+@pytest.mark.parametrize(
+    "guard", [pytest.param(name, marks=[pytest.mark.vllm] * ("test_vllm" in case[3])) for name, case in MUTATIONS.items()]
+)
+def test_without_the_guard_its_test_fails(guard, results):
+    result = results[guard].result()
+    node = MUTATIONS[guard][3]
     assert result.returncode == 1, f"{node} still passes without {guard}\n{result.stdout[-2000:]}{result.stderr[-1000:]}"
     assert "1 failed" in result.stdout
