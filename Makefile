@@ -11,8 +11,9 @@ READY := $(VENV)/.ready
 walkthrough: $(READY)
 	$(BIN)/python tools/walkthrough.py
 
+# JupyterLab refuses to run as root, as in a container, unless told so.
 lab: $(READY)
-	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_start_here.ipynb
 
 test: $(READY)
 	$(BIN)/ruff check .

@@ -5,8 +5,9 @@ before and after, and the ledger), checkpoint (what feeds them), dry_run (the re
 """
 
 from glmpp.checkpoint import Checkpoint, TensorSpec, load_config, reduced_config, synthetic_original, write_checkpoint
-from glmpp.dequant import dequantize, error_stats, quantize
+from glmpp.dequant import dequantize, quantize
 from glmpp.dry_run import DryRunReport, StageReport, dry_run
+from glmpp.error import error_stats
 from glmpp.errors import GlmppError
 from glmpp.loader import Ledger, load_fp8_indexer_wk, load_stage
 from glmpp.notebook import environment, verdict
