@@ -1,12 +1,13 @@
 # make walkthrough  run every notebook in a fresh kernel, write HTML for reviewers to build/
 # make test         run the tests, notebooks included
 # make lab          open JupyterLab at the first notebook
+# make bench        measure against the peers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: walkthrough lab test test-unit notebooks record lint constraints clean
+.PHONY: walkthrough lab test test-unit bench notebooks record lint constraints clean
 
 walkthrough: $(READY)
 	$(BIN)/python tools/walkthrough.py
@@ -23,6 +24,10 @@ test: $(READY)
 # The tests that need no vLLM and no kernel.
 test-unit: $(READY)
 	$(BIN)/python -m pytest -m "not vllm and not notebooks and not mutation"
+
+# Measure against the peers; writes data/measurements.
+bench: $(READY)
+	$(BIN)/python tools/bench_dequant.py
 
 # For committers: execute the notebooks in place.
 notebooks: $(READY)
@@ -43,7 +48,7 @@ constraints: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e ".[lab,vllm,test]"
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e ".[lab,vllm,weights,test]"
 	touch $(READY)
 
 clean:

@@ -131,8 +131,8 @@ def _shift_and_scale(weight: torch.Tensor, grid: torch.Tensor, block: tuple[int,
     blocks = grid.shape[1]
     padded = blocks * block_cols  # >= cols: a ragged last block is filled up in the buffer
     direct = padded == cols and out.dtype == torch.bfloat16
-    # A twelfth of the output at most, so that small tensors stay frugal too.
-    band = max(1, min(_BAND_ELEMENTS, weight.numel() // 12) // padded)
+    # A sixteenth of the output at most, so that small tensors stay frugal too.
+    band = max(1, min(_BAND_ELEMENTS, weight.numel() // 16) // padded)
     # batch_norm sees [samples, channels, elements]. A band inside one block row is samples of its rows, with a factor for
     # each block. Where a band would span several block rows, every row brings its own factors: one sample, more channels.
     per_row = block_rows < band

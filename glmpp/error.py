@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -290,7 +291,9 @@ def effect_in_transformers(
         GlmppError: transformers is missing or too old for the model.
     """
     try:
-        from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tqdm.auto, about widgets that nothing here shows
+            from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
     except ImportError as error:
         raise GlmppError("needs transformers >= 5.6 (pip install 'glmpp[vllm]')") from error
     dropped = ("quantization_config", "architectures", "model_type", "dtype", "index_topk")

@@ -6,10 +6,15 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.dry_run import DIES, DryRunReport
+from glmpp.error import ErrorStats
 from glmpp.loader import LOADED, NOT_REACHED, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, Stage, partition_layers, stage_bytes
 
@@ -146,4 +151,119 @@ def ledger_bars(report: DryRunReport) -> Figure:
         ax.set(xlabel="tensors of the checkpoint", ylim=(len(report.stages) - 0.5, -0.5))
         ax.set_xlim(0, ax.get_xlim()[1] * 1.06)
     plt.close(fig)  # returned, not left for pyplot to show a second time
+    return fig
+
+
+MARKERS = {"FP8 quantisation": (BLUE, "o"), "BF16 rounding": (ORANGE, "s"), "both": (RED, "x")}
+
+
+def error_curves(table: pd.DataFrame) -> Figure:
+    """RMS relative error against magnitude, the three kinds apart (from `error.error_by_magnitude`)."""
+    with plt.style.context(STYLE):
+        fig, ax = plt.subplots(figsize=(8, 3.8))
+        for name, (colour, marker) in MARKERS.items():
+            ax.plot(table.index, table[name], marker=marker, color=colour, ms=5, lw=1.2, label=name)
+        ax.axvline(2.0**-6, color=GREY, lw=1, ls=":")
+        ax.text(2.0**-6 * 1.1, 0.4, "smallest normal code", color="black", va="top", fontsize=8)
+        ax.text(table.index[-1] * 1.3, table["FP8 quantisation"].iloc[-1], "FP8 quantisation\n(and both)", va="center")
+        ax.text(table.index[-1] * 1.3, table["BF16 rounding"].iloc[-1], "BF16 rounding", va="center")
+        ax.set(
+            xscale="log",
+            yscale="log",
+            xlabel="|value| / scale, in FP8 units (448 is the largest code)",
+            ylabel="RMS relative error",
+        )
+        ax.set_xscale("log", base=2)
+        ax.set_xlim(right=table.index[-1] * 30)
+    plt.close(fig)
+    return fig
+
+
+def step_errors(edges: torch.Tensor, shares: dict[str, torch.Tensor]) -> Figure:
+    """Histograms of the quantisation error in units of the FP8 step, one panel each."""
+    with plt.style.context(STYLE):
+        fig, axes = plt.subplots(1, len(shares), figsize=(4.2 * len(shares), 2.8), sharey=True, squeeze=False)
+        for ax, (name, share) in zip(axes[0], shares.items()):
+            ax.stairs(100 * share.numpy(), edges.numpy(), fill=True, color=BLUE)
+            for half in (-0.5, 0.5):
+                ax.axvline(half, color=RED, lw=1, ls="--")
+            ax.set(title=name, xlabel="error / FP8 step", ylabel="% of elements")
+            ax.label_outer()
+    plt.close(fig)
+    return fig
+
+
+def errors_by_layer(table: pd.DataFrame, stages: list[Stage]) -> Figure:
+    """SQNR of every FP8 tensor by layer, and of each stage as a whole (from `error.tensor_errors`)."""
+    with plt.style.context(STYLE):
+        fig, ax = plt.subplots(figsize=(9, 3.4))
+        ax.plot(table.layer, table.sqnr_db, "o", color=BLUE, ms=3.5, alpha=0.5, label="one tensor")
+        for stage in stages:
+            own = table[table.layer.isin(stage.layers)]
+            whole = 10 * np.log10(own.norm_sq.sum() / own.error_sq.sum())
+            ax.plot([stage.layers[0] - 0.4, stage.layers[-1] + 0.4], [whole] * 2, color=RED, lw=2)
+            ax.text(
+                (stage.layers[0] + stage.layers[-1]) / 2,
+                whole,
+                f"stage {stage.rank}\n{whole:.2f} dB",
+                ha="center",
+                va="bottom",
+            )
+        ax.plot([], [], color=RED, lw=2, label="the stage's tensors together")
+        ax.set(xlabel="layer", ylabel="SQNR, dB")
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
+    plt.close(fig)
+    return fig
+
+
+def gallery_panels(original: torch.Tensor, results: dict[str, tuple[torch.Tensor, ErrorStats]]) -> Figure:
+    """log10 of |restored / original|, element by element, for the right dequantisation and the wrong ones."""
+    with plt.style.context(STYLE):
+        fig, axes = plt.subplots(2, 3, figsize=(9, 6.2))
+        for ax, (name, (values, stats)) in zip(axes.flat, results.items()):
+            ratio = (values.abs() / original.abs()).log10().nan_to_num(0, posinf=10, neginf=-10).numpy()
+            # Linear up to a factor of two, logarithmic beyond: a shifted border and ten powers of ten in one scale.
+            image = ax.imshow(ratio, cmap="PuOr", norm=SymLogNorm(0.3, vmin=-10, vmax=10), interpolation="nearest")
+            ax.set_title(f"{name}\n{stats.sqnr_db:.1f} dB", fontsize=9)
+            ax.set(xticks=[0, 128, 256, 384, 512], yticks=[0, 128, 256, 384, 512])
+        ticks = [-10, -3, -1, -0.3, 0, 0.3, 1, 3, 10]
+        fig.colorbar(image, ax=axes, shrink=0.6, label="log10 |restored / original|", ticks=ticks, format="%g")
+    plt.close(fig)
+    return fig
+
+
+def overlap_curves(table: pd.DataFrame, k: int) -> Figure:
+    """Top-k overlap against the length of the context (from `error.overlap_by_context`)."""
+    with plt.style.context(STYLE):
+        fig, ax = plt.subplots(figsize=(7, 3.2))
+        for (name, values), (colour, marker) in zip(table.items(), [(ORANGE, "s"), (BLUE, "o"), (RED, "x")]):
+            ax.plot(table.index, 100 * values, marker=marker, color=colour, label=name)
+            ax.text(table.index[-1] * 1.03, 100 * values.iloc[-1], name, va="center")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(list(table.index), [f"{n:,}" for n in table.index])
+        ax.minorticks_off()
+        ax.set(xlabel="context, tokens", ylabel=f"% of the {k} picked tokens\nthat stay picked")
+        ax.set_xlim(right=table.index[-1] * 1.6)
+    plt.close(fig)
+    return fig
+
+
+def dequantisation_bench(rows: pd.DataFrame, tensor: str) -> Figure:
+    """Time and peak extra memory of every peer at one shape, with the ratio to vLLM's scaled_dequantize."""
+    here = rows[rows.tensor == tensor].set_index("peer").sort_values("seconds_median")
+    reference = here.seconds_median["vLLM scaled_dequantize"]
+    with plt.style.context(STYLE):
+        fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.0), sharey=True, width_ratios=[3, 2])
+        colours = [BLUE if name.startswith("glmpp") else GREY if name.startswith("copy") else ORANGE for name in here.index]
+        left.barh(here.index, 1e3 * here.seconds_median, color=colours)
+        for y, value in enumerate(here.seconds_median):
+            left.text(1e3 * value * 1.06, y, f"{1e3 * value:.1f}  (x{reference / value:.1f})", va="center", fontsize=8)
+        left.set(xscale="log", xlabel="ms, median (in brackets: times faster than vLLM's)")
+        left.set_xlim(right=1e3 * here.seconds_median.max() * 6)
+        extra = (here.peak_extra_bytes / here.output_bytes).clip(lower=0)
+        right.barh(here.index, extra, color=colours)
+        for y, value in enumerate(extra):
+            right.text(value + 0.08, y, f"{value:.2f}", va="center", fontsize=8)
+        right.set(xlabel="peak extra memory / output", xlim=(0, extra.max() * 1.2))
+    plt.close(fig)
     return fig

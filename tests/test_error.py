@@ -9,9 +9,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glmpp.checkpoint import Checkpoint, reduced_config, synthetic_original, write_checkpoint
 from glmpp.dequant import FP8, dequantize, quantize
-from glmpp.error import WRONG, error_stats, fp8_step, gallery, indexer_scores, step_histogram, three_errors, topk_overlap
+from glmpp.error import (
+    WRONG,
+    effect_in_transformers,
+    error_by_magnitude,
+    error_stats,
+    fp8_step,
+    gallery,
+    indexer_scores,
+    original_from,
+    overlap_by_context,
+    step_histogram,
+    tensor_errors,
+    three_errors,
+    topk_overlap,
+)
 from glmpp.errors import GlmppError
+from glmpp.notebook import measurements
 
 
 def uneven(n: int = 576, seed: int = 0) -> torch.Tensor:
@@ -104,3 +120,67 @@ def test_topk_overlap_counts_common_tokens():
     assert topk_overlap(a, torch.tensor([[5.0, 4.0, 0.0, 9.0, 1.0]]), 3) == pytest.approx(2 / 3)
     with pytest.raises(GlmppError, match="6 best of 5"):
         topk_overlap(a, a, 6)
+
+
+def test_a_pair_of_folders_is_compared_tensor_by_tensor(tiny, tmp_path):
+    """An FP8 checkpoint and its BF16 sibling: the same names, found by name, whatever the shards."""
+    bf16_config = {key: value for key, value in tiny.config.items() if key != "quantization_config"}
+    bf16 = write_checkpoint(bf16_config, tmp_path / "bf16", max_shard_bytes=999_999)
+    table = tensor_errors(tiny, original_from(bf16), progress=False)
+    assert set(table.index) == {name for name, spec in tiny.items() if spec.dtype == "F8_E4M3"}
+    assert sorted(set(table.layer)) == list(range(13))
+    name = "model.layers.4.mlp.experts.1.down_proj.weight"
+    codes, scale = (tensor for _, tensor in tiny.read([name, f"{name}_scale_inv"]))
+    (reference,) = (tensor for _, tensor in bf16.read([name]))
+    assert table.sqnr_db[name] == pytest.approx(error_stats(reference, dequantize(codes, scale)).sqnr_db, rel=1e-9)
+    with pytest.raises(GlmppError, match="has no tensor"):
+        tensor_errors(tiny, original_from(Checkpoint([], {}, tmp_path)), progress=False)
+
+
+def test_an_fp8_weight_without_its_scale_is_named(tiny):
+    lost = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    broken = Checkpoint([spec for spec in tiny.values() if spec.name != lost], tiny.config, tiny.directory)
+    with pytest.raises(
+        GlmppError, match=r"safetensors: FP8 tensor 'model\.layers\.0\.self_attn\.o_proj\.weight' has no scale"
+    ):
+        tensor_errors(broken, synthetic_original, progress=False)
+
+
+def test_error_by_magnitude_keeps_the_curves_apart():
+    small = 10 ** (-4 * torch.rand(1200, 1200, generator=torch.Generator().manual_seed(4)))  # enough subnormal codes
+    table = error_by_magnitude(uneven(1200) * small)
+    normal = table[table.index > 2**-4]
+    assert (normal["FP8 quantisation"] > 8 * normal["BF16 rounding"]).all()
+    assert (normal["FP8 quantisation"] < 2**-4).all() and (table["BF16 rounding"] < 2**-8).all()
+    assert table["FP8 quantisation"].iloc[0] > 0.1  # below the smallest normal code
+
+
+def test_overlap_falls_with_the_context_and_is_one_for_the_original():
+    wk = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    versions = {"same": wk, "fp8": dequantize(*quantize(wk)), "noise": torch.randn(64, 512) * 0.02}
+    table = overlap_by_context(wk, versions, [300, 1200, 4000], k=256, heads=8, queries=16)
+    assert (table["same"] == 1).all()
+    assert (table["fp8"] > 0.9).all() and table["fp8"].is_monotonic_decreasing
+    assert table["noise"][4000] < 0.5
+
+
+@pytest.mark.vllm  # transformers comes with the vllm extra
+def test_the_indexer_of_transformers_keeps_most_of_its_picks(config):
+    pytest.importorskip("transformers", minversion="5.6")
+    small = reduced_config(config, num_hidden_layers=4)
+    table, logits, same = effect_in_transformers(small, tokens=256, k=64)
+    assert len(table) == 4 and table.overlap[0] > 0.95 and table.overlap.min() > 0.7
+    assert 0 < logits.relative_frobenius < 0.5 and 0.5 < same < 1
+
+
+def test_committed_measurements_reach_their_targets():
+    """Ratios from `make bench`, on the machine that the file names."""
+    _, rows = measurements("dequant_cpu")
+    times = rows.pivot(index="tensor", columns="peer", values="seconds_median")
+    fresh, into = (times["vLLM scaled_dequantize"] / times[f"glmpp, {way}"] for way in ("fresh output", "into out="))
+    assert fresh["[6144, 6144]"] >= 8 and into["[6144, 6144]"] >= 15
+    assert (into.dropna() > 1).all() and (fresh.dropna() > 1).all()
+    exact = rows[rows.peer.isin(["vLLM scaled_dequantize", "naive expression"]) & rows.seconds_median.notna()]
+    assert exact.same_bits_as_glmpp.all()
+    extra = rows[rows.peer == "glmpp, into out="]
+    assert (extra.peak_extra_bytes < 0.1 * extra.output_bytes).all()
