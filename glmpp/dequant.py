@@ -121,7 +121,7 @@ def _fits_shift(grid: torch.Tensor, out: torch.Tensor) -> bool:
     smallest, largest = grid.aminmax()
     if not (smallest >= 0 and largest < 2.0**8) or torch.signbit(grid).any():
         return False
-    subnormal = torch.tensor(1, dtype=torch.int32).view(torch.float32)
+    subnormal = torch.tensor(1, dtype=torch.int32, device="cpu").view(torch.float32)
     return out.device.type == "cpu" and bool(subnormal * _BIAS_GAP > 0)
 
 
@@ -139,11 +139,13 @@ def _shift_and_scale(weight: torch.Tensor, grid: torch.Tensor, block: tuple[int,
     if per_row and block_rows > 1:
         factors = factors.repeat_interleave(block_rows, 0)[:rows]
     band = min(band, rows if per_row else block_rows)
-    buffer = torch.zeros(band, padded, dtype=torch.int16)
+    # Types and devices are all spelt out: vLLM loads under a default dtype of bfloat16 and a default device.
+    buffer = torch.zeros(band, padded, dtype=torch.int16, device="cpu")
     step = rows if per_row else block_rows
     channels = (band if per_row else 1) * blocks
-    mean, variance = torch.zeros(channels), torch.ones(channels)
-    bias, unused = torch.full((channels,), -0.0), (torch.empty(0), torch.empty(0))
+    float32 = {"dtype": torch.float32, "device": "cpu"}
+    mean, variance = torch.zeros(channels, **float32), torch.ones(channels, **float32)
+    bias, unused = torch.full((channels,), -0.0, **float32), (torch.empty(0, **float32), torch.empty(0, **float32))
     for first in range(0, rows, step):
         last = min(first + step, rows)
         for start in range(first, last, band):

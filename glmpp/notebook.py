@@ -53,8 +53,9 @@ def environment() -> pd.DataFrame:
 def verdict(claim: str, *, expected: Any, got: Any) -> None:
     """Print `claim: expected …, got …, match: True`, or fail the cell with the same line."""
     match = expected == got
-    assert match, f"{claim}: expected {expected}, got {got}, match: False"
-    print(f"{claim}: expected {_short(expected)}, got {_short(got)}, match: {match}")
+    line = f"{claim}: expected {_short(expected)}, got {_short(got)}, match: {match}"
+    assert match, line
+    print(line)
 
 
 def _short(value: Any, limit: int = 90) -> str:

@@ -258,6 +258,28 @@ def test_flushed_subnormals_take_the_slow_path():
         torch.set_flush_denormal(False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_and_device_of_the_caller_do_not_matter(dtype):
+    """vLLM loads weights under a default dtype of bfloat16 and a default device."""
+    generator = torch.Generator().manual_seed(7)
+    cases = [
+        (quantize(torch.randn(300, 260, generator=generator)), (128, 128)),
+        (quantize(torch.randn(9, 64), (1, 32)), (1, 32)),
+    ]
+    exponents = torch.randint(100, 140, (3, 3), dtype=torch.uint8)
+    cases.append(((cases[0][0][0], exponents), (128, 128)))
+    expected = [dequantize(*pair, block) for pair, block in cases]
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            got = [dequantize(*pair, block) for pair, block in cases]
+            codes, scale = quantize(torch.ones(3, 3, dtype=torch.float32, device="cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(got, expected))
+    assert scale.dtype == torch.float32 and codes.device.type == "cpu"
+
+
 MEASURE_MEMORY = """
 import resource, sys, torch
 from glmpp.dequant import dequantize

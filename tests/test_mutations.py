@@ -228,9 +228,15 @@ MUTATIONS = {
     ),
     "the sign of zeros": (
         "dequant.py",
-        "torch.full((channels,), -0.0)",
-        "torch.full((channels,), 0.0)",
+        "torch.full((channels,), -0.0,",
+        "torch.full((channels,), 0.0,",
         "test_dequant.py::test_fast_and_slow_path_agree_on_the_real_shapes_and_any_strides",
+    ),
+    "types and devices spelt out": (
+        "dequant.py",
+        'float32 = {"dtype": torch.float32, "device": "cpu"}',
+        "float32 = {}",
+        "test_dequant.py::test_the_default_dtype_and_device_of_the_caller_do_not_matter",
     ),
     "the band that bounds the memory": (
         "dequant.py",
