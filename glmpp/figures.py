@@ -160,7 +160,7 @@ MARKERS = {"FP8 quantisation": (BLUE, "o"), "BF16 rounding": (ORANGE, "s"), "bot
 def error_curves(table: pd.DataFrame) -> Figure:
     """RMS relative error against magnitude, the three kinds apart (from `error.error_by_magnitude`)."""
     with plt.style.context(STYLE):
-        fig, ax = plt.subplots(figsize=(8, 3.8))
+        fig, ax = plt.subplots(figsize=(7.2, 3.4))
         for name, (colour, marker) in MARKERS.items():
             ax.plot(table.index, table[name], marker=marker, color=colour, ms=5, lw=1.2, label=name)
         ax.axvline(2.0**-6, color=GREY, lw=1, ls=":")
@@ -217,13 +217,21 @@ def errors_by_layer(table: pd.DataFrame, stages: list[Stage]) -> Figure:
 
 
 def gallery_panels(original: torch.Tensor, results: dict[str, tuple[torch.Tensor, ErrorStats]]) -> Figure:
-    """log10 of |restored / original|, element by element, for the right dequantisation and the wrong ones."""
+    """log10 of |restored / original|, medians of 8 x 8 elements, for the right dequantisation and the wrong ones."""
     with plt.style.context(STYLE):
-        fig, axes = plt.subplots(2, 3, figsize=(9, 6.2))
+        fig, axes = plt.subplots(2, 3, figsize=(8, 5.4))
         for ax, (name, (values, stats)) in zip(axes.flat, results.items()):
-            ratio = (values.abs() / original.abs()).log10().nan_to_num(0, posinf=10, neginf=-10).numpy()
+            ratio = (values.abs() / original.abs()).log10().nan_to_num(0, posinf=10, neginf=-10)
+            n = len(ratio) // 8
+            ratio = ratio[: n * 8, : n * 8].view(n, 8, n, 8).transpose(1, 2).flatten(2).median(-1).values.numpy()
             # Linear up to a factor of two, logarithmic beyond: a shifted border and ten powers of ten in one scale.
-            image = ax.imshow(ratio, cmap="PuOr", norm=SymLogNorm(0.3, vmin=-10, vmax=10), interpolation="nearest")
+            image = ax.imshow(
+                ratio,
+                cmap="PuOr",
+                norm=SymLogNorm(0.3, vmin=-10, vmax=10),
+                extent=(0, 8 * n, 8 * n, 0),
+                interpolation="nearest",
+            )
             ax.set_title(f"{name}\n{stats.sqnr_db:.1f} dB", fontsize=9)
             ax.set(xticks=[0, 128, 256, 384, 512], yticks=[0, 128, 256, 384, 512])
         ticks = [-10, -3, -1, -0.3, 0, 0.3, 1, 3, 10]

@@ -6,6 +6,8 @@ Prints a table notebook / seconds / verdicts passed; ends non-zero if a cell fai
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import os
 import re
 import sys
@@ -17,6 +19,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
+from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,8 +93,19 @@ def tidy(cell: nbformat.NotebookNode) -> None:
             output.text = "\n".join(lines)
             if not output.text.strip():
                 continue
+        if png := output.get("data", {}).get("image/png"):
+            output.data["image/png"] = palette(png)
         kept.append(output)
     cell.outputs = kept
+
+
+def palette(png: str) -> str:
+    """A base64 PNG with 256 colours on white, a third of the size: enough for figures with a handful of them."""
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA")
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    buffer = io.BytesIO()
+    flat.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def count_verdicts(notebook: nbformat.NotebookNode) -> tuple[int, int]:
