@@ -41,13 +41,13 @@ def dequantize(
         out: written in place and returned, [rows, cols], any strides (a row slice of a fused parameter will do).
         dtype: of the result when there is no `out`.
         backend: "torch", "triton" (CUDA), or "auto": triton for CUDA tensors, torch for all others.
-        check: refuse scales that are negative, NaN or infinite.
+        check: refuse scales that are negative, NaN or infinite, and look for NaN codes (on a GPU two reads of the weight).
 
     Raises:
         GlmppError: dtype or shape does not fit; the message names both shapes. Nothing is inferred from a division.
 
     Warns:
-        UserWarning: the weight holds NaN codes (0x7f, 0xff); they stay NaN. Checked on the CPU only.
+        UserWarning: the weight holds NaN codes (0x7f, 0xff); they stay NaN.
     """
     if backend not in ("auto", "torch", "triton"):
         raise GlmppError(f"backend {backend!r} is unknown; choose 'auto', 'torch' or 'triton'")
@@ -66,16 +66,15 @@ def dequantize(
             f"scale {bad} of shape {list(scale_inv.shape)} is {grid[tuple(bad)].item()}: expected finite and >= 0"
         )
 
+    on_cpu = weight.device.type == "cpu"
+    nan_codes = _count_nan_codes(weight) if check or on_cpu else 0
+    if nan_codes:
+        warnings.warn(f"the weight {list(weight.shape)} holds {nan_codes} NaN codes; they stay NaN", stacklevel=2)
     if backend == "triton" or (backend == "auto" and weight.is_cuda):
         from glmpp.triton_dequant import launch
 
         launch(weight, grid, block, out)
-    elif weight.device.type != "cpu":
-        _multiply(weight, grid, block, out)
-    elif nan_codes := _count_nan_codes(weight):
-        warnings.warn(f"the weight {list(weight.shape)} holds {nan_codes} NaN codes; they stay NaN", stacklevel=2)
-        _multiply(weight, grid, block, out)
-    elif _fits_shift(grid, out):
+    elif on_cpu and not nan_codes and _fits_shift(grid, out):
         _shift_and_scale(weight, grid, block, out)
     else:
         _multiply(weight, grid, block, out)

@@ -365,3 +365,12 @@ def test_triton_on_a_gpu_equals_the_cpu(shape, dtype):
     fused = torch.zeros(shape[0] + 32, shape[1], dtype=dtype, device="cuda")
     got = dequantize(weight.cuda(), scale.cuda(), out=fused[: shape[0]])
     assert torch.equal(got.cpu(), dequantize(weight, scale, dtype=dtype)) and not fused[shape[0] :].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_nan_codes_on_a_gpu_stay_nan_and_are_reported():
+    weight = torch.tensor([[0x38, 0xFF]], dtype=torch.uint8).view(FP8).cuda()
+    with pytest.warns(UserWarning, match="holds 1 NaN codes"):
+        restored = dequantize(weight, torch.ones(1, 1, device="cuda"))
+    assert torch.isnan(restored).tolist() == [[False, True]]
