@@ -181,6 +181,12 @@ def _count_nan_codes(weight: torch.Tensor) -> int:
     return int((codes & 0x7F == 0x7F).sum())
 
 
+def spread(scale_inv: torch.Tensor, shape: torch.Size, block_size: tuple[int, int]) -> torch.Tensor:
+    """The scale of every element: the grid repeated over its blocks and cut to `shape`."""
+    full = scale_inv.repeat_interleave(block_size[0], 0).repeat_interleave(block_size[1], 1)
+    return full[: shape[0], : shape[1]]
+
+
 def quantize(
     weight: torch.Tensor, block_size: tuple[int, int] = (128, 128), power_of_two: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,8 +213,7 @@ def quantize(
     scale = torch.where(scale > 0, scale, 1.0)
     if power_of_two:
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
-    spread = scale.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(block_cols, 1)[:, :cols]
-    return (values / spread).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale
+    return (values / spread(scale, values.shape, block_size)).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
 def _as_grid(

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from glmpp.checkpoint import Checkpoint, TensorSpec
-from glmpp.dequant import dequantize, quantize
+from glmpp.dequant import dequantize, quantize, spread
 from glmpp.errors import GlmppError
 
 
@@ -53,12 +53,6 @@ def error_stats(original: torch.Tensor, restored: torch.Tensor) -> ErrorStats:
     index = torch.unravel_index(error.abs().argmax(), error.shape)
     sqnr = math.inf if relative == 0 else -20 * math.log10(relative)
     return ErrorStats(relative, sqnr, error.abs().max().item(), tuple(int(i) for i in index))
-
-
-def spread(scale_inv: torch.Tensor, shape: torch.Size, block_size: tuple[int, int]) -> torch.Tensor:
-    """The scale of every element: the grid repeated over its blocks and cut to `shape`."""
-    full = scale_inv.repeat_interleave(block_size[0], 0).repeat_interleave(block_size[1], 1)
-    return full[: shape[0], : shape[1]]
 
 
 def fp8_step(original: torch.Tensor, scale_inv: torch.Tensor, block_size: tuple[int, int] = (128, 128)) -> torch.Tensor:

@@ -22,8 +22,7 @@ import torch
 from tqdm import tqdm
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.dequant import dequantize, quantize
-from glmpp.error import spread
+from glmpp.dequant import dequantize, quantize, spread
 from glmpp.notebook import DATA, GLM_CONFIG
 
 BLOCK = (128, 128)
