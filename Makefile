@@ -48,7 +48,7 @@ constraints: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e ".[lab,vllm,weights,test]"
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e ".[lab,vllm,readers,weights,test]"
 	touch $(READY)
 
 clean:

@@ -32,12 +32,14 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HUMMING_DISABLE_PARALLEL_BUILD="1",  # vLLM >= 0.32 starts background compiles from an import
     TQDM_DISABLE="1",
+    VLLM_ALLOW_LONG_MAX_MODEL_LEN="1",  # the length asked for is nominal: nothing is generated
 )
 # jsonschema imports it where it is installed (JupyterLab brings it) and builds a grammar for 3.6 s; vLLM never uses it.
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from glmpp.loader import WriteRecorder
 
 HELPER = "_try_load_fp8_indexer_wk"
 STAND_INS = {
@@ -109,14 +111,6 @@ def pretend_rank(rank: int, size: int) -> None:
 # --- guards -------------------------------------------------------------------------------------------------------
 
 
-def missing_prefixes(model: torch.nn.Module) -> list[str]:
-    """The model's placeholder prefixes, afresh: vLLM's own list is cached by id(model), and ids are reused."""
-    from vllm.model_executor.models import utils
-
-    kinds = tuple(getattr(utils, name) for name in ("PPMissingLayer", "StageMissingLayer") if hasattr(utils, name))
-    return [f"{name}." for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
 class Guard:
     """Puts the wanted helper into every vLLM module that calls it, and remembers the buffers it was given."""
 
@@ -135,7 +129,7 @@ class Guard:
         """Patch the modules that are loaded by now; returns their names."""
         patched = []
         for name, module in list(sys.modules.items()):
-            if not name.startswith("vllm.") or not hasattr(module, HELPER) or self.mode == "installed":
+            if not name.startswith("vllm.") or not hasattr(module, HELPER) or self.mode in ("installed", "loader"):
                 continue
             original = self.originals.setdefault(name, getattr(module, HELPER))
             if self.mode == "helper":
@@ -154,8 +148,13 @@ class Guard:
         def call(name, tensor, buffer, params, loaded, *_, **__):
             if not any(buffer is known for known in self.buffers):
                 self.buffers.append(buffer)
-            model = sys._getframe(1).f_locals["self"]  # the model whose load_weights is calling
+            frame = sys._getframe(1)
+            while not isinstance(frame.f_locals.get("self"), torch.nn.Module):
+                frame = frame.f_back
+            model = frame.f_locals["self"]  # the model whose load_weights is calling
             if id(model) not in self.missing:  # reset() before every load, so that no id is a dead model's
+                from glmpp.vllm_plugin import missing_prefixes
+
                 self.missing[id(model)] = missing_prefixes(model)
             return self.helper(name, tensor, buffer, params, loaded, self.missing[id(model)])
 
@@ -173,33 +172,6 @@ class Guard:
 
 
 # --- one stage ----------------------------------------------------------------------------------------------------
-
-
-class WriteRecorder(TorchDispatchMode):
-    """Sees every in-place write into a parameter, whichever loader made it, and which tensor was in flight."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.names = {p.untyped_storage()._cdata: name for name, p in model.named_parameters()}
-        self.written = dict.fromkeys(self.names.values(), 0)
-        self.order: list[str] = []
-        self.stored: set[str] = set()
-
-    def hand_over(self, weights):
-        for name, tensor in weights:
-            self.order.append(name)
-            yield name, tensor
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.is_mutable:
-            for value, argument in zip(args, func._schema.arguments):
-                if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(value, torch.Tensor):
-                    continue
-                name = self.names.get(value.untyped_storage()._cdata)
-                if name is not None:
-                    self.written[name] += value.numel()
-                    self.stored.update(self.order[-1:])
-        return func(*args, **(kwargs or {}))
 
 
 class Stages:
@@ -221,7 +193,7 @@ class Stages:
         config = EngineArgs(
             model=self.request["model"],
             skip_tokenizer_init=True,
-            load_format="safetensors",
+            load_format="glmpp" if self.request["guard"] == "loader" else "safetensors",
             enforce_eager=True,
             max_model_len=2048,
             pipeline_parallel_size=size,
@@ -232,15 +204,27 @@ class Stages:
         return config
 
     def loader(self, config, recorder: WriteRecorder):
-        """vLLM's default loader, its source replaced by meta tensors unless real bytes are asked for."""
-        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+        """The loader that vLLM chooses, its source replaced by meta tensors unless real bytes are asked for."""
+        from vllm.model_executor.model_loader import get_model_loader
 
-        meta = self.request["weights"] == "meta"
+        from glmpp.vllm_plugin import StageModelLoader
 
-        class Loader(DefaultModelLoader):
+        meta, chosen = self.request["weights"] == "meta", type(get_model_loader(config.load_config))
+
+        class Loader(chosen):
             def get_all_weights(loader, model_config, model):
-                source = self.meta_tensors() if meta else super().get_all_weights(model_config, model)
-                return recorder.hand_over(source)
+                return recorder.hand_over(super().get_all_weights(model_config, model))
+
+            def _get_weights_iterator(loader, source):
+                if not meta:
+                    return super()._get_weights_iterator(source)
+                if not isinstance(loader, StageModelLoader):
+                    return self.meta_tensors()
+                return loader.selection.counted(pair for pair in self.meta_tensors() if loader.selection.wants(pair[0]))
+
+            def check(loader, left, model, model_config):
+                if not meta:  # meta tensors have no addresses to watch: `account` goes by the operators instead
+                    super().check(left, model, model_config)
 
         return Loader(config.load_config)
 
@@ -257,7 +241,7 @@ class Stages:
         utils._model_to_pp_missing_layer_names.clear()  # keyed by id(model): see missing_prefixes
         result = {"verdict": "cannot be built"}
         started = time.perf_counter()
-        model = recorder = None
+        model = recorder = loader = None
         try:
             config = self.vllm_config(rank, size, drafter)
             model_config = config.speculative_config.draft_model_config if drafter else config.model_config
@@ -270,19 +254,23 @@ class Stages:
                 recorder = WriteRecorder(model)
                 result["verdict"] = "dies"
                 started = time.perf_counter()
+                loader = self.loader(config, recorder)
                 with recorder:
-                    self.loader(config, recorder).load_weights(model, model_config)
+                    loader.load_weights(model, model_config)
             result["verdict"] = "loads"
         except Exception as error:
             result.update(describe(error), tensor=recorder.order[-1] if recorder and recorder.order else None)
         result["load_seconds" if model is not None else "build_seconds"] = time.perf_counter() - started
         if model is not None:
-            result.update(self.account(model, recorder, drafter))
+            selection = getattr(loader, "selection", None)
+            result.update(self.account(model, recorder, selection, drafter, model_config))
             result["model_class"] = f"{type(model).__module__}.{type(model).__qualname__}"
         return result
 
-    def account(self, model: torch.nn.Module, recorder: WriteRecorder, drafter: bool) -> dict:
+    def account(self, model: torch.nn.Module, recorder: WriteRecorder, selection, drafter: bool, model_config) -> dict:
         """What became of every tensor and parameter, from the writes that were seen."""
+        from glmpp.vllm_plugin import accounted, missing_prefixes
+
         missing = tuple(missing_prefixes(model))
         config = self.request["config"]
         first, count = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
@@ -290,9 +278,10 @@ class Stages:
         # A buffered pair is stored when its second half arrives: the write credits both.
         stems = {re.sub(r"_scale(_inv)?$", "", name) for name in recorder.stored if re.search(r"\.weight(_scale)?", name)}
         reached = set(recorder.order)
+        dropped = set() if selection is None else {name for name, *_ in self.specs if not selection.wants(name)}
 
         def column(name: str) -> str:
-            if name not in reached:
+            if name not in reached and name not in dropped:
                 return "not reached"
             if name in recorder.stored or re.sub(r"_scale(_inv)?$", "", name) in stems:
                 return "loaded"
@@ -312,9 +301,11 @@ class Stages:
         sizes = {name: p.numel() for name, p in model.named_parameters()}
         account = {
             "handed_over": len(recorder.order),
+            "order": hashlib.sha256("\n".join(recorder.order).encode()).hexdigest(),
             "columns": runs,
             "parameters": {name: [recorder.written[name], size] for name, size in sizes.items()},
             "missing_prefixes": list(missing),
+            "accounted": accounted(recorder.left_at_init(), model, model_config),
             "pending": {  # what the helper still holds back
                 layer: sum(t.nbytes for t in parts.values())
                 for buffer in self.guard.buffers
@@ -342,7 +333,7 @@ def trim(path: str) -> str:
 def describe(error: BaseException) -> dict:
     """Exception type, message, key, where in vLLM (or in the kit's helper) it rose, and the trimmed traceback."""
     frames = [(trim(f.filename), f.lineno, f.name, f.line) for f in traceback.extract_tb(error.__traceback__)]
-    shown = [f for f in frames if f[0].startswith("vllm/") or f[0] == "glmpp/loader.py"]
+    shown = [f for f in frames if f[0].startswith("vllm/") or f[0] in ("glmpp/loader.py", "glmpp/vllm_plugin.py")]
     file, line, function, _ = shown[-1] if shown else frames[-1]
     message = re.sub(r"(?<![\w.])/[\w./-]+/(?=(?:vllm|torch|glmpp|transformers)/)", "", str(error))
     return {
@@ -384,6 +375,10 @@ def serve(request: dict, send) -> None:
     init_groups(world["rank"], world["size"], world["init_file"])
     stand_ins = {**STAND_INS, "pipeline group": RANK_STAND_IN} if world["size"] == 1 else STAND_INS
     send({"kind": "ready", "versions": versions(), "stand_ins": stand_ins})
+    if request["kind"] == "load_time":
+        from glmpp._load_time_child import measure
+
+        measure(request, send)
     stages = Stages(request)
     for run in request["runs"]:
         if world["size"] == 1:

@@ -24,20 +24,13 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from glmpp.checkpoint import Checkpoint
+from glmpp.checkpoint import Checkpoint, text_config
 from glmpp.errors import GlmppError
 from glmpp.loader import Ledger
 from glmpp.partition import PARTITION_VARIABLE, Stage, make_stages
 
-GUARDS = ("installed", "off", "helper")
+GUARDS = ("installed", "off", "helper", "loader")
 LOADS, DIES, CANNOT_BUILD, LEAVES_AT_INIT = "loads", "dies", "cannot be built", "loads, leaves parameters at init"
-
-# Parameters of the MTP drafter that the checkpoint does not hold, by suffix, and where vLLM takes them from
-# (`vllm/v1/spec_decode/llm_base_proposer.py` in 0.22.1, after loading).
-SHARED_BY_DRAFTER = {
-    "shared_head.head.weight": "the main model's lm_head, shared after loading",
-    "model.embed_tokens.weight": "the main model's embedding, shared after loading",
-}
 
 
 @dataclass
@@ -50,6 +43,7 @@ class StageReport:
         exception, message, key, place, function: of the death: its type, text, the KeyError's key, `file:line` in vLLM.
         tensor: the checkpoint tensor that was handed over last.
         handed_over: tensors handed over before the end, good or bad.
+        order: SHA-256 of their names in the order in which they came.
         ledger: every tensor and every parameter, from the writes that were observed; None if the model was not built.
         missing_prefixes: vLLM's placeholders on this stage, as dot-terminated prefixes.
         accounted: parameters left at init that are no fault -> why.
@@ -71,6 +65,7 @@ class StageReport:
     traceback: list[str] = field(default_factory=list)
     model_class: str | None = None
     handed_over: int = 0
+    order: str | None = None
     ledger: Ledger | None = None
     missing_prefixes: list[str] = field(default_factory=list)
     accounted: dict[str, str] = field(default_factory=dict)
@@ -181,7 +176,8 @@ def dry_run(
         checkpoint: from a folder or from a config alone.
         pp_size: pipeline stages.
         guard: "installed": vLLM as it is; "off": the skip taken away (a release without one is unchanged);
-            "helper": `helper` in place of vLLM's.
+            "helper": `helper` in place of vLLM's; "loader": nothing patched, the load format "glmpp" decides what is
+            handed over.
         ranks: stages to run; default all.
         layer_counts: layers per stage, handed to vLLM as VLLM_PP_LAYER_PARTITION.
         helper: "module:function" with the signature of `glmpp.loader.load_fp8_indexer_wk`, for guard "helper".
@@ -215,6 +211,7 @@ def dry_run(
     if control and pp_size > 1 and not real_group:
         runs.append({"rank": 0, "size": 1, "drafter": False, "control": True})
     request = {
+        "kind": "dry_run",
         "config": checkpoint.config,
         "tensors": [(spec.name, spec.dtype, spec.shape) for spec in checkpoint.values()],
         "guard": guard,
@@ -340,7 +337,7 @@ class _Child:
         try:
             for line in self.pipe:
                 messages.append(json.loads(line))
-                bar.update(messages[-1]["kind"] == "stage")
+                bar.update(messages[-1]["kind"] in ("stage", "load"))
         finally:
             self.pipe.close()
             ended = bool(messages) and messages[-1]["kind"] == "end"
@@ -360,7 +357,7 @@ class _Child:
 
 def _stage_report(message: dict, checkpoint: Checkpoint, stages: list[Stage]) -> StageReport:
     stage = (
-        make_stages(checkpoint.config, 1, [checkpoint.config["num_hidden_layers"]])[0]
+        make_stages(checkpoint.config, 1, [text_config(checkpoint.config)["num_hidden_layers"]])[0]
         if message["control"]
         else stages[message["rank"]]
     )
@@ -370,9 +367,6 @@ def _stage_report(message: dict, checkpoint: Checkpoint, stages: list[Stage]) ->
         columns = (column for column, count in message["columns"] for _ in range(count))
         parameters = {name: tuple(counts) for name, counts in message["parameters"].items()}
         report.ledger = Ledger(dict(zip(checkpoint, columns, strict=True)), parameters)
-        if report.drafter:
-            reasons = [(name, why) for name in parameters for end, why in SHARED_BY_DRAFTER.items() if name.endswith(end)]
-            report.accounted = {name: why for name, why in reasons if name in report.ledger.left_at_init}
         if report.verdict == LOADS and set(report.ledger.left_at_init) - set(report.accounted):
             report.verdict = LEAVES_AT_INIT
     return report

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from glmpp.checkpoint import Checkpoint, TensorSpec
+from glmpp.checkpoint import Checkpoint, TensorSpec, text_config
 from glmpp.errors import GlmppError
 
 PARTITION_VARIABLE = "VLLM_PP_LAYER_PARTITION"
@@ -62,6 +64,31 @@ def _parse_counts(layer_counts: list[int] | str, num_layers: int, pp_size: int) 
             f"{PARTITION_VARIABLE}={layer_counts!r} adds up to {sum(counts)} layers, the model has {num_layers}"
         )
     return counts
+
+
+class Prefixes:
+    """Dot-terminated prefixes, made to be asked 100,000 times whether a name lies under one of them.
+
+    Of nested prefixes the outer one is kept. Then at most one can cover a name, the last one that sorts before it, so
+    that the time for a name does not grow with the number of prefixes.
+    """
+
+    def __init__(self, prefixes: Iterable[str]):
+        self._sorted: list[str] = []
+        for prefix in sorted(prefixes):
+            if not (self._sorted and prefix.startswith(self._sorted[-1])):
+                self._sorted.append(prefix)
+
+    def cover(self, name: str) -> bool:
+        """Whether `name` begins with one of the prefixes."""
+        at = bisect_right(self._sorted, name)
+        return at > 0 and name.startswith(self._sorted[at - 1])
+
+    def uncovered(self, names: Iterable[str]) -> list[str]:
+        """The names that none of the prefixes covers, in one pass."""
+        before = ["\0", *self._sorted]  # no name begins with the first: it stands for "sorts before all prefixes"
+        prefixes = self._sorted
+        return [name for name in names if not name.startswith(before[bisect_right(prefixes, name)])]
 
 
 @dataclass(frozen=True)
@@ -132,8 +159,9 @@ def make_stages(
     """All stages of a model, from its config.json.
 
     Raises:
-        GlmppError: a stage would hold no layer (`pp_size` above the layer count), or a bad `layer_counts`.
+        GlmppError: a stage would hold no layer (`pp_size` above the layer count), a bad `layer_counts`, or no layer count.
     """
+    config = text_config(config)
     num_layers = config["num_hidden_layers"]
     if pp_size > num_layers:
         raise GlmppError(f"{pp_size} stages for {num_layers} layers: at least one stage would hold no layer")

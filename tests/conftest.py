@@ -9,7 +9,6 @@ import pytest
 
 import glmpp
 from glmpp.checkpoint import Checkpoint, load_config, reduced_config, write_checkpoint
-from glmpp.notebook import GLM_CONFIG
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,7 +24,7 @@ def no_partition_variable(monkeypatch):
 
 @pytest.fixture(scope="session")
 def config() -> dict:
-    return load_config(GLM_CONFIG)
+    return load_config(ROOT / "data" / "glm-5.1-fp8" / "config.json")
 
 
 @pytest.fixture(scope="session")

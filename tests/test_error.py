@@ -72,7 +72,8 @@ def test_quantisation_stays_within_half_a_step(seed):
     codes, scale = quantize(original)
     edges, share = step_histogram(original, dequantize(codes, scale, dtype=torch.float32), scale)
     assert share.sum().item() == pytest.approx(1)
-    assert share[(edges[:-1] < -0.51) | (edges[1:] > 0.51)].sum() == 0
+    # A tie, 0.5 exactly, can come out as 0.50000003 after the division by the step: the bin beside the edge is allowed.
+    assert share[(edges[:-1] < -0.56) | (edges[1:] > 0.56)].sum() == 0
 
 
 def test_three_errors_are_three_different_things():

@@ -14,6 +14,8 @@ from glmpp.loader import (
     LOADED,
     UNEXPECTED,
     Ledger,
+    WriteLog,
+    WriteRecorder,
     first_foreign_pair,
     load_fp8_indexer_wk,
     load_fp8_indexer_wk_late_skip,
@@ -250,3 +252,74 @@ def test_first_foreign_pair_is_where_the_unguarded_helper_dies_in_any_order(tiny
                 load_stage(tiny, stage, helper=load_fp8_indexer_wk_unguarded, weights=weights)
             assert error.value.args[0] == first_foreign_pair(names, stage)
     assert first_foreign_pair(tiny, make_stages(tiny.config, 1)[0]) is None
+
+
+# --- which parameters were written --------------------------------------------------------------------------------
+
+
+class Written(torch.nn.Module):
+    """A matrix, a fused pair, four experts, a scalar."""
+
+    def __init__(self):
+        super().__init__()
+        for name, shape in {"matrix": (6, 4), "fused": (8, 4), "experts": (4, 6, 3), "scale": (1,)}.items():
+            setattr(self, name, torch.nn.Parameter(torch.zeros(shape), requires_grad=False))
+
+
+WRITES = {
+    "copy_ of the whole": (lambda m: m.matrix.data.copy_(torch.ones(6, 4)), "matrix"),
+    "slice assignment": (lambda m: m.matrix.data.__setitem__(slice(None), 1.0), "matrix"),
+    "fill_ of a scalar": (lambda m: m.scale.data.fill_(2.0), "scale"),
+    "rows and a fill_ of the rest": (lambda m: (m.matrix.data[:4].copy_(torch.ones(4, 4)), m.matrix[4:].fill_(0)), "matrix"),
+    "columns, as tensor parallelism": (
+        lambda m: [m.matrix.data.narrow(1, i, 2).copy_(torch.ones(6, 2)) for i in (0, 2)],
+        "matrix",
+    ),
+    "both shards": (lambda m: [m.fused.data.narrow(0, i, 4).copy_(torch.ones(4, 4)) for i in (0, 4)], "fused"),
+    "expert by expert": (lambda m: [m.experts.data[i].copy_(torch.ones(6, 3)) for i in range(4)], "experts"),
+    "index_copy_": (lambda m: m.matrix.data.index_copy_(0, torch.arange(6), torch.ones(6, 4)), "matrix"),
+    "advanced indexing": (lambda m: m.matrix.data.__setitem__(torch.arange(6), torch.ones(6, 4)), "matrix"),
+    "one shard of two": (lambda m: m.fused.data[:4].copy_(torch.ones(4, 4)), None),
+    "one shard twice": (lambda m: [m.fused.data[:4].copy_(torch.ones(4, 4)) for _ in range(2)], None),
+    "an expert missing": (lambda m: [m.experts.data[i].copy_(torch.ones(6, 3)) for i in (0, 1, 3)], None),
+    "half an expert missing": (
+        lambda m: [
+            m.experts.data[i, a : a + 3].copy_(torch.ones(3, 3)) for i in range(4) for a in (0, 3) if (i, a) != (2, 3)
+        ],
+        None,
+    ),
+    "the same padding in each expert": (
+        lambda m: [m.experts.data[i, :4].copy_(torch.ones(4, 3)) for i in range(4)],
+        "experts",
+    ),
+    "replaced as a whole": (lambda m: setattr(m.matrix, "data", torch.ones(6, 4)), "matrix"),
+    "a read": (lambda m: m.matrix.sum(), None),
+}
+
+
+@pytest.mark.parametrize("case", WRITES)
+def test_the_log_of_writes_knows_what_is_left_at_init(case):
+    write, filled = WRITES[case]
+    model = Written()
+    with WriteLog(model) as log:
+        write(model)
+    assert log.left_at_init() == [name for name in ("matrix", "fused", "experts", "scale") if name != filled]
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in WRITES if case not in ("one shard twice", "the same padding in each expert")]
+)
+def test_the_recorder_of_operators_agrees_with_the_log(case):
+    write, _ = WRITES[case]
+    model, other = Written(), Written()
+    with WriteLog(model) as log:
+        write(model)
+    with WriteRecorder(other) as recorder:
+        write(other)
+    assert recorder.left_at_init() == log.left_at_init()
+
+
+def test_the_log_puts_torchs_methods_back_even_after_an_error():
+    with pytest.raises(RuntimeError), WriteLog(Written()):
+        torch.zeros(2).copy_(torch.zeros(3))
+    assert torch.Tensor.__dict__.keys().isdisjoint({*WriteLog.METHODS, "__setitem__"})

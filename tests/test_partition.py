@@ -15,6 +15,7 @@ from glmpp.partition import (
     OWN,
     SPECULATIVE,
     UNKNOWN,
+    Prefixes,
     Stage,
     balance,
     make_stages,
@@ -158,3 +159,16 @@ def test_balance_of_glm_5_1_cuts_the_largest_stage_at_pp_4(full):
     default = max(stage_bytes(full, make_stages(full.config, 4)))
     balanced = max(stage_bytes(full, make_stages(full.config, 4, balance(full, 4))))
     assert balanced < 0.97 * default
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from(["a", "ab", "b", "1", "11"]), min_size=1, max_size=4).map(lambda p: ".".join(p) + ".")
+    ),
+    st.lists(st.lists(st.sampled_from(["a", "ab", "b", "1", "11", "z"]), min_size=1, max_size=5).map(".".join)),
+)
+def test_prefixes_cover_what_startswith_says(prefixes, names):
+    asked = Prefixes(prefixes)
+    covered = [name for name in names if name.startswith(tuple(prefixes))]
+    assert [name for name in names if asked.cover(name)] == covered
+    assert asked.uncovered(names) == [name for name in names if name not in covered]

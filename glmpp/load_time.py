@@ -1,0 +1,133 @@
+"""How long does a pipeline stage take to load, and what does the time go into? Measured with vLLM's own classes.
+
+Three ways, side by side: vLLM's stock load (with the skip, without which an affected release dies), the load format
+"glmpp", and the floor: `load_weights` of the model, handed the stage's tensors from a list in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from glmpp.checkpoint import Checkpoint
+from glmpp.dry_run import _Child, vllm_version
+from glmpp.errors import GlmppError
+
+STOCK, GLMPP, FLOOR = "stock", "glmpp", "in-memory list"
+PARTS = ("choosing", "reading", "dequantising", "vllm")
+READERS = ("safetensors", "runai_streamer", "fastsafetensors")
+
+
+@dataclass
+class LoadTimes:
+    """Seconds and bytes of every load.
+
+    Attributes:
+        rows: one row per load: rank, format, cache; `total` and its parts `choosing` (from the index), `reading`
+            (opening shards, making tensors), `dequantising` (the indexer's helper), `vllm` (everything else: the loop of
+            `load_weights`, and the copies into parameters, which is where mapped bytes are read), in seconds; `tensors`
+            and `bytes_handed` to the model; `files_opened`; cold only: `bytes_in_cache_before`, `bytes_read`.
+        machine: what it was measured on.
+        recorded: None for a live run; otherwise when and where it was recorded.
+    """
+
+    rows: pd.DataFrame
+    machine: dict[str, str]
+    recorded: str | None = None
+
+    @property
+    def source(self) -> str:
+        made = ", ".join(f"{name} {value}" for name, value in self.machine.items())
+        return f"recorded {self.recorded} ({made})" if self.recorded else f"live ({made})"
+
+    def median(self, cache: str = "warm") -> pd.DataFrame:
+        """Of each rank and format the load with the median total, so that its parts add up; indexed by both."""
+        rows = self.rows[self.rows.cache == cache].sort_values("total")
+        groups = rows.groupby(["rank", "format"])
+        middle = groups.cumcount() == (groups.total.transform("size") - 1) // 2
+        return rows[middle].set_index(["rank", "format"]).sort_index()
+
+    def save(self, path: str | Path) -> None:
+        lines = ",\n".join(json.dumps(row) for row in self.rows.to_dict("records"))
+        made = f"on {time.strftime('%Y-%m-%d')}"
+        head = f'{{"recorded": {json.dumps(made)}, "machine": {json.dumps(self.machine)}'
+        Path(path).write_text(f'{head},\n"rows": [\n{lines}\n]}}\n')
+
+    @classmethod
+    def load(cls, path: str | Path) -> LoadTimes:
+        content = json.loads(Path(path).read_text())
+        return cls(pd.DataFrame(content["rows"]), content["machine"], content["recorded"])
+
+
+def load_times(
+    checkpoint: Checkpoint,
+    pp_size: int,
+    ranks: list[int] | None = None,
+    formats: tuple[str, ...] = (STOCK, GLMPP, FLOOR),
+    cache: str = "warm",
+    repeats: int = 3,
+    reader: str | None = None,
+    recorded: str | Path | None = None,
+    progress: bool = True,
+) -> LoadTimes:
+    """Load stages of a checkpoint folder with the installed vLLM's own classes, in a child process, on the CPU.
+
+    Args:
+        checkpoint: from a folder.
+        ranks: stages to load; default all.
+        formats: of STOCK, GLMPP, FLOOR. STOCK has the kit's helper in the place of an affected release's.
+        cache: "warm": each load comes after one that is not counted; "cold": the shards are dropped from the page cache
+            before each load.
+        repeats: loads of each that are counted.
+        reader: the load format's reader, see `glmpp.vllm_plugin.StageModelLoader`; GLMPP only.
+        recorded: where to save to with GLMPP_RECORD=1, and what to return where vLLM is not installed.
+
+    Raises:
+        GlmppError: vLLM is not installed (and nothing was recorded), no folder, or the child broke down.
+    """
+    if vllm_version() is None:
+        if recorded is None:
+            raise GlmppError("vLLM is not installed here: pip install 'glmpp[vllm]' (Linux)")
+        return LoadTimes.load(recorded)
+    if checkpoint.directory is None:
+        raise GlmppError("load_times needs a checkpoint with files: from_directory, or write_checkpoint")
+    if cache not in ("warm", "cold") or (reader is not None and reader not in READERS):
+        raise GlmppError(f"cache={cache!r}, reader={reader!r}: choose warm or cold, and one of {', '.join(READERS)}")
+    ranks = list(range(pp_size)) if ranks is None else ranks
+    rows = []
+    with tqdm(total=len(ranks) * len(formats) * repeats, desc=f"loading, {cache}", disable=not progress, leave=False) as bar:
+        for form in formats:
+            request = {
+                "kind": "load_time",
+                "format": form,
+                "guard": {STOCK: "helper", GLMPP: "loader", FLOOR: "loader"}[form],
+                "helper": "glmpp.loader:load_fp8_indexer_wk",
+                "callers": None,
+                "weights": "real",
+                "tensors": [],
+                "layer_counts": None,
+                "model": str(checkpoint.directory.resolve()),
+                "files": sorted({spec.file for spec in checkpoint.values()}),
+                "size": pp_size,
+                "ranks": ranks,
+                "cache": cache,
+                "repeats": repeats,
+                "reader": reader if form == GLMPP else None,
+            }
+            with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
+                messages = _Child(request, [], (0, 1), Path(folder)).collect(bar)
+            rows += [message for message in messages if message["kind"] == "load"]
+            versions = next(message["versions"] for message in messages if message["kind"] == "ready")
+    machine = {**versions, "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, CPU only"}
+    times = LoadTimes(pd.DataFrame(rows).drop(columns="kind"), machine)
+    if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
+        times.save(recorded)
+    return times

@@ -1,0 +1,374 @@
+"""Load format "glmpp" for vLLM: a pipeline stage's `load_weights` is handed only what the stage can hold.
+
+    vllm serve zai-org/GLM-5.1-FP8 --pipeline-parallel-size 8 --load-format glmpp
+
+Installing the package is enough: vLLM finds `register` under the entry point group `vllm.general_plugins`. No tensor of a
+layer that lives on another stage reaches the model, so no code of the model can trip over one, and its bytes are not
+read. Everything that the filter is not sure about passes through: a filter that is too wide loses weights silently, which
+is worse than a crash. After loading, a parameter that was not written and that nobody accounts for is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from vllm.config import ModelConfig
+from vllm.config.load import LoadConfig
+from vllm.distributed.parallel_state import get_pp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.model_loader import get_model_loader, register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.weight_utils import enable_tqdm, runai_safetensors_weights_iterator
+from vllm.model_executor.models import utils as model_utils
+
+from glmpp.checkpoint import INDEX_FILE, load_index, natural_key, read_shard
+from glmpp.errors import GlmppError
+from glmpp.loader import WriteLog
+from glmpp.partition import Prefixes
+
+LOAD_FORMAT = "glmpp"
+READERS = ("safetensors", "runai_streamer", "fastsafetensors")
+
+logger = init_logger(f"vllm.{__name__}")
+
+# Parameters of an MTP drafter that its checkpoint need not hold, and where vLLM takes them from after loading
+# (`vllm/v1/spec_decode/llm_base_proposer.py` in 0.22.1).
+SHARED_BY_DRAFTER = {
+    "shared_head.head.weight": "the main model's lm_head, shared after loading",
+    "model.embed_tokens.weight": "the main model's embedding, shared after loading",
+}
+
+
+def register() -> None:
+    """Make `--load-format glmpp` known to this process. vLLM calls it in every process, and may call it again."""
+    with contextlib.suppress(ValueError):
+        if isinstance(get_model_loader(LoadConfig(load_format=LOAD_FORMAT)), StageModelLoader):
+            return
+    register_model_loader(LOAD_FORMAT)(StageModelLoader)
+
+
+# --- what the model can hold --------------------------------------------------------------------------------------
+
+
+def missing_prefixes(model: torch.nn.Module) -> list[str]:
+    """Prefixes of the model's placeholders, each ending in a dot, computed afresh.
+
+    vLLM's own `get_pp_missing_layer_names` caches by id(model), and ids are reused.
+    """
+    kinds = tuple(
+        getattr(model_utils, kind) for kind in ("PPMissingLayer", "StageMissingLayer") if hasattr(model_utils, kind)
+    )
+    return [f"{path}." for path, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def prefixes_before_drafter(model: torch.nn.Module, num_hidden_layers: int) -> list[str]:
+    """The main model's layers, for a drafter whose own layers are numbered after them, as DeepSeek's MTP layers are."""
+    found = []
+    for path, module in model.named_modules():
+        keys = list(module) if isinstance(module, torch.nn.ModuleDict) else []
+        if keys and all(key.isdigit() for key in keys) and min(map(int, keys)) == num_hidden_layers:
+            found += [f"{path}.{index}." for index in range(num_hidden_layers)]
+    return found
+
+
+def speculative_prefixes(model: torch.nn.Module, config) -> list[str]:
+    """The MTP layers, numbered after the main model's, which has no module for them and skips their tensors."""
+    layers, more = getattr(config, "num_hidden_layers", 0), getattr(config, "num_nextn_predict_layers", 0) or 0
+    lists = [p for p, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
+    return [f"{path}.{layers + index}." for path in lists for index in range(more)]
+
+
+def mapped(model: torch.nn.Module) -> Callable[[str], str | None] | None:
+    """How the model renames a checkpoint tensor: by its `hf_to_vllm_mapper`, then by those of parts that load themselves.
+
+    Returns:
+        name -> name in the model, or None for one that a mapper says to ignore; None if the model has no mapper.
+    """
+    mappers = [
+        (f"{path}." if path else "", module.hf_to_vllm_mapper)
+        for path, module in model.named_modules()  # outer before inner
+        if getattr(module, "hf_to_vllm_mapper", None) is not None and callable(getattr(module, "load_weights", None))
+    ]
+
+    def rename(name: str) -> str | None:
+        for path, mapper in mappers:
+            if name.startswith(path):
+                rest = mapper.apply_list([name[len(path) :]])
+                if not rest:
+                    return None
+                name = path + rest[0]
+        return name
+
+    return rename if mappers else None
+
+
+class Selection:
+    """Which tensors of a checkpoint a model is handed, and the count of what it was handed.
+
+    Attributes:
+        prefixes: what is dropped, under the model's names.
+        offered: tensors that the sources' indexes list; None when a source has no index.
+        handed, nbytes, files: tensors, bytes and shards handed over so far.
+    """
+
+    def __init__(self, model: torch.nn.Module, model_config: ModelConfig):
+        prefixes = missing_prefixes(model)
+        group, text = get_pp_group(), model_config.hf_text_config
+        if getattr(text, "tie_word_embeddings", False) and (group.is_first_rank or group.is_last_rank):
+            # One tensor for embedding and head: a model may load the one that it has from the name of the other.
+            prefixes = [prefix for prefix in prefixes if any(part.isdigit() for part in prefix.split("."))]
+        self.unused: Callable[[str], bool] | None = None
+        if is_drafter(model_config):
+            prefixes += prefixes_before_drafter(model, getattr(text, "num_hidden_layers", 0))
+            self.unused = getattr(model, "is_unused_checkpoint_weight", None)  # vLLM >= 0.32: the model says so itself
+        self.prefixes = prefixes
+        self._speculative = Prefixes(speculative_prefixes(model, text))
+        self._missing, self._mapped = Prefixes(prefixes), mapped(model)
+        self.offered: int | None = 0
+        self.handed = self.nbytes = self.files = self.files_offered = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is dropped, as without pipeline parallelism."""
+        return not self.prefixes and self.unused is None
+
+    def wants(self, name: str) -> bool:
+        """False only for a tensor whose mapped name lies under one of the prefixes, or that a drafter says it ignores."""
+        place = self._mapped(name) if self._mapped else name
+        if place is not None and self._missing.cover(place):
+            return False
+        return self.unused is None or not self.unused(name)
+
+    def will_use(self, name: str) -> bool:
+        """Whether the model is expected to use a tensor it is handed: MTP layers are handed to the main model too, in
+        case it knows better, but not read ahead."""
+        place = self._mapped(name) if self._mapped else name
+        return place is not None and not self._speculative.cover(place)
+
+    def among(self, names: Iterable[str]) -> list[str]:
+        """Those of many names that are wanted."""
+        if self._mapped is None and self.unused is None:
+            return self._missing.uncovered(names)
+        return list(filter(self.wants, names))
+
+    def saw(self, weight_map: dict[str, str], files: list[str], chosen: list[str]) -> None:
+        """Count a source: the tensors that its index lists (unknown without one) and its files."""
+        self.offered = self.offered + len(weight_map) if weight_map and self.offered is not None else None
+        self.files += len(chosen)
+        self.files_offered += len(files)
+
+    def counted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            self.handed += 1
+            self.nbytes += tensor.nbytes
+            yield name, tensor
+
+    def __str__(self) -> str:
+        of = f" of {self.offered:,}" if self.offered else ""
+        files = f" from {self.files} of {self.files_offered} files" if self.files_offered else ""
+        return f"{self.handed:,}{of} tensors, {self.nbytes / 1e9:.3f} GB{files}"
+
+
+def is_drafter(model_config: ModelConfig) -> bool:
+    return model_config.runner_type == "draft"
+
+
+# --- the loader ---------------------------------------------------------------------------------------------------
+
+
+class StageModelLoader(DefaultModelLoader):
+    """vLLM's default loader behind the filter of `Selection`. Without pipeline parallelism it does what that one does.
+
+    `--model-loader-extra-config` takes, besides the default loader's keys:
+        reader: "safetensors" (default: of a shard only the wanted tensors are read), or "runai_streamer" or
+            "fastsafetensors" (these read whole shards; only shards that hold something for the stage are given to them).
+        may_stay_at_init: patterns (`*.bias`) of parameters that the checkpoint need not hold.
+
+    Raises:
+        GlmppError: a shard cannot be read (named, with the tensor), or a parameter is left at init unaccounted for.
+    """
+
+    def __init__(self, load_config: LoadConfig):
+        extra = dict(load_config.model_loader_extra_config or {})
+        self.reader = extra.pop("reader", READERS[0])
+        self.may_stay_at_init = extra.pop("may_stay_at_init", [])
+        if self.reader not in READERS:
+            raise GlmppError(f"reader {self.reader!r} is unknown; choose one of {', '.join(READERS)}")
+        super().__init__(replace(load_config, load_format="auto", model_loader_extra_config=extra))
+        self.selection: Selection | None = None
+        self._files: list[str] | None = None
+
+    def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+        """Load this stage and check that every parameter was written."""
+        started = time.perf_counter()
+        written = None if quantises_online(model) else WriteLog(model)
+        with written or contextlib.nullcontext():
+            super().load_weights(model, model_config)
+        logger.info("%s: %s, %.2f s", stage_name(model_config), self.selection, time.perf_counter() - started)
+        if written is None:
+            logger.warning("%s: quantised while loading, so it was not checked what was loaded", stage_name(model_config))
+        else:
+            self.check(written.left_at_init(), model, model_config)
+
+    def check(self, left: list[str], model: torch.nn.Module, model_config: ModelConfig) -> None:
+        """Account for the parameters that were not written.
+
+        Raises:
+            GlmppError: for those that neither vLLM nor `may_stay_at_init` account for; all of them are named.
+        """
+        known = accounted(left, model, model_config)
+        known |= {name: "may_stay_at_init" for name in left if any(fnmatch(name, p) for p in self.may_stay_at_init)}
+        if unknown := [name for name in left if name not in known]:
+            raise GlmppError(
+                f"{stage_name(model_config)}: {len(unknown)} parameters were left at init, or partly: {', '.join(unknown)}. "
+                "The checkpoint lacks them, or the model drops them. If that is as it should be, pass "
+                '--model-loader-extra-config \'{"may_stay_at_init": ["a pattern for them"]}\''
+            )
+        if known:
+            logger.info("%s: left at init, as expected: %s", stage_name(model_config), known)
+
+    def get_all_weights(self, model_config: ModelConfig, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        self.selection = Selection(model, model_config)
+        yield from super().get_all_weights(model_config, model)
+
+    def _get_weights_iterator(self, source: DefaultModelLoader.Source) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.selection.is_whole and self.reader == READERS[0]:
+            return self.selection.counted(super()._get_weights_iterator(source))
+        return self.selection.counted(self.wanted(source))
+
+    def wanted(self, source: DefaultModelLoader.Source) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a source that the stage is handed, under their names with the source's prefix."""
+        if self.counter_before_loading_weights == 0.0:
+            self.counter_before_loading_weights = time.perf_counter()
+        files, is_safetensors, wants = self.choose(source)
+        if self.reader == "runai_streamer" and is_safetensors:
+            weights = runai_safetensors_weights_iterator(files, self.load_config.use_tqdm_on_load)
+        elif self.reader == "fastsafetensors" and is_safetensors:
+            weights = read_fast(files)
+        elif is_safetensors and self._reads_plainly():
+            shown = enable_tqdm(self.load_config.use_tqdm_on_load)
+            shards = tqdm(sorted(files, key=natural_key), "Loading safetensors checkpoint shards", disable=not shown)
+            weights = (pair for file in shards for pair in read_shard(file, wants, self.selection.will_use))
+            return weights if not source.prefix else ((source.prefix + name, tensor) for name, tensor in weights)
+        else:
+            weights = self._read_by_vllm(source, files)
+        return ((source.prefix + name, tensor) for name, tensor in weights if wants(name))
+
+    def choose(self, source: DefaultModelLoader.Source) -> tuple[list[str], bool, Callable[[str], bool]]:
+        """Files of a source that hold something for the stage, whether they are safetensors, and which names to take.
+
+        A file that no index mentions is opened, and a name that no index lists is asked about: nothing is dropped for
+        being unknown.
+        """
+        prefix, selection = source.prefix, self.selection
+        files, is_safetensors, weight_map = self.locate(source)
+        names = selection.among(weight_map) if not prefix else [n for n in weight_map if selection.wants(prefix + n)]
+        known, needed, listed = set(names), {weight_map[name] for name in names}, set(weight_map.values())
+        chosen = [file for file in files if (base := os.path.basename(file)) in needed or base not in listed]
+        selection.saw(weight_map, files, chosen)
+
+        def wants(name: str) -> bool:
+            return name in known or (name not in weight_map and selection.wants(prefix + name))
+
+        return chosen, is_safetensors, wants
+
+    def locate(self, source: DefaultModelLoader.Source) -> tuple[list[str], bool, dict[str, str]]:
+        """Paths of a source's files, whether they are safetensors, and its index: tensor -> file name, {} without one.
+
+        The default loader answers, unless the source is a plain local folder with an index: it would parse the index
+        too, and use nothing of it but the file names.
+
+        Raises:
+            GlmppError: the index cannot be read.
+        """
+        path = source.model_or_path
+        index = Path(path, INDEX_FILE)
+        plain = source.subfolder is None and source.allow_patterns_overrides is None and os.path.isdir(path)
+        consolidated = plain and any(Path(path).glob("consolidated*.safetensors"))
+        if plain and index.exists() and not consolidated:
+            weight_map = load_index(index)
+            return [os.path.join(path, file) for file in dict.fromkeys(weight_map.values())], True, weight_map
+        folder, files, is_safetensors, *_ = self._prepare_weights(
+            path, source.subfolder, source.revision, source.fall_back_to_pt, source.allow_patterns_overrides
+        )
+        held = {os.path.basename(file) for file in files}
+        for index in sorted(Path(folder).glob("*.safetensors.index.json")) if is_safetensors else ():
+            weight_map = load_index(index)
+            if held <= set(weight_map.values()):
+                return files, True, weight_map
+        return files, is_safetensors, {}
+
+    def _reads_plainly(self) -> bool:
+        """Whether none of the default loader's ways of reading was asked for: those are left to it."""
+        config = self.load_config
+        return (
+            config.safetensors_load_strategy in (None, "lazy")
+            and not config.model_loader_extra_config.get("enable_multithread_load")
+            and self.local_expert_ids is None
+        )
+
+    def _read_by_vllm(self, source: DefaultModelLoader.Source, files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The default loader's own iterator, over the given files only, without the source's prefix."""
+        self._files = files
+        try:
+            return super()._get_weights_iterator(replace(source, prefix=""))
+        finally:
+            self._files = None
+
+    def _prepare_weights(self, *args, **kwargs):
+        folder, files, *rest = super()._prepare_weights(*args, **kwargs)
+        return (folder, files if self._files is None else self._files, *rest)
+
+
+def read_fast(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """fastsafetensors in this process alone.
+
+    vLLM's own iterator spreads the files over all ranks, so all ranks must ask for the same files. The stages do not.
+    """
+    from fastsafetensors import fastsafe_open
+    from vllm.platforms import current_platform
+
+    device = f"cuda:{current_platform.current_device()}" if current_platform.is_cuda_alike() else "cpu"
+    for file in sorted(files, key=natural_key):
+        with fastsafe_open(filenames=[file], nogds=device == "cpu", device=device) as shard:
+            for name in shard.keys():  # noqa: SIM118  not a dict
+                yield name, shard.get_tensor(name).clone()
+
+
+# --- what may stay at init ----------------------------------------------------------------------------------------
+
+
+def accounted(left: Iterable[str], model: torch.nn.Module, model_config: ModelConfig) -> dict[str, str]:
+    """Of the parameters left at init those that no checkpoint has to hold -> why."""
+    why = {}
+    scales = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod)
+        for name, _ in module.named_parameters()
+    }
+    for name in left:
+        if name in scales:
+            why[name] = "a scale of the KV cache, 1 unless the checkpoint has one"
+        elif is_drafter(model_config):
+            why.update((name, reason) for suffix, reason in SHARED_BY_DRAFTER.items() if name.endswith(suffix))
+    return why
+
+
+def quantises_online(model: torch.nn.Module) -> bool:
+    """Whether vLLM replaces parameters while it loads (`--quantization fp8` on a BF16 checkpoint)."""
+    return any(getattr(getattr(m, "quant_method", None), "uses_meta_device", False) for m in model.modules())
+
+
+def stage_name(model_config: ModelConfig) -> str:
+    group = get_pp_group()
+    return f"glmpp: {'drafter on ' if is_drafter(model_config) else ''}stage {group.rank_in_group} of {group.world_size}"
