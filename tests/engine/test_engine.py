@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -41,15 +42,15 @@ def serve(model: Path, load_format: str, mode: str, then: str) -> str:
     program = Path(__file__).with_name("generate.py")
     command = [sys.executable, str(program), str(model), load_format, "2", mode, then]
     environment = {**os.environ, **SETTINGS}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=400)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # workers that outlive an engine that died
-    return output
+    with tempfile.TemporaryFile() as log:  # not a pipe: workers that outlive the engine would hold it open
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            process.wait(timeout=400)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        log.seek(0)
+        return log.read().decode(errors="replace")
 
 
 def tokens(output: str) -> list[list[int]]:
