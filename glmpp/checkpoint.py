@@ -1,7 +1,7 @@
 """What is in a checkpoint: names, dtypes, shapes, files. No tensor data is read to answer that.
 
-Three sources, one type: a folder of safetensors (`Checkpoint.from_directory`), a config.json alone
-(`Checkpoint.from_config`, the GLM-5 family), or a synthetic checkpoint written here (`write_checkpoint`).
+Four sources, one type: a folder of safetensors (`Checkpoint.from_directory`), a Hub repository (`Checkpoint.from_hub`), a
+config.json alone (`Checkpoint.from_config`, the GLM-5 family), or a synthetic checkpoint written here (`write_checkpoint`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import shutil
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -84,13 +85,15 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     Attributes:
         config: the checkpoint's config.json as a dict.
-        directory: the folder that holds the shards, or None when there are none (`from_config`).
+        directory: the folder that holds the shards, or None when there are none (`from_config`, `from_hub`).
+        source: where it was read from: folder, or repository with its commit; None when it was not read.
     """
 
-    def __init__(self, specs: list[TensorSpec], config: dict, directory: Path | None = None):
+    def __init__(self, specs: list[TensorSpec], config: dict, directory: Path | None = None, source: str | None = None):
         self._specs = {spec.name: spec for spec in specs}
         self.config = config
         self.directory = directory
+        self.source = source or (directory and str(directory))
 
     def __getitem__(self, name: str) -> TensorSpec:
         return self._specs[name]
@@ -153,19 +156,31 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
         files = sorted(set(weight_map.values()), key=natural_key) if weight_map else ["model.safetensors"]
         specs: list[TensorSpec] = []
+        listed: dict[str, set[str]] = {}
+        for name, file in (weight_map or {}).items():
+            listed.setdefault(file, set()).add(name)
+        if stray := [path.name for path in directory.glob("*.safetensors") if _is_numbered(path.name, listed)]:
+            raise GlmppError(f"{directory / min(stray)}: the index names no tensor in it; download the index again")
         for file in files:
-            listed = {name for name, where in weight_map.items() if where == file} if weight_map else None
-            if not (directory / file).exists():
+            path = shard_path(directory, file)
+            if not path.exists():
                 raise GlmppError(
-                    f"{directory / file}: the shard is missing; the index places {len(listed or ())} tensors in it, "
-                    f"e.g. {min(listed)!r}. Download it again"
+                    f"{path}: the shard is missing; the index places {len(listed[file])} tensors in it, "
+                    f"e.g. {min(listed[file])!r}. Download it again"
                 )
-            with _opened(directory / file) as shard:
-                held = read_header(shard, os.fstat(shard.fileno()).st_size, str(directory / file)).tensors
+            with _opened(path) as shard:
+                held = read_header(shard, os.fstat(shard.fileno()).st_size, str(path)).tensors
             specs += [TensorSpec(name, *held[name][:2], file) for name in sorted(held)]
-            if listed is not None:
-                _check_index(directory / file, listed, held.keys())
+            if listed:
+                check_index(path, listed[file], held.keys())
         return cls(specs, config, directory)
+
+    @classmethod
+    def from_hub(cls, repo_id: str, revision: str | None = None, progress: bool = True) -> Checkpoint:
+        """Read config, index and safetensors headers of a Hub repository; no weight is downloaded. See `glmpp.hub`."""
+        from glmpp.hub import from_hub
+
+        return from_hub(repo_id, revision, progress)
 
     @classmethod
     def from_config(cls, config: dict | str | Path) -> Checkpoint:
@@ -205,32 +220,46 @@ def load_config(source: dict | str | Path) -> dict:
     return _read_json(path)
 
 
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
 def text_config(config: dict) -> dict:
     """The part of a config that describes the language model: the whole, or a nested one of a multimodal wrapper.
 
     Raises:
-        GlmppError: no part says `num_hidden_layers`.
+        GlmppError: no part says how many layers it has.
     """
-    if "num_hidden_layers" in config:
+    if any(isinstance(config.get(key), int) for key in LAYER_COUNTS):
         return config
-    for key in ("text_config", "llm_config", "language_config", "thinker_config"):
+    for key in ("text_config", "llm_config", "language_config", "thinker_config", "decoder"):
         if isinstance(config.get(key), dict):
             return text_config(config[key])
-    raise GlmppError("config.json does not say num_hidden_layers: the layers cannot be dealt out to stages")
+    raise GlmppError(f"config.json says none of {', '.join(LAYER_COUNTS)}: the layers cannot be dealt out to stages")
+
+
+def layer_count(config: dict) -> int:
+    """Main layers of the language model. Raises GlmppError if the config does not say."""
+    text = text_config(config)
+    return next(text[key] for key in LAYER_COUNTS if isinstance(text.get(key), int))
 
 
 def load_index(path: str | Path) -> dict[str, str]:
     """The index of a sharded checkpoint: tensor -> file name. Raises GlmppError if it has none."""
     weight_map = _read_json(Path(path)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise GlmppError(f"{path}: has no 'weight_map'; download the index again")
+    if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
+        raise GlmppError(f"{path}: has no 'weight_map' from tensors to files; download the index again")
     return weight_map
+
+
+def printable(text: str) -> str:
+    """Text from a checkpoint for a terminal or a page: its control characters escaped."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def _read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise GlmppError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise GlmppError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -295,11 +324,13 @@ def read_header(file: BinaryIO, size: int, label: str) -> Header:
     for name, entry in entries.items():
         try:
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+            whole = all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, end))
         except (TypeError, KeyError, ValueError):
             raise fail(f"tensor {name!r} has no dtype, shape and data_offsets") from None
-        if not whole or dtype not in TORCH_DTYPES:
+        if not whole or not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
             raise GlmppError(f"{label}: tensor {name!r} has dtype {dtype!r} and shape {shape}, which torch has no type for")
+        if math.prod(filter(None, shape)) >= 2**63:  # strides are 64-bit, of an empty tensor too
+            raise fail(f"tensor {name!r}: the shape {shape} is too large")
         if end - start != math.prod(shape) * TORCH_DTYPES[dtype].itemsize:
             raise fail(f"tensor {name!r}: {dtype} of shape {shape} does not have {end - start} bytes")
         tensors[name] = (dtype, shape, base + start, base + end)
@@ -330,11 +361,13 @@ def read_shard(
             own reading ahead, which would fetch what nobody wants, is off for such a shard.
 
     Raises:
-        GlmppError: not a complete safetensors file; the message names it.
+        GlmppError: not a complete safetensors file, or one that changed before its last tensor was taken; the message
+            names it.
     """
     path = Path(path)
     with _opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        before = os.fstat(file.fileno())
+        size = before.st_size
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         specs = read_header(file, size, str(path)).tensors
@@ -364,9 +397,17 @@ def read_shard(
             yield name, whole[start:end].clone().view(dtype).view(shape)
         else:
             yield name, typed[dtype].as_strided(shape, strides[shape], at)
+    after = os.stat(path) if path.exists() else None
+    if after is None or any(getattr(before, key) != getattr(after, key) for key in ("st_ino", "st_size", "st_mtime_ns")):
+        raise GlmppError(f"{path}: was replaced or changed while it was read; wait for the download to end and load again")
 
 
-def _check_index(path: Path, listed: set[str], held: set[str]) -> None:
+def check_index(path: Path | str, listed: set[str], held: Set[str]) -> None:
+    """Whether a shard holds what the index places in it, no more and no less.
+
+    Raises:
+        GlmppError: it does not; the message names the shard and a tensor.
+    """
     if missing := sorted(listed - held):
         raise GlmppError(
             f"{path}: the index places {missing[0]!r} here ({len(missing)} such), but the shard does not hold it"
@@ -375,9 +416,32 @@ def _check_index(path: Path, listed: set[str], held: set[str]) -> None:
         raise GlmppError(f"{path}: holds {extra[0]!r} ({len(extra)} such), which the index does not place here")
 
 
+def shard_path(directory: str | Path, file: str) -> Path:
+    """Where a shard that an index names lies: in the folder, or, for a snapshot of the Hub's cache, among its blobs.
+
+    Raises:
+        GlmppError: the name leads out of the folder: absolute, by "..", or by a link.
+    """
+    directory, name = Path(directory), PurePath(file)
+    leads_out = name.is_absolute() or ".." in name.parts or not name.parts or "\0" in file
+    path = directory / name
+    if not leads_out and (path.is_symlink() or len(name.parts) > 1):
+        home = directory.resolve()
+        leads_out = not path.resolve().is_relative_to(home.parent.parent if home.parent.name == "snapshots" else home)
+    if leads_out:
+        raise GlmppError(f"{directory}: the index names the shard {file!r}, which is not a file of this folder")
+    return path
+
+
+def _is_numbered(file: str, listed: Collection[str]) -> bool:
+    """Whether a file that an index does not name is called like the shards that it does name."""
+    numbers = r"-\d+-of-\d+\.safetensors$"
+    return file not in listed and any(re.sub(numbers, "", one) == re.sub(numbers, "", file) != file for one in listed)
+
+
 def natural_key(file: str) -> list[str | int]:
     """Sort key that puts shard 2 before shard 10, the order in which vLLM's default loader opens shards."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file)]
 
 
 # --- the GLM-5 family ---------------------------------------------------------------------------------------------
@@ -539,8 +603,8 @@ def write_checkpoint(
         The written checkpoint, read back from its headers.
 
     Raises:
-        GlmppError: bad config, or `directory` exists. Nothing that looks finished is left behind: the folder appears
-            under its name in one rename, after the last byte.
+        GlmppError: bad config, `directory` exists, or it cannot be written (disk full). Nothing that looks finished is
+            left behind: the folder appears under its name in one rename, after the last byte.
     """
     directory, plan = Path(directory), Checkpoint.from_config(config)
     if directory.exists() and not overwrite:
@@ -569,9 +633,12 @@ def write_checkpoint(
         (partial / INDEX_FILE).write_text(json.dumps(index, indent=1))
         (partial / "config.json").write_text(json.dumps(plan.config, indent=1))
         partial.chmod(0o755)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.rename(partial, directory)
+        if overwrite:
+            shutil.rmtree(directory, ignore_errors=True)
+        os.rename(partial, directory)  # fails if somebody else's checkpoint has appeared there
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise GlmppError(f"{directory}: not written, nothing is left of it: {error}") from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

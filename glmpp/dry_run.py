@@ -17,20 +17,42 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
-from glmpp.checkpoint import Checkpoint, text_config
+from glmpp.checkpoint import Checkpoint, layer_count, printable
 from glmpp.errors import GlmppError
 from glmpp.loader import Ledger
 from glmpp.partition import PARTITION_VARIABLE, Stage, make_stages
 
 GUARDS = ("installed", "off", "helper", "loader")
-LOADS, DIES, CANNOT_BUILD, LEAVES_AT_INIT = "loads", "dies", "cannot be built", "loads, leaves parameters at init"
+LOADS, DIES, CANNOT_BUILD = "loads", "dies", "cannot be built"
+LEAVES_AT_INIT, CANNOT_TELL = "loads, leaves parameters at init", "cannot tell"
+NO_VLLM = "vLLM is not installed here: pip install 'glmpp[vllm]' (Linux)"
+RANK_STAND_IN = "a real gloo group of size 1 whose rank and size fields are rewritten for each stage"
+
+
+@dataclass(frozen=True)
+class Death:
+    """One exception while a stage loads.
+
+    Attributes:
+        tensor: the checkpoint tensor that was handed over last; None when all of them had been.
+        exception, message, key, place, function: its type, text, the KeyError's key, `file:line` in vLLM or the model.
+    """
+
+    tensor: str | None
+    exception: str
+    message: str
+    key: str | None
+    place: str
+    function: str
 
 
 @dataclass
@@ -39,15 +61,19 @@ class StageReport:
 
     Attributes:
         stage: what the stage holds.
-        verdict: LOADS, DIES, CANNOT_BUILD or LEAVES_AT_INIT.
-        exception, message, key, place, function: of the death: its type, text, the KeyError's key, `file:line` in vLLM.
-        tensor: the checkpoint tensor that was handed over last.
+        verdict: LOADS; DIES: an exception while loading; CANNOT_BUILD: an exception before that, although PP=1 builds;
+            LEAVES_AT_INIT: the load ends well and parameters that nobody accounts for were not written; CANNOT_TELL:
+            PP=1 cannot be built here either, or the model asks for the data of tensors that are too large to make up.
+        exception, message, key, place, function, tensor: of the first death, see `Death`; of the failed build too.
+        deaths: all of them, when asked for; otherwise the first.
         handed_over: tensors handed over before the end, good or bad.
         order: SHA-256 of their names in the order in which they came.
         ledger: every tensor and every parameter, from the writes that were observed; None if the model was not built.
         missing_prefixes: vLLM's placeholders on this stage, as dot-terminated prefixes.
         accounted: parameters left at init that are no fault -> why.
-        pending: bytes still in the helper's buffer, by layer (guard "helper" only).
+        held: tensors of other stages that the model held to the end, or while 50 others were handed over -> bytes.
+        stand_ins: part -> what stands in for it and why.
+        device: "meta", or "cpu" for a model that asks for data while it is built or loaded.
         digests: SHA-256 per parameter (weights "real" only).
         build_seconds, load_seconds: on this machine.
     """
@@ -69,15 +95,27 @@ class StageReport:
     ledger: Ledger | None = None
     missing_prefixes: list[str] = field(default_factory=list)
     accounted: dict[str, str] = field(default_factory=dict)
-    pending: dict[str, int] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)
     patched: list[str] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+    deaths: list[Death] = field(default_factory=list)
+    stand_ins: dict[str, str] = field(default_factory=dict)
+    device: str = "meta"
     build_seconds: float = 0.0
     load_seconds: float = 0.0
 
     @property
     def loads(self) -> bool:
         return self.verdict == LOADS
+
+    @property
+    def label(self) -> str:
+        return "MTP drafter" if self.drafter else "PP=1 control" if self.control else f"stage {self.stage.rank}"
+
+    @property
+    def unaccounted(self) -> list[str]:
+        """Parameters left at init that nobody accounts for."""
+        return [name for name in self.ledger.left_at_init if name not in self.accounted] if self.ledger else []
 
 
 @dataclass
@@ -89,7 +127,7 @@ class DryRunReport:
         control: the PP=1 run that separates a bad checkpoint from a pipeline fault; None if it was not asked for.
         drafter: the MTP model on the last stage, when asked for.
         versions: of python, vllm, torch, transformers in the child.
-        stand_ins: part -> what stands in for it and why.
+        stand_ins: part -> what stands in for it and why, on any stage.
         evidence: what the child sent, as it came.
         recorded: None for a live run; otherwise when and where the shown result was recorded.
     """
@@ -107,9 +145,14 @@ class DryRunReport:
     recorded: str | None = None
 
     @property
+    def all(self) -> list[StageReport]:
+        """The stages, then the drafter and the control if there are any."""
+        return [*self.stages, *filter(None, (self.drafter, self.control))]
+
+    @property
     def loads(self) -> bool:
         """Whether every stage that was run loads (the control and the drafter included)."""
-        return all(report.loads for report in [*self.stages, *filter(None, (self.control, self.drafter))])
+        return all(report.loads for report in self.all)
 
     @property
     def source(self) -> str:
@@ -119,13 +162,13 @@ class DryRunReport:
 
     def table(self) -> pd.DataFrame:
         """One row per run: stage, layers, verdict, the key it died at, where, and how many tensors it got to."""
-        reports = [*self.stages, *filter(None, (self.drafter, self.control))]
+        reports = self.all
         return pd.DataFrame(
             {
                 "stage": ["MTP drafter" if r.drafter else "PP=1 control" if r.control else r.stage.rank for r in reports],
                 "layers": [f"{r.stage.layers[0]}-{r.stage.layers[-1]}" if not r.drafter else "MTP" for r in reports],
                 "verdict": [r.verdict for r in reports],
-                "died at": [str(r.key or r.message or "").split("\n")[0] for r in reports],
+                "died at": [printable(str(r.key or r.message or "").split("\n")[0]) for r in reports],
                 "in": [r.place or "" for r in reports],
                 "tensors handed over": [r.handed_over for r in reports],
             }
@@ -142,7 +185,7 @@ class DryRunReport:
     def load(cls, path: str | Path, checkpoint: Checkpoint) -> DryRunReport:
         """Read a saved report of `checkpoint` back, labelled as recorded."""
         evidence = json.loads(Path(path).read_text())
-        return _assemble(evidence, checkpoint, evidence.pop("recorded"))
+        return assemble(evidence, checkpoint, evidence.pop("recorded"))
 
 
 def vllm_version() -> str | None:
@@ -167,6 +210,8 @@ def dry_run(
     drafter: bool = False,
     control: bool = True,
     real_group: bool = False,
+    strict: bool = False,
+    all_deaths: bool = False,
     recorded: str | Path | None = None,
     progress: bool = True,
 ) -> DryRunReport:
@@ -187,6 +232,8 @@ def dry_run(
         drafter: also build and load the MTP model (`deepseek_mtp`) on the last stage.
         control: also run PP=1 (pp_size 1 is its own control).
         real_group: one process per stage in a real gloo pipeline group instead of one process with rewritten ranks.
+        strict: no stand-ins for parts of the model; a model that needs one cannot be built then.
+        all_deaths: drop the tensor that a stage dies at, go on, and list every death.
         recorded: a saved report to return, labelled as such, where vLLM is not installed; written when GLMPP_RECORD=1.
 
     Raises:
@@ -202,7 +249,7 @@ def dry_run(
         raise GlmppError(f"there is no stage {stray[0]} of {pp_size}")
     if vllm_version() is None:
         if recorded is None:
-            raise GlmppError("vLLM is not installed here: pip install 'glmpp[vllm]' (Linux)")
+            raise GlmppError(NO_VLLM)
         return DryRunReport.load(recorded, checkpoint)
 
     runs = [{"rank": rank, "size": pp_size, "drafter": False, "control": False} for rank in ranks]
@@ -210,56 +257,50 @@ def dry_run(
         runs.append({"rank": pp_size - 1, "size": pp_size, "drafter": True, "control": False})
     if control and pp_size > 1 and not real_group:
         runs.append({"rank": 0, "size": 1, "drafter": False, "control": True})
-    request = {
-        "kind": "dry_run",
-        "config": checkpoint.config,
-        "tensors": [(spec.name, spec.dtype, spec.shape) for spec in checkpoint.values()],
-        "guard": guard,
-        "helper": helper,
-        "callers": callers,
-        "weights": weights,
-        "layer_counts": ",".join(str(len(stage.layers)) for stage in stages) if _uneven(layer_counts) else None,
-    }
+    request = stage_request(checkpoint, guard, helper=helper, callers=callers, weights=weights)
+    request |= {"strict": strict, "all_deaths": all_deaths}
+    if layer_counts is not None or PARTITION_VARIABLE in os.environ:
+        request["layer_counts"] = ",".join(str(len(stage.layers)) for stage in stages)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
-        model = checkpoint.directory
-        if model is None:
-            model = Path(folder)
-            (model / "config.json").write_text(json.dumps(checkpoint.config))
-        request["model"] = str(Path(model).resolve())
-        with tqdm(total=len(runs), desc=f"vLLM dry run, PP={pp_size}, {guard}", disable=not progress, leave=False) as bar:
-            if real_group:
-                messages = _in_real_group(request, runs, pp_size, Path(folder), bar)
-            else:
-                messages = _Child(request, runs, (0, 1), Path(folder)).collect(bar)
+    with tqdm(total=len(runs), desc=f"vLLM dry run, PP={pp_size}, {guard}", disable=not progress, leave=False) as bar:
+        if real_group:
+            messages = in_real_group(checkpoint, request, runs, pp_size, bar)
+        else:
+            messages = in_child(checkpoint, request, runs, bar)
 
     evidence = {
         "pp_size": pp_size,
         "guard": guard,
         "layer_counts": [len(stage.layers) for stage in stages],
+        "real_group": real_group,
         "seconds": time.perf_counter() - started,
         "messages": messages,
     }
-    report = _assemble(evidence, checkpoint)
+    report = assemble(evidence, checkpoint)
     if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
         report.save(recorded)
     return report
 
 
-def _assemble(evidence: dict, checkpoint: Checkpoint, recorded: str | None = None) -> DryRunReport:
+def assemble(evidence: dict, checkpoint: Checkpoint, recorded: str | None = None) -> DryRunReport:
     """A report from what the child sent."""
     messages, pp_size = evidence["messages"], evidence["pp_size"]
     stages = make_stages(checkpoint.config, pp_size, evidence["layer_counts"])
     ready = next(message for message in messages if message["kind"] == "ready")
     reports = [_stage_report(message, checkpoint, stages) for message in messages if message["kind"] == "stage"]
+    control = next((report for report in reports if report.control), None)
+    if (control and control.verdict == CANNOT_BUILD) or pp_size == 1:
+        for report in reports:
+            report.verdict = CANNOT_TELL if report.verdict == CANNOT_BUILD and not report.drafter else report.verdict
+    stand_ins = {} if evidence["real_group"] else {"pipeline group": RANK_STAND_IN}
     return DryRunReport(
         pp_size=pp_size,
         guard=evidence["guard"],
         stages=[report for report in reports if not report.control and not report.drafter],
-        control=next((report for report in reports if report.control), None),
+        control=control,
         drafter=next((report for report in reports if report.drafter), None),
         versions=ready["versions"],
-        stand_ins=ready["stand_ins"],
+        stand_ins={part: why for report in reports for part, why in report.stand_ins.items()} | stand_ins,
         seconds=evidence["seconds"],
         peak_rss_bytes=max(message["peak_rss_bytes"] for message in messages if message["kind"] == "end"),
         evidence=evidence,
@@ -267,16 +308,69 @@ def _assemble(evidence: dict, checkpoint: Checkpoint, recorded: str | None = Non
     )
 
 
-def _uneven(layer_counts: list[int] | None) -> bool:
-    return layer_counts is not None or PARTITION_VARIABLE in os.environ
+def stage_request(
+    checkpoint: Checkpoint,
+    guard: str,
+    helper: str = "glmpp.loader:load_fp8_indexer_wk",
+    callers: list[str] | None = None,
+    weights: str = "meta",
+) -> dict:
+    """What the child has to know to build and load stages of a checkpoint."""
+    return {
+        "kind": "dry_run",
+        "config": checkpoint.config,
+        "tensors": [(spec.name, spec.dtype, spec.shape) for spec in checkpoint.values()],
+        "guard": guard,
+        "helper": helper,
+        "callers": callers,
+        "weights": weights,
+        "strict": False,
+        "all_deaths": False,
+        "layer_counts": None,
+    }
 
 
-def _in_real_group(request: dict, runs: list, pp_size: int, folder: Path, bar: tqdm) -> list[dict]:
+@contextlib.contextmanager
+def _with_folder(checkpoint: Checkpoint, request: dict) -> Iterator[tuple[Path, dict]]:
+    """A folder for the request's files; the model's config lies in it if the checkpoint has no folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
+        if checkpoint.directory is None:
+            Path(folder, "config.json").write_text(json.dumps(checkpoint.config))
+        yield Path(folder), {**request, "model": str(Path(checkpoint.directory or folder).resolve())}
+
+
+def in_child(
+    checkpoint: Checkpoint, request: dict, runs: list[dict], bar: tqdm | None = None, timeout: float | None = None
+) -> list[dict]:
+    """The child's messages for runs of stages, one after another in one fork.
+
+    Args:
+        runs: rank, size, drafter, control of each.
+        timeout: seconds after which the child is killed.
+
+    Raises:
+        GlmppError: the child broke down, or was killed.
+    """
+    with _with_folder(checkpoint, request) as (folder, request):
+        return _Child(request, runs, (0, 1), folder).collect(bar, timeout)
+
+
+def request_child(request: dict, timeout: float | None = None) -> list[dict]:
+    """The child's messages for a request that is not about a checkpoint's stages. Raises GlmppError as `in_child` does."""
+    if vllm_version() is None:
+        raise GlmppError(NO_VLLM)
+    with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
+        messages = _Child(request, [], (0, 1), Path(folder)).collect(timeout=timeout)
+    return [message for message in messages if message["kind"] == request["kind"]]
+
+
+def in_real_group(checkpoint: Checkpoint, request: dict, runs: list[dict], pp_size: int, bar: tqdm) -> list[dict]:
     """One child per stage, joined in one pipeline group. There is no PP=1 control in it."""
-    children = [
-        _Child(request, [run for run in runs if run["rank"] == rank], (rank, pp_size), folder) for rank in range(pp_size)
-    ]
-    return [message for child in children for message in child.collect(bar)]
+    with _with_folder(checkpoint, request) as (folder, request):
+        children = [
+            _Child(request, [run for run in runs if run["rank"] == rank], (rank, pp_size), folder) for rank in range(pp_size)
+        ]
+        return [message for child in children for message in child.collect(bar)]
 
 
 class _Server:
@@ -314,15 +408,14 @@ class _Child:
 
     def __init__(self, request: dict, runs: list, world: tuple[int, int], folder: Path):
         rank, size = world
-        self.log = folder / f"log-{rank}.txt"
+        path = folder / f"request-{rank}.json"
+        self.log = path.with_suffix(".log")
         request = {
             **request,
             "runs": runs,
             "world": {"rank": rank, "size": size, "init_file": str(folder / "group")},
-            "log": str(self.log),
             "cwd": os.getcwd(),
         }
-        path = folder / f"request-{rank}.json"
         path.write_text(json.dumps(request))
         self.server = _Server.running()
         read, write = os.pipe()
@@ -332,42 +425,58 @@ class _Child:
             os.close(write)
         self.pipe = os.fdopen(read)
 
-    def collect(self, bar: tqdm) -> list[dict]:
+    def collect(self, bar: tqdm | None = None, timeout: float | None = None) -> list[dict]:
         messages: list[dict] = []
+
+        def kill() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(messages[0]["pid"], signal.SIGKILL)
+
+        timer = threading.Timer(timeout or 0, lambda: messages and kill())
         try:
+            if timeout:
+                timer.start()
             for line in self.pipe:
                 messages.append(json.loads(line))
-                bar.update(messages[-1]["kind"] in ("stage", "load"))
+                if bar is not None:
+                    bar.update(messages[-1]["kind"] in ("stage", "load"))
         finally:
+            timer.cancel()
             self.pipe.close()
             ended = bool(messages) and messages[-1]["kind"] == "end"
             if messages and not ended:  # interrupted, or broken down
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(messages[0]["pid"], signal.SIGKILL)
+                kill()
         if not ended:
-            raise GlmppError(f"the vLLM child process broke off after {len(messages)} messages:\n{self.last_words()}")
+            words = self.last_words()
+            how, hint = ("broke off", "") if words else ("was killed", ", by the system if memory ran out")
+            raise GlmppError(f"the vLLM child process {how} after {len(messages)} messages{hint}:\n{words}")
         return messages
 
     def last_words(self, lines: int = 15) -> str:
+        """The end of the fork's traceback, "" if it wrote none; of a fork that never began, what the server said."""
         if self.log.exists():
-            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+            said = self.log.read_text(errors="replace")
+            return "\n".join(said[said.rfind("Traceback") :].splitlines()[-lines:] if "Traceback" in said else [])
+        if self.server.process.poll() is None:
+            return ""
         self.server.log.seek(0)
         return "".join(self.server.log.readlines()[-lines:])
 
 
 def _stage_report(message: dict, checkpoint: Checkpoint, stages: list[Stage]) -> StageReport:
     stage = (
-        make_stages(checkpoint.config, 1, [text_config(checkpoint.config)["num_hidden_layers"]])[0]
+        make_stages(checkpoint.config, 1, [layer_count(checkpoint.config)])[0]
         if message["control"]
         else stages[message["rank"]]
     )
     known = {key: value for key, value in message.items() if key in StageReport.__dataclass_fields__}
+    known["deaths"] = [Death(**{key: death[key] for key in Death.__dataclass_fields__}) for death in known.get("deaths", ())]
     report = StageReport(stage=stage, **known)
     if "columns" in message:
         columns = (column for column, count in message["columns"] for _ in range(count))
         parameters = {name: tuple(counts) for name, counts in message["parameters"].items()}
         report.ledger = Ledger(dict(zip(checkpoint, columns, strict=True)), parameters)
-        if report.verdict == LOADS and set(report.ledger.left_at_init) - set(report.accounted):
+        if report.verdict == LOADS and report.unaccounted:
             report.verdict = LEAVES_AT_INIT
     return report
 

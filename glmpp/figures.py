@@ -13,9 +13,9 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.dry_run import DIES, DryRunReport
+from glmpp.dry_run import CANNOT_BUILD, CANNOT_TELL, DIES, LEAVES_AT_INIT, LOADS, DryRunReport
 from glmpp.error import ErrorStats
-from glmpp.loader import LOADED, NOT_REACHED, UNEXPECTED
+from glmpp.loader import IGNORED, LOADED, NOT_REACHED, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, Stage, partition_layers, stage_bytes
 
 STYLE = Path(__file__).with_name("glmpp.mplstyle")
@@ -127,7 +127,7 @@ def bytes_per_stage(checkpoint: Checkpoint, splits: dict[str, list[Stage]]) -> F
     return fig
 
 
-LEDGER_COLOURS = {LOADED: BLUE, OTHER_STAGE: PALE, SPECULATIVE: PURPLE, UNEXPECTED: RED, NOT_REACHED: ORANGE}
+LEDGER_COLOURS = {LOADED: BLUE, OTHER_STAGE: PALE, SPECULATIVE: PURPLE, IGNORED: GREY, UNEXPECTED: RED, NOT_REACHED: ORANGE}
 
 
 def ledger_bars(report: DryRunReport) -> Figure:
@@ -335,5 +335,32 @@ def bytes_read_and_kept(table: pd.DataFrame, kept: list[int]) -> Figure:
         ax.set(xlabel="stage", ylabel="MB", xticks=ranks)
         ax.set_ylim(top=max(values.max() for values, _ in series.values()) / 1e6 * 1.2)
         ax.legend(loc="upper right", ncols=3, fontsize=8)
+    plt.close(fig)
+    return fig
+
+
+VERDICT_COLOURS = {LOADS: BLUE, DIES: RED, CANNOT_BUILD: PURPLE, LEAVES_AT_INIT: ORANGE, CANNOT_TELL: PALE}
+
+
+def verdict_matrix(panels: dict[str, list[DryRunReport]]) -> Figure:
+    """Verdict of every stage (columns) at several pipeline sizes (rows), one panel for each guard."""
+    with plt.style.context(STYLE):
+        sizes = [report.pp_size for report in next(iter(panels.values()))]
+        fig, axes = plt.subplots(
+            1, len(panels), figsize=(0.62 * max(sizes) * len(panels) + 1.2, 0.42 * len(sizes) + 1.3), squeeze=False
+        )
+        for ax, (title, reports) in zip(axes[0], panels.items()):
+            for y, report in enumerate(reports):
+                for one in report.stages:
+                    x, colour = one.stage.rank, VERDICT_COLOURS[one.verdict]
+                    ax.add_patch(plt.Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, color=colour, lw=0))
+                    ink = "black" if colour == PALE else "white"
+                    ax.text(x, y, one.verdict.split(",")[0], ha="center", va="center", color=ink, fontsize=8, weight="bold")
+            ax.set(title=title, xlabel="stage", xlim=(-0.6, max(sizes) - 0.4), ylim=(len(sizes) - 0.4, -0.6))
+            ax.set_xticks(range(max(sizes)))
+            ax.set_yticks(range(len(sizes)), [f"PP={size}" for size in sizes])
+            ax.tick_params(length=0)
+            ax.spines[["left", "bottom"]].set_visible(False)
+            ax.label_outer()
     plt.close(fig)
     return fig

@@ -113,6 +113,8 @@ def load_times(
                 "helper": "glmpp.loader:load_fp8_indexer_wk",
                 "callers": None,
                 "weights": "real",
+                "strict": False,
+                "all_deaths": False,
                 "tensors": [],
                 "layer_counts": None,
                 "model": str(checkpoint.directory.resolve()),

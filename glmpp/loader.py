@@ -141,7 +141,8 @@ def first_foreign_pair(names: Iterable[str], stage: Stage) -> str | None:
 # --- the ledger ---------------------------------------------------------------------------------------------------
 
 LOADED, UNEXPECTED, NOT_REACHED = "loaded", "unexpected", "not reached"
-COLUMNS = (LOADED, OTHER_STAGE, SPECULATIVE, UNEXPECTED, NOT_REACHED)
+IGNORED = "ignored by the model"
+COLUMNS = (LOADED, OTHER_STAGE, SPECULATIVE, IGNORED, UNEXPECTED, NOT_REACHED)
 
 
 @dataclass
@@ -149,13 +150,16 @@ class Ledger:
     """What happened to every tensor of the checkpoint and to every parameter of the stage.
 
     Attributes:
-        tensors: checkpoint tensor -> one of COLUMNS. "unexpected": handed over, neither stored nor known to be
-            somebody else's. "not reached": the load died before it (a load that ends well has none).
+        tensors: checkpoint tensor -> one of COLUMNS. "ignored by the model": its own mapping of names drops it.
+            "unexpected": handed over, neither stored nor known to be somebody else's. "not reached": the load died
+            before it (a load that ends well has none).
         parameters: parameter -> (elements written, elements it has).
+        unpaired: tensor that came -> its other half, FP8 weight or scale, that never did.
     """
 
     tensors: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, tuple[int, int]] = field(default_factory=dict)
+    unpaired: dict[str, str] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """Tensors per column; the columns add up to the checkpoint."""
@@ -183,6 +187,8 @@ class Ledger:
         Raises:
             GlmppError: with the first tensor or parameter that does not balance.
         """
+        for came, missing in self.unpaired.items():
+            raise GlmppError(f"{stage}: {came!r} came and {missing!r} never did, so neither is loaded")
         if self.tensors.keys() != checkpoint.keys():
             stray = sorted(self.tensors.keys() ^ checkpoint.keys())
             raise GlmppError(f"{stage}: {len(stray)} tensors are in the checkpoint or the ledger only, e.g. {stray[0]!r}")
@@ -225,6 +231,10 @@ class WriteRecorder(TorchDispatchMode):
         """Parameters of which not every element was written; one that was replaced as a whole counts as written."""
         sizes = {name: p.numel() for name, p in self.model.named_parameters() if self.names.get(_storage(p)) == name}
         return [name for name, size in sizes.items() if self.written[name] < size]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's wrapper for that costs several times the method itself
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         writes = _WRITES.get(func)
@@ -403,7 +413,10 @@ def stage_parameters(checkpoint: Checkpoint, stage: Stage) -> dict[str, torch.nn
 def _row_writer(starts: dict[int, int]) -> Callable[..., None]:
     def write(param: torch.nn.Parameter, tensor: torch.Tensor, shard: int = 0, expert: int | None = None) -> None:
         target = param.data if expert is None else param.data[expert]
-        target[starts[shard] : starts[shard] + tensor.shape[0]] = tensor
+        rows = target[starts[shard] : starts[shard] + tensor.shape[0]]
+        if rows.shape != tensor.shape:  # torch would spread a [n, 1] over [n, m]
+            raise GlmppError(f"a tensor of shape {list(tensor.shape)} does not fit rows of shape {list(rows.shape)}")
+        rows.copy_(tensor)
         param.elements_written += tensor.numel()
 
     return write
@@ -453,13 +466,18 @@ def load_stage(
         if where.parameter not in params:
             continue
         param = params[where.parameter]
-        param.weight_loader(param, tensor, where.shard, where.expert)
+        try:
+            param.weight_loader(param, tensor, where.shard, where.expert)
+        except GlmppError as error:
+            raise GlmppError(f"{stage}: {name!r}: {error}") from None
         loaded.add(where.parameter)
         ledger.tensors[name] = LOADED
     for layer, parts in pending.items():  # held back and never stored: not loaded after all
         for part in parts:
-            name = f"{layer}.wk.{'weight' if part == 'weight' else 'weight_scale_inv'}"
+            halves = f"{layer}.wk.weight", f"{layer}.wk.weight_scale_inv"
+            name, other = halves if part == "weight" else halves[::-1]
             if ledger.tensors.get(name) == LOADED:
                 ledger.tensors[name] = UNEXPECTED
+                ledger.unpaired[name] = other
     ledger.parameters = {name: (param.elements_written, param.numel()) for name, param in params.items()}
     return params, ledger

@@ -13,16 +13,38 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from glmpp.checkpoint import Checkpoint, TensorSpec, text_config
+from glmpp.checkpoint import Checkpoint, TensorSpec, layer_count, text_config
 from glmpp.errors import GlmppError
 
 PARTITION_VARIABLE = "VLLM_PP_LAYER_PARTITION"
 
 OWN, OTHER_STAGE, SPECULATIVE, UNKNOWN = "own", "another stage's", "speculative layer", "unknown"
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
-# Parts outside the layers, under the names of the checkpoint.
-_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.", "model.norm.", "lm_head."
+LAYERS = "model.layers"  # what most checkpoints call the list of layers; `layer_list` finds the name in others
+_EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "embedding", "embeddings"}
+_LAST = {"norm", "lm_head", "ln_f", "norm_f", "final_layernorm", "final_layer_norm", "embed_out"}
+_IN_A_LIST = re.compile(r"(.+?)\.(\d+)\.")
+
+
+def layer_list(checkpoint: Checkpoint) -> str:
+    """What a checkpoint calls the list of its language model's layers, e.g. "model.layers" or "transformer.h".
+
+    It is the shortest name under which all of the config's layer numbers occur.
+
+    Raises:
+        GlmppError: there is no such name.
+    """
+    num_layers = layer_count(checkpoint.config)
+    found: dict[str, set[int]] = {}
+    for name in checkpoint:
+        if match := _IN_A_LIST.match(name):
+            found.setdefault(match[1], set()).add(int(match[2]))
+    whole = [
+        path for path, held in found.items() if len(held) >= num_layers and all(map(held.__contains__, range(num_layers)))
+    ]
+    if not whole:
+        raise GlmppError(f"no list of layers in the checkpoint's names holds all of 0 to {num_layers - 1}")
+    return LAYERS if LAYERS in whole else min(whole, key=len)
 
 
 def partition_layers(num_layers: int, pp_size: int, layer_counts: list[int] | str | None = None) -> list[range]:
@@ -102,6 +124,7 @@ class Stage:
         num_nextn: MTP layers after them.
         tied: `tie_word_embeddings`: the last stage holds the embedding too and there is no lm_head in the checkpoint.
         drafter: the MTP drafter runs, on the last stage; its layers then count as that stage's own.
+        layer_list: what the checkpoint calls the list of layers.
     """
 
     rank: int
@@ -111,6 +134,7 @@ class Stage:
     num_nextn: int = 0
     tied: bool = False
     drafter: bool = False
+    layer_list: str = LAYERS
 
     @property
     def is_first(self) -> bool:
@@ -122,18 +146,29 @@ class Stage:
 
     def column(self, name: str) -> str:
         """Where a checkpoint tensor belongs, seen from this stage: OWN, OTHER_STAGE, SPECULATIVE or UNKNOWN."""
-        if match := _LAYER.match(name):
-            index = int(match[1])
+        index = self.layer_of(name)
+        if index is not None:
             if index < self.num_layers:
                 return OWN if index in self.layers else OTHER_STAGE
             if index < self.num_layers + self.num_nextn:
                 return OWN if self.drafter and self.is_last else SPECULATIVE
             return UNKNOWN
-        if name.startswith(_EMBEDDING):
+        part = name.removeprefix(self._root).split(".")[0]
+        if part in _EMBEDDINGS:
             return OWN if self.is_first or (self.tied and self.is_last) else OTHER_STAGE
-        if name.startswith((_NORM, _HEAD)):
+        if part in _LAST:
             return OWN if self.is_last else OTHER_STAGE
         return UNKNOWN
+
+    def layer_of(self, name: str) -> int | None:
+        """The number of the layer that a tensor belongs to, MTP layers included; None outside the list of layers."""
+        number, dot, _ = name[len(self.layer_list) + 1 :].partition(".")
+        return int(number) if name.startswith(f"{self.layer_list}.") and dot and number.isdecimal() else None
+
+    @property
+    def _root(self) -> str:
+        """What the names of the parts beside the layers begin with, e.g. "model."."""
+        return f"{self.layer_list.rpartition('.')[0]}."
 
     def owns(self, name: str) -> bool:
         """Whether this stage loads the checkpoint tensor `name`."""
@@ -144,9 +179,10 @@ class Stage:
 
         Each ends in a dot: without it `model.layers.1` would also match `model.layers.11.…`.
         """
-        missing = [] if self.owns(_EMBEDDING) else [_EMBEDDING]
-        missing += [f"model.layers.{index}." for index in range(self.num_layers) if index not in self.layers]
-        return missing if self.is_last else [*missing, _NORM, _HEAD]
+        embedding = f"{self._root}embed_tokens."
+        missing = [] if self.owns(embedding) else [embedding]
+        missing += [f"{self.layer_list}.{index}." for index in range(self.num_layers) if index not in self.layers]
+        return missing if self.is_last else [*missing, f"{self._root}norm.", "lm_head."]
 
     def __str__(self) -> str:
         first, last = (self.layers[0], self.layers[-1]) if self.layers else ("none", "none")
@@ -154,15 +190,21 @@ class Stage:
 
 
 def make_stages(
-    config: dict, pp_size: int, layer_counts: list[int] | str | None = None, drafter: bool = False
+    config: dict,
+    pp_size: int,
+    layer_counts: list[int] | str | None = None,
+    drafter: bool = False,
+    layer_list: str = LAYERS,
 ) -> list[Stage]:
     """All stages of a model, from its config.json.
+
+    Args:
+        layer_list: what the checkpoint calls the list of layers, see the function of that name.
 
     Raises:
         GlmppError: a stage would hold no layer (`pp_size` above the layer count), a bad `layer_counts`, or no layer count.
     """
-    config = text_config(config)
-    num_layers = config["num_hidden_layers"]
+    config, num_layers = text_config(config), layer_count(config)
     if pp_size > num_layers:
         raise GlmppError(f"{pp_size} stages for {num_layers} layers: at least one stage would hold no layer")
     return [
@@ -174,6 +216,7 @@ def make_stages(
             num_nextn=config.get("num_nextn_predict_layers") or 0,
             tied=bool(config.get("tie_word_embeddings")),
             drafter=drafter,
+            layer_list=layer_list,
         )
         for rank, layers in enumerate(partition_layers(num_layers, pp_size, layer_counts))
     ]
@@ -198,16 +241,16 @@ def balance(checkpoint: Checkpoint, pp_size: int, drafter: bool = False) -> list
     Args:
         drafter: count the MTP layer on the last stage.
     """
-    config = checkpoint.config
-    num_layers = config["num_hidden_layers"]
+    config, layers = checkpoint.config, layer_list(checkpoint)
+    num_layers = layer_count(config)
     make_stages(config, pp_size)  # refuses more stages than layers
     layer_bytes = [0] * num_layers
     first = last = 0
-    ends = make_stages(config, min(2, num_layers), [1, num_layers - 1] if num_layers > 1 else [1], drafter)
+    ends = make_stages(config, min(2, num_layers), [1, num_layers - 1] if num_layers > 1 else [1], drafter, layers)
     for spec in checkpoint.values():
-        match = _LAYER.match(spec.name)
-        if match and int(match[1]) < num_layers:
-            layer_bytes[int(match[1])] += spec.nbytes
+        index = ends[0].layer_of(spec.name)
+        if index is not None and index < num_layers:
+            layer_bytes[index] += spec.nbytes
             continue
         first += spec.nbytes * ends[0].owns(spec.name)
         last += spec.nbytes * (ends[-1].owns(spec.name) and (len(ends) > 1))

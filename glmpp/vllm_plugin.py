@@ -20,6 +20,11 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from glmpp import _contract
+
+_contract.require(_contract.LOAD_FORMAT)  # before the imports, which would not say what has moved
+
 from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
 from vllm.distributed.parallel_state import get_pp_group
@@ -30,7 +35,8 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm, runai_safetensors_weights_iterator
 from vllm.model_executor.models import utils as model_utils
 
-from glmpp.checkpoint import INDEX_FILE, load_index, natural_key, read_shard
+from glmpp.checkpoint import INDEX_FILE, load_index, natural_key, read_shard, shard_path
+from glmpp.dequant import FP8
 from glmpp.errors import GlmppError
 from glmpp.loader import WriteLog
 from glmpp.partition import Prefixes
@@ -118,6 +124,7 @@ class Selection:
         prefixes: what is dropped, under the model's names.
         offered: tensors that the sources' indexes list; None when a source has no index.
         handed, nbytes, files: tensors, bytes and shards handed over so far.
+        names, twice, quantised: of the tensors handed over, those that came more than once, the FP8 weights.
     """
 
     def __init__(self, model: torch.nn.Module, model_config: ModelConfig):
@@ -135,6 +142,9 @@ class Selection:
         self._missing, self._mapped = Prefixes(prefixes), mapped(model)
         self.offered: int | None = 0
         self.handed = self.nbytes = self.files = self.files_offered = 0
+        self.names: set[str] = set()
+        self.twice: list[str] = []
+        self.quantised: list[str] = []
 
     @property
     def is_whole(self) -> bool:
@@ -167,15 +177,34 @@ class Selection:
         self.files_offered += len(files)
 
     def counted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        names = self.names
         for name, tensor in weights:
             self.handed += 1
             self.nbytes += tensor.nbytes
+            if name in names:
+                self.twice.append(name)
+            names.add(name)
+            if tensor.dtype is FP8:
+                self.quantised.append(name)
             yield name, tensor
+
+    def unpaired(self) -> list[str]:
+        """FP8 weights that came without a scale and scales that came without a weight, each with what is missing."""
+        names = self.names
+        found = [
+            f"{name!r} came, {name}_scale_inv did not"
+            for name in self.quantised
+            if f"{name}_scale_inv" not in names and f"{name}_scale" not in names
+        ]
+        scales = (name for name in names if name.endswith((".weight_scale_inv", ".weight_scale")))
+        weights = ((name, name.rpartition("_scale")[0]) for name in scales)
+        return found + sorted(f"{name!r} came, {weight} did not" for name, weight in weights if weight not in names)
 
     def __str__(self) -> str:
         of = f" of {self.offered:,}" if self.offered else ""
         files = f" from {self.files} of {self.files_offered} files" if self.files_offered else ""
-        return f"{self.handed:,}{of} tensors, {self.nbytes / 1e9:.3f} GB{files}"
+        twice = f", {len(self.twice)} of them twice, e.g. {self.twice[0]!r}" if self.twice else ""
+        return f"{self.handed:,}{of} tensors{twice}, {self.nbytes / 1e9:.3f} GB{files}"
 
 
 def is_drafter(model_config: ModelConfig) -> bool:
@@ -228,9 +257,10 @@ class StageModelLoader(DefaultModelLoader):
         known = accounted(left, model, model_config)
         known |= {name: "may_stay_at_init" for name in left if any(fnmatch(name, p) for p in self.may_stay_at_init)}
         if unknown := [name for name in left if name not in known]:
+            halves = "".join(f" {pair}." for pair in self.selection.unpaired()) if self.selection else ""
             raise GlmppError(
-                f"{stage_name(model_config)}: {len(unknown)} parameters were left at init, or partly: {', '.join(unknown)}. "
-                "The checkpoint lacks them, or the model drops them. If that is as it should be, pass "
+                f"{stage_name(model_config)}: {len(unknown)} parameters were left at init, or partly: {', '.join(unknown)}."
+                f"{halves} The checkpoint lacks them, or the model drops them. If that is as it should be, pass "
                 '--model-loader-extra-config \'{"may_stay_at_init": ["a pattern for them"]}\''
             )
         if known:
@@ -288,7 +318,7 @@ class StageModelLoader(DefaultModelLoader):
         too, and use nothing of it but the file names.
 
         Raises:
-            GlmppError: the index cannot be read.
+            GlmppError: the index cannot be read, or names a file outside the folder.
         """
         path = source.model_or_path
         index = Path(path, INDEX_FILE)
@@ -296,7 +326,7 @@ class StageModelLoader(DefaultModelLoader):
         consolidated = plain and any(Path(path).glob("consolidated*.safetensors"))
         if plain and index.exists() and not consolidated:
             weight_map = load_index(index)
-            return [os.path.join(path, file) for file in dict.fromkeys(weight_map.values())], True, weight_map
+            return [str(shard_path(path, file)) for file in dict.fromkeys(weight_map.values())], True, weight_map
         folder, files, is_safetensors, *_ = self._prepare_weights(
             path, source.subfolder, source.revision, source.fall_back_to_pt, source.allow_patterns_overrides
         )

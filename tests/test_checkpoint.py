@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import glmpp.checkpoint
-from glmpp.checkpoint import INDEX_FILE, Checkpoint, reduced_config, synthetic_original, write_checkpoint
+from glmpp.checkpoint import INDEX_FILE, Checkpoint, printable, reduced_config, synthetic_original, write_checkpoint
 from glmpp.dequant import dequantize, quantize
 from glmpp.errors import GlmppError
 
@@ -123,7 +123,7 @@ def test_a_failed_write_leaves_nothing(tiny_config, tmp_path, monkeypatch):
         save_file(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(glmpp.checkpoint, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(GlmppError, match="nothing is left of it: No space left"):
         write_checkpoint(tiny_config, tmp_path / "half")
     assert len(calls) == 2 and list(tmp_path.iterdir()) == []
 
@@ -211,3 +211,7 @@ def test_a_shard_that_is_broken_after_the_headers_were_read(folder):
     shard.write_bytes(b"")
     with pytest.raises(GlmppError, match=shard.name):
         list(checkpoint.read())
+
+
+def test_control_characters_are_escaped_and_nothing_else():
+    assert printable("a\x1b[31mb\x00\u202ec\nd é <b>") == "a\\x1b[31mb\\x00\\u202ec\nd é <b>"

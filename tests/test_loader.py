@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from itertools import permutations
 
 import pytest
@@ -209,6 +211,28 @@ def test_the_books_do_not_close_when_half_of_a_pair_is_held_back(tiny):
     pairs = [(n, t.float() if n == "model.layers.1.self_attn.indexer.wk.weight" else t) for n, t in tiny.read()]
     _, ledger = load_stage(tiny, stage, weights=pairs)
     assert ledger.in_column(UNEXPECTED) == ["model.layers.1.self_attn.indexer.wk.weight_scale_inv"]
+    with pytest.raises(
+        GlmppError, match=r"'.*layers\.1\..*wk\.weight_scale_inv' came and '.*layers\.1\..*wk\.weight' never did"
+    ):
+        ledger.check(tiny, stage)
+
+
+def test_a_tensor_of_another_shape_is_an_error_with_its_name(tiny):
+    """torch would spread a [n, 1] over [n, m]."""
+    name = "model.layers.1.mlp.down_proj.weight_scale_inv"
+    pairs = [(n, t[:, :1] if n == name else t) for n, t in tiny.read()]
+    with pytest.raises(
+        GlmppError, match=rf"stage 0 of 2 .*'{name}': a tensor of shape \[2, 1\] does not fit rows of shape \[2, 2\]"
+    ):
+        load_stage(tiny, make_stages(tiny.config, 2)[0], weights=pairs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_tensor_that_is_lost_from_the_checkpoint_is_named(tiny, seed):
+    lost = random.Random(seed).choice(list(tiny))
+    _, ledger = load_stage(tiny, make_stages(tiny.config, 1)[0], weights=[pair for pair in tiny.read() if pair[0] != lost])
+    with pytest.raises(GlmppError, match=re.escape(repr(lost))):
+        ledger.check(tiny, make_stages(tiny.config, 1)[0])
 
 
 @pytest.fixture

@@ -116,3 +116,24 @@ def test_a_wrong_claim_fails_its_notebook(tmp_path):
     nbformat.write(notebook, tmp_path / "99_wrong.ipynb")
     _, outcome = walkthrough.execute(tmp_path / "99_wrong.ipynb")
     assert not outcome.ok and "expected 2, got 3, match: False" in outcome.error
+
+
+@pytest.mark.notebooks
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", ["00_start_here", "01_reproduce_the_keyerror", "03_apply_the_skip"])
+def test_a_kernel_that_runs_everything_twice_gives_the_same_verdicts(tmp_path, name):
+    pytest.importorskip("vllm")
+    (path,) = (path for path in NOTEBOOKS if path.stem == name)
+    once = nbformat.read(path, as_version=4)
+    again = nbformat.v4.new_notebook(cells=[nbformat.from_dict(dict(cell)) for cell in (*once.cells, *once.cells)])
+    for number, cell in enumerate(again.cells):
+        cell.id = f"cell-{number}"
+    nbformat.write(again, tmp_path / path.name)
+    executed, outcome = walkthrough.execute(tmp_path / path.name)
+    assert outcome.error is None, outcome.error
+    half = len(once.cells)
+
+    def lines(cells) -> list[str]:
+        return [line for cell in cells for line in str(cell.get("outputs")).split("\\n") if "match: True" in line]
+
+    assert lines(executed.cells[:half]) == lines(executed.cells[half:]) != []

@@ -7,7 +7,9 @@ the installed vLLM's own classes, every stage, in the dry run's child.
 from __future__ import annotations
 
 import json
+import random
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +19,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from glmpp.checkpoint import INDEX_FILE, Checkpoint
-from glmpp.dry_run import CANNOT_BUILD, DIES, LOADS, dry_run, vllm_version
+from glmpp.dry_run import CANNOT_BUILD, DIES, LEAVES_AT_INIT, LOADS, dry_run, vllm_version
 from glmpp.errors import GlmppError
 from glmpp.loader import LOADED, SPECULATIVE, UNEXPECTED
+from glmpp.notebook import checkpoint_without
 from glmpp.partition import OTHER_STAGE, make_stages
 
 pytest.importorskip("vllm")
@@ -493,6 +496,18 @@ def test_a_model_without_pipeline_support_is_refused_by_vllm_and_loads_alone(oth
 
 
 @affected
+def test_under_pp_the_drafter_on_the_last_stage_is_handed_its_own_layer_where_the_release_runs_one(tiny):
+    report = dry_run(tiny, 2, guard="loader", drafter=True, control=False, progress=False)
+    assert [stage.verdict for stage in report.stages] == [LOADS, LOADS]
+    if tuple(map(int, vllm_version().split(".")[:2])) < (0, 32):
+        assert report.drafter.verdict == CANNOT_BUILD and "Pipeline parallelism is not supported" in report.drafter.message
+        return
+    mtp = {name for name in tiny if name.startswith("model.layers.12.")}
+    assert report.drafter.verdict == LOADS, report.drafter.unaccounted
+    assert set(report.drafter.ledger.in_column(LOADED)) >= mtp
+    assert report.drafter.handed_over <= len(mtp) + 3  # embedding, norm and head at most
+
+
 def test_the_mtp_drafter_is_handed_its_own_layer_and_loads_the_same_as_stock(tiny):
     """At PP=1, the only size at which this release runs a drafter."""
     stock = dry_run(tiny, 1, guard="installed", weights="real", drafter=True, progress=False).drafter
@@ -506,19 +521,6 @@ def test_the_mtp_drafter_is_handed_its_own_layer_and_loads_the_same_as_stock(tin
     assert {name: ours.digests[name] for name in loaded} == {name: stock.digests[name] for name in loaded}
 
 
-def without(checkpoint: Checkpoint, folder, *lost: str) -> Checkpoint:
-    """A copy of a checkpoint that lacks some tensors, in a consistent folder."""
-    folder.mkdir()
-    weight_map = {}
-    for file in sorted({spec.file for spec in checkpoint.values()}):
-        held = load_file(checkpoint.directory / file)
-        save_file({name: tensor for name, tensor in held.items() if name not in lost}, folder / file)
-        weight_map.update(dict.fromkeys(held.keys() - set(lost), file))
-    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(checkpoint.config))
-    return Checkpoint.from_directory(folder)
-
-
 @pytest.mark.parametrize(
     ("lost", "parameter"),
     [
@@ -528,10 +530,10 @@ def without(checkpoint: Checkpoint, folder, *lost: str) -> Checkpoint:
         ("model.layers.4.self_attn.indexer.wk.weight_scale_inv", "model.layers.4.self_attn.indexer.wk_weights_proj.weight"),
     ],
 )
-def test_a_tensor_that_is_missing_ends_the_load_with_its_parameters_name(tiny, tmp_path, lost, parameter):
+def test_a_tensor_that_is_missing_ends_the_load_with_its_parameters_name(tiny, lost, parameter):
     """vLLM's stock load says nothing: on a quantised model it does not check, and it counts half a parameter as loaded."""
-    checkpoint = without(tiny, tmp_path / "less", lost)
-    report = dry_run(checkpoint, 4, guard="loader", weights="real", ranks=[0, 1], control=False, progress=False)
+    with checkpoint_without(tiny, lost) as checkpoint:
+        report = dry_run(checkpoint, 4, guard="loader", weights="real", ranks=[0, 1], control=False, progress=False)
     assert report.stages[0].verdict == LOADS
     (_, one) = report.stages
     assert (one.verdict, one.exception) == (DIES, "GlmppError")
@@ -544,3 +546,59 @@ def test_the_books_name_the_mtp_layer_and_nothing_unexpected(tiny):
     (one,) = dry_run(tiny, 4, guard="loader", ranks=[2], control=False, progress=False).stages
     assert one.ledger.counts()[UNEXPECTED] == 0
     assert set(one.ledger.in_column(SPECULATIVE)) == {name for name in tiny if name.startswith("model.layers.12.")}
+
+
+# --- nothing is lost silently -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_tensor_that_is_lost_is_reported_on_its_stage_with_its_parameter(tiny, seed):
+    lost = random.Random(seed).choice([name for name in tiny if not name.startswith("model.layers.12.")])
+    checkpoint = Checkpoint([spec for spec in tiny.values() if spec.name != lost], tiny.config)
+    report = dry_run(checkpoint, 3, guard="loader", control=False, progress=False)
+    (stage,) = (stage for stage in report.stages if not stage.loads)
+    assert stage.verdict == LEAVES_AT_INIT and stage.stage.owns(lost)
+    (parameter,) = stage.unaccounted
+    layer = re.match(r"model\.layers\.\d+\.", lost)
+    assert parameter.startswith(layer[0]) if layer else parameter == lost
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_tensors_of_different_shape_that_are_swapped_are_reported_by_name(tiny, seed):
+    rng = random.Random(seed)
+    layer = rng.randrange(12)
+    names = [name for name in tiny if name.startswith(f"model.layers.{layer}.") and tiny[name].dtype == "F8_E4M3"]
+    one, other = next(pair for _ in names for pair in [rng.sample(names, 2)] if tiny[pair[0]].shape != tiny[pair[1]].shape)
+    swapped = {one: tiny[other].shape, other: tiny[one].shape}
+    specs = [replace(spec, shape=swapped.get(spec.name, spec.shape)) for spec in tiny.values()]
+    report = dry_run(Checkpoint(specs, tiny.config), 3, guard="loader", control=False, progress=False)
+    (stage,) = (stage for stage in report.stages if not stage.loads)
+    assert stage.verdict == DIES and stage.tensor in swapped and stage.stage.owns(one)
+
+
+def test_a_tensor_that_comes_twice_is_in_the_log_line(plugin, stage_of):
+    selection = plugin.Selection(model_with([], ["a"]), config_of())
+    list(selection.counted([("a.weight", torch.zeros(2)), ("b.weight", torch.zeros(2)), ("a.weight", torch.zeros(2))]))
+    assert selection.twice == ["a.weight"] and "3 tensors, 1 of them twice, e.g. 'a.weight', " in f"{selection}"
+
+
+@pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
+def test_halves_of_a_pair_that_came_alone_are_named_with_what_is_missing(plugin, stage_of, suffix):
+    selection = plugin.Selection(model_with([], ["a"]), config_of())
+    codes, scale = torch.zeros(2, dtype=torch.float8_e4m3fn), torch.zeros(1)
+    whole = [("a.weight", codes), (f"a.weight{suffix}", scale), ("n.weight", torch.zeros(2))]
+    list(selection.counted([*whole, ("b.weight", codes), (f"c.weight{suffix}", scale)]))
+    assert selection.unpaired() == [
+        "'b.weight' came, b.weight_scale_inv did not",
+        f"'c.weight{suffix}' came, c.weight did not",
+    ]
+
+
+@pytest.mark.parametrize("lost", ["weight", "weight_scale_inv"])
+def test_the_error_at_the_end_names_both_halves(tiny, lost):
+    stem = "model.layers.4.self_attn.indexer.wk"
+    with checkpoint_without(tiny, f"{stem}.{lost}") as checkpoint:
+        report = dry_run(checkpoint, 4, guard="loader", weights="real", ranks=[1], control=False, progress=False)
+    message = report.stages[0].message
+    assert report.stages[0].exception == "GlmppError"
+    assert f"{stem}.weight" in message and f"{stem}.weight_scale_inv" in message and f"{stem}.{lost} did not" in message

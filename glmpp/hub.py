@@ -1,0 +1,173 @@
+"""A checkpoint that lies on the Hub: the mapping that the downloaded folder would give, from its headers alone.
+
+A safetensors file begins with its header, so one range request per shard is enough. `huggingface_hub` (1.0 or newer)
+supplies endpoint, token, session and timeout, and is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from glmpp.checkpoint import INDEX_FILE, MAX_HEADER_BYTES, Checkpoint, TensorSpec, check_index, natural_key, read_header
+from glmpp.errors import GlmppError
+
+FIRST_BYTES = 150_000  # of each shard; of GLM-5.1-FP8's 119,000 tensors a 142nd makes a header of 111 kB
+CONNECTIONS = 8
+PAUSES = (0.5, 1.0)  # seconds before the second and the third attempt
+
+T = TypeVar("T")
+
+
+def from_hub(repo_id: str, revision: str | None = None, progress: bool = True) -> Checkpoint:
+    """Read config.json, the index and the safetensors headers of a model repository; no weight is downloaded.
+
+    Args:
+        repo_id: `owner/name`.
+        revision: a branch, tag or commit (default: main), resolved once; every file comes from that one commit.
+        progress: show a progress bar over the shards.
+
+    Returns:
+        What `Checkpoint.from_directory` gives for the downloaded folder, with `directory` None and `source`
+        `owner/name@commit`. 150 kB of each shard are transferred, and the whole header where that is longer.
+
+    Raises:
+        GlmppError: no such repository or revision, no access, offline, no answer in three attempts of
+            HF_HUB_DOWNLOAD_TIMEOUT seconds, or whatever `from_directory` refuses; the message names commit and file.
+    """
+    repo = _Repository(repo_id, revision)
+    config = repo.read_json("config.json")
+    listed: dict[str, set[str]] = {}  # shard -> the tensors that the index places in it
+    if INDEX_FILE in repo.files:
+        weight_map = repo.read_json(INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
+            raise GlmppError(
+                f"{repo.source}/{INDEX_FILE}: has no 'weight_map' from tensors to files; choose another revision"
+            )
+        for name, file in weight_map.items():
+            listed.setdefault(file, set()).add(name)
+    elif "model.safetensors" not in repo.files:
+        raise GlmppError(f"{repo.source}: holds neither {INDEX_FILE} nor model.safetensors; only safetensors are read")
+    for file, names in listed.items():
+        if file not in repo.files:
+            raise GlmppError(
+                f"{repo.source}/{file}: the shard is missing; the index places {len(names)} tensors in it, "
+                f"e.g. {min(names)!r}. Choose another revision"
+            )
+
+    files = sorted(listed, key=natural_key) or ["model.safetensors"]
+    pool = ThreadPoolExecutor(CONNECTIONS)
+    try:
+        headers = pool.map(repo.read_tensors, files)
+        headers = list(tqdm(headers, "reading headers", len(files), leave=False, disable=not progress))
+    finally:  # after an error or an interrupt nobody waits for the requests that are under way
+        repo.stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+    specs: list[TensorSpec] = []
+    for file, held in zip(files, headers):
+        if listed:
+            check_index(f"{repo.source}/{file}", listed[file], held.keys())
+        specs += [TensorSpec(name, *held[name][:2], file) for name in sorted(held)]
+    return Checkpoint(specs, config, source=repo.source)
+
+
+class _Repository:
+    """One commit of a model repository: the names of its files, and the beginning of each."""
+
+    def __init__(self, repo_id: str, revision: str | None):
+        try:
+            from huggingface_hub import HfApi, constants
+        except ImportError:
+            raise GlmppError("reading from the Hub needs huggingface_hub: pip install 'huggingface_hub>=1.0'") from None
+        self.repo_id, self.source, self.stopped = repo_id, f"{repo_id}@{revision or 'main'}", threading.Event()
+        self.timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # seconds; of its own the library's session waits for ever
+        self.api = HfApi()
+        info = self._ask(self.source, lambda: self.api.model_info(repo_id, revision=revision, timeout=self.timeout))
+        if not info.sha or info.siblings is None:
+            raise GlmppError(f"{self.source}: {self.api.endpoint} names no commit or no files; check HF_ENDPOINT")
+        self.sha, self.source = info.sha, f"{repo_id}@{info.sha}"
+        self.files = {sibling.rfilename for sibling in info.siblings}
+
+    def read_json(self, file: str) -> dict:
+        label = f"{self.source}/{file}"
+        if file not in self.files:
+            raise GlmppError(f"{label}: no such file in the repository; from_hub reads models in the transformers layout")
+        try:
+            value = json.loads(self._beginning(file, MAX_HEADER_BYTES)[0])
+        except (ValueError, RecursionError) as error:
+            raise GlmppError(f"{label}: not readable as JSON: {error}; choose another revision") from None
+        if not isinstance(value, dict):
+            raise GlmppError(f"{label}: expected a JSON object, found {type(value).__name__}")
+        return value
+
+    def read_tensors(self, file: str) -> dict[str, tuple]:
+        head, size = self._beginning(file, FIRST_BYTES)
+        end = 8 + int.from_bytes(head[:8], "little")
+        if len(head) < end <= min(size, MAX_HEADER_BYTES):
+            head, size = self._beginning(file, end)
+        return read_header(io.BytesIO(head), size, f"{self.source}/{file}").tensors
+
+    def _beginning(self, file: str, end: int) -> tuple[bytes, int]:
+        """The first `end` bytes of a file, or all if it has fewer, and the size of the file."""
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        def get() -> tuple[bytes, int]:
+            url = hf_hub_url(self.repo_id, file, revision=self.sha, endpoint=self.api.endpoint)
+            wanted = {"Range": f"bytes=0-{end - 1}", "Accept-Encoding": "identity"}  # sizes are those of the file itself
+            with get_session().stream("GET", url, headers=build_hf_headers(headers=wanted), timeout=self.timeout) as answer:
+                if answer.status_code == 416:  # of an empty file there is no first byte
+                    return b"", 0
+                hf_raise_for_status(answer)
+                told = answer.headers.get("Content-Range" if answer.status_code == 206 else "Content-Length", "")
+                if not (match := re.fullmatch(r"(?:bytes 0-\d+/)?(\d+)", told)):
+                    raise ConnectionError(f"the answer does not say how large the file is: {told!r}")
+                data, size = bytearray(), int(match[1])
+                for chunk in answer.iter_bytes():
+                    data += chunk
+                    if len(data) >= end or self.stopped.is_set():  # a server without ranges goes on to the last byte
+                        break
+            if len(data) < min(end, size):
+                raise ConnectionError(f"cut after {len(data)} of {min(end, size)} bytes")
+            return bytes(data[:end]), size
+
+        return self._ask(f"{self.source}/{file}", get)
+
+    def _ask(self, label: str, request: Callable[[], T]) -> T:
+        for pause in (*PAUSES, None):
+            try:
+                return request()
+            except Exception as error:  # any: of a malformed answer the library makes AttributeError, KeyError, TypeError
+                why, may_pass = self._explain(error)
+                if pause is None or not may_pass or self.stopped.wait(pause):
+                    raise GlmppError(f"{label}: {why}") from None
+
+    def _explain(self, error: Exception) -> tuple[str, bool]:
+        """What the reader can do about an error, and whether another attempt may help."""
+        from huggingface_hub import errors
+
+        log_in = "set a valid HF_TOKEN or log in with `hf auth login`"
+        for kind, why in (
+            (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set; unset it, or use Checkpoint.from_directory"),
+            (errors.HFValidationError, f"{error} For a folder use Checkpoint.from_directory"),
+            (errors.GatedRepoError, f"the repository is gated; accept its terms on its page and {log_in}"),
+            (errors.RevisionNotFoundError, "the repository has no such branch, tag or commit"),
+            (errors.RepositoryNotFoundError, f"no such repository, or a private one; check the name or {log_in}"),
+        ):
+            if isinstance(error, kind):
+                return why, False
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is None:
+            why = f"{type(error).__name__}: {error}".removesuffix(": ")
+            check = f"check the connection, HF_ENDPOINT and HF_HUB_DOWNLOAD_TIMEOUT (now {self.timeout} s)"
+            return f"no usable answer from {self.api.endpoint} ({why}); {check}", True
+        said = " ".join((getattr(error, "server_message", None) or "").split())[:200]
+        advice = f"access refused; {log_in}" if status in (401, 403) else "try again later"
+        return f"the server answers HTTP {status} {said}".rstrip() + f"; {advice}", status in (408, 429) or status >= 500

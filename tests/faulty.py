@@ -1,0 +1,152 @@
+"""A vLLM plugin with a small model that has one fault of the class, chosen by its config; see `write_faulty`.
+
+Installed for a dry run by lying in the current folder, beside a `dist-info` with an entry point, as a package would.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+FAULTS = (
+    "none",
+    "unguarded lookup",
+    "attribute of a placeholder, loading",
+    "attribute of a placeholder, building",
+    "None for a placeholder",
+    "guard too wide",
+    "guard after buffering",
+    "dies twice",
+)
+LAYERS, HIDDEN = 12, 16
+
+
+def register() -> None:
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    ModelRegistry.register_model("FaultyForCausalLM", "faulty:FaultyForCausalLM")
+
+
+def write_faulty(fault: str, folder: Path) -> Path:
+    """A checkpoint of the model, and the plugin beside it; returns the checkpoint's folder."""
+    import json
+
+    from safetensors.torch import save_file
+
+    shutil.copy(__file__, folder / "faulty.py")
+    info = folder / "faulty-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nfaulty = faulty:register\n")
+    model = folder / "model"
+    model.mkdir()
+    tensors = {"model.embed_tokens.weight": (64, HIDDEN), "lm_head.weight": (64, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    for index in range(LAYERS):
+        tensors[f"model.layers.{index}.a.weight"] = (HIDDEN, HIDDEN)
+        tensors[f"model.layers.{index}.b.weight"] = (HIDDEN, HIDDEN)
+    save_file(
+        {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in tensors.items()}, model / "model.safetensors"
+    )
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    config = {
+        "architectures": ["FaultyForCausalLM"],
+        "model_type": "llama",
+        "num_key_value_heads": 1,
+        "vocab_size": 64,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "fault": fault,
+        **sizes,
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def __getattr__(name: str):
+    """The model class, made when vLLM asks for it: this file is imported where there is no vLLM, too."""
+    if name != "FaultyForCausalLM":
+        raise AttributeError(name)
+    from vllm.distributed import get_pp_group
+    from vllm.model_executor.models.interfaces import SupportsPP
+    from vllm.model_executor.models.utils import PPMissingLayer, is_pp_missing_parameter, make_layers
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ab = torch.nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
+            self.scale = 1.0
+
+    class Inner(torch.nn.Module):
+        def __init__(self, fault: str):
+            super().__init__()
+            group = get_pp_group()
+            nothing = (lambda: None) if fault == "None for a placeholder" else PPMissingLayer
+            self.embed_tokens = torch.nn.Embedding(64, HIDDEN) if group.is_first_rank else nothing()
+            self.start, self.end, self.layers = make_layers(LAYERS, lambda prefix: Layer(), prefix="model.layers")
+            self.norm = torch.nn.LayerNorm(HIDDEN, bias=False) if group.is_last_rank else PPMissingLayer()
+            if fault == "attribute of a placeholder, building":
+                self.total = sum(layer.scale for layer in self.layers)
+
+    class FaultyForCausalLM(torch.nn.Module, SupportsPP):
+        def __init__(self, *, vllm_config, prefix: str = ""):
+            super().__init__()
+            self.config = vllm_config.model_config.hf_config
+            self.fault = self.config.fault
+            self.model = Inner(self.fault)
+            last = get_pp_group().is_last_rank
+            self.lm_head = torch.nn.Linear(HIDDEN, 64, bias=False) if last else PPMissingLayer()
+            self.make_empty_intermediate_tensors = None
+
+        def embed_input_ids(self, input_ids):
+            return self.model.embed_tokens(input_ids)
+
+        def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
+            raise NotImplementedError
+
+        def compute_logits(self, hidden_states):
+            raise NotImplementedError
+
+        def load_weights(self, weights):
+            params, loaded = dict(self.named_parameters()), set()
+            self.held = {}
+            for name, tensor in weights:
+                self.touch(name)
+                if self.skips(name):
+                    continue
+                stem, _, part = name.partition(".b." if ".b." in name else ".a.")
+                if not part:
+                    params[name].data.copy_(tensor)
+                    loaded.add(name)
+                    continue
+                half = self.held.setdefault(stem, {})
+                half["b" if ".b." in name else "a"] = tensor
+                if is_pp_missing_parameter(name, self):  # only reached by "guard after buffering"
+                    continue
+                if len(half) == 2:
+                    params[f"{stem}.ab.weight"].data.copy_(torch.cat([half["a"], half["b"]]))
+                    loaded.add(f"{stem}.ab.weight")
+                    del self.held[stem]
+            return None if self.fault == "guard too wide" else loaded  # vLLM checks only what a model returns
+
+        def touch(self, name: str) -> None:
+            if self.fault == "attribute of a placeholder, loading" and ".layers." in name:
+                _ = self.model.layers[int(name.split(".")[2])].scale
+            if self.fault == "None for a placeholder" and "embed_tokens" in name:
+                _ = self.model.embed_tokens.weight
+            if self.fault == "unguarded lookup" and name.endswith(".b.weight"):
+                _ = dict(self.named_parameters())[name.replace(".b.", ".ab.")]
+            if self.fault == "dies twice" and ".layers." in name and int(name.split(".")[2]) in (1, 11):
+                _ = dict(self.named_parameters())[name.replace(".a.", ".ab.").replace(".b.", ".ab.")]
+
+        def skips(self, name: str) -> bool:
+            if self.fault == "guard too wide" and get_pp_group().world_size > 1:
+                first = next(i for i, layer in enumerate(self.model.layers) if not isinstance(layer, PPMissingLayer))
+                return is_pp_missing_parameter(name, self) or name.startswith(f"model.layers.{first}")  # no dot
+            if self.fault == "guard after buffering" and ".layers." in name:
+                return False
+            return is_pp_missing_parameter(name, self)
+
+    FaultyForCausalLM.__qualname__ = name
+    return FaultyForCausalLM

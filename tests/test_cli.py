@@ -1,0 +1,88 @@
+"""The command's parts that need no vLLM."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import ROOT
+
+from glmpp import cli
+from glmpp.checkpoint import Checkpoint, TensorSpec
+from glmpp.errors import GlmppError
+from glmpp.partition import make_stages, stage_bytes
+
+CONFIG = ROOT / "data" / "glm-5.1-fp8"
+
+
+def command(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli.main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_plan_adds_up_to_the_checkpoint_and_its_balance_is_the_best_split(full, capsys):
+    code, out, _ = command(capsys, "plan", CONFIG, "--pp", 4, "--gpu-gb", 320)
+    assert code == 0
+    rows = [line.split() for line in out.splitlines() if line[:1].isdigit() or line.startswith("no stage")]
+    tensors = [int(row[2].replace(",", "")) for row in rows]
+    assert sum(tensors) == len(full) == 119_028
+    assert [round(size / 1e9, 3) for size in stage_bytes(full, make_stages(full.config, 4))] == [
+        float(row[3]) for row in rows[:4]
+    ]
+    assert rows[0][4] == f"{320 - float(rows[0][3]):.1f}"
+    assert "balanced: VLLM_PP_LAYER_PARTITION=" in out and "% less than" in out
+
+
+def test_plan_takes_a_split_and_shares_a_stage_among_gpus(capsys):
+    _, out, _ = command(
+        capsys, "plan", CONFIG, "--pp", 2, "--layer-partition", "3,75", "--gpu-gb", 141, "--tp", 8, "--drafter"
+    )
+    rows = [line.split() for line in out.splitlines() if line[:1].isdigit()]
+    assert [row[1] for row in rows] == ["0-2", "3-77"]
+    assert rows[1][4] == f"{141 - float(rows[1][3]) / 8:.1f}"
+    assert "no stage" not in out  # the drafter's layer counts on the last stage
+
+
+def test_plan_finds_the_layers_under_another_name(capsys, monkeypatch):
+    names = ["transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight", "vision.patch.weight"]
+    names += [f"transformer.h.{n}.mlp.weight" for n in range(4)] + [f"vision.blocks.{n}.weight" for n in range(6)]
+    checkpoint = Checkpoint([TensorSpec(name, "BF16", (8,)) for name in names], {"n_layer": 4}, source="x")
+    monkeypatch.setattr(cli, "open_checkpoint", lambda *_: checkpoint)
+    _, out, _ = command(capsys, "plan", "x", "--pp", 2)
+    rows = [line.split() for line in out.splitlines() if line[:1].isdigit() or line.startswith("no stage")]
+    assert [row[2] for row in rows] == ["3", "4", "7"]
+
+
+def test_make_checkpoint_writes_a_folder_that_check_and_plan_can_read(tmp_path, capsys):
+    code, out, _ = command(capsys, "make-checkpoint", CONFIG / "config.json", tmp_path / "made", "--seed", 3)
+    assert code == 0 and "618 tensors" in out
+    assert len(Checkpoint.from_directory(tmp_path / "made")) == 618
+    assert command(capsys, "plan", tmp_path / "made", "--pp", 3)[0] == 0
+    code, _, err = command(capsys, "make-checkpoint", CONFIG / "config.json", tmp_path / "made")
+    assert code == 2 and err.startswith("glmpp: ") and "exists already" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "no-such-folder", "--pp", 2), "no such folder or file"),
+        (("plan", CONFIG, "--pp", 79), "79 stages for 78 layers"),
+        (("plan", CONFIG, "--pp", 2, "--layer-partition", "1,2"), "adds up to 3 layers"),
+        (("check", CONFIG, "--pp", 0), "both must be at least 1"),
+    ],
+)
+def test_bad_arguments_end_with_2_and_one_line(capsys, arguments, message):
+    code, out, err = command(capsys, *arguments)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_check_without_vllm_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setenv("GLMPP_WITHOUT_VLLM", "1")
+    code, _, err = command(capsys, "check", CONFIG, "--pp", 2)
+    assert code == 2 and "pip install 'glmpp[vllm]'" in err
+
+
+def test_a_folder_without_shards_is_read_as_a_config_and_says_so(tmp_path):
+    (tmp_path / "config.json").write_text((CONFIG / "config.json").read_text())
+    assert "from the config alone" in cli.open_checkpoint(str(tmp_path)).source
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(GlmppError, match="not a complete safetensors file"):
+        cli.open_checkpoint(str(tmp_path))

@@ -1,0 +1,202 @@
+"""Faults while the kit works: the error says what happened, nothing half-written looks finished, the next run works."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import save_file
+
+from glmpp.checkpoint import Checkpoint, read_shard, write_checkpoint
+from glmpp.dry_run import LOADS, _Server, dry_run
+from glmpp.errors import GlmppError
+
+CONFIG = ROOT / "data" / "glm-5.1-fp8" / "config.json"
+
+
+# --- reading and writing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["replaced", "rewritten in place", "removed"])
+def test_a_shard_that_changes_while_it_is_read_is_an_error(tmp_path, how):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(4), "b": torch.ones(4)}, path)
+    tensors = read_shard(path)
+    next(tensors)
+    if how == "replaced":
+        save_file({"a": torch.ones(4), "b": torch.ones(4)}, tmp_path / "new")
+        os.replace(tmp_path / "new", path)
+    elif how == "removed":
+        path.unlink()
+    else:
+        with open(path, "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\1")
+        os.utime(path, ns=(1, 1))
+    with pytest.raises(GlmppError, match=r"model\.safetensors: was replaced or changed while it was read"):
+        list(tensors)
+
+
+def test_a_full_disk_leaves_nothing_and_says_so(tmp_path):
+    """The file size limit stands in for the disk: the library's own write fails."""
+    program = (
+        "import resource, sys; from glmpp.checkpoint import reduced_config, write_checkpoint\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+        "write_checkpoint(reduced_config(sys.argv[1]), sys.argv[2])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, CONFIG, tmp_path / "made"], capture_output=True, text=True)
+    assert done.returncode != 0 and list(tmp_path.iterdir()) == []
+    assert f"GlmppError: {tmp_path / 'made'}: not written, nothing is left of it" in done.stderr
+    assert "File too large" in done.stderr
+
+
+def test_of_two_runs_that_write_the_same_folder_one_wins_and_the_other_is_told(tiny_config, tmp_path):
+    def write(seed: int) -> str:
+        try:
+            write_checkpoint(tiny_config, tmp_path / "made", seed)
+        except GlmppError as error:
+            return str(error)
+        return "written"
+
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = sorted(pool.map(write, [1, 2]))
+    assert outcomes[1] == "written" and str(tmp_path / "made") in outcomes[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    found = dict(Checkpoint.from_directory(tmp_path / "made").read())
+    same = []
+    for seed in (1, 2):
+        whole = dict(write_checkpoint(tiny_config, tmp_path / str(seed), seed).read())
+        same.append(all(torch.equal(found[n].view(torch.uint8), whole[n].view(torch.uint8)) for n in whole))
+    assert sorted(same) == [False, True]  # one of the two, whole
+
+
+# --- the dry run's child ------------------------------------------------------------------------------------------
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def when_a_fork_is_at_work(then) -> threading.Thread:
+    """Call `then(pid)` with the first fork of the dry run's server."""
+
+    def watch() -> None:
+        for _ in range(120):
+            forks = children(_Server.current.process.pid)
+            time.sleep(0.5)  # one that has just ended its work is gone by then
+            if still := set(forks) & set(children(_Server.current.process.pid)):
+                return then(still.pop())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def gone(pid: int, seconds: float = 10) -> bool:
+    for _ in range(int(seconds / 0.05)):
+        if not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture
+def warm(tiny):
+    """The server is there, so that a fork begins at once."""
+    pytest.importorskip("vllm")
+    dry_run(tiny, 1, guard="loader", progress=False)
+
+
+@pytest.mark.vllm
+def test_a_child_that_is_killed_is_an_error_that_says_so_and_the_next_run_works(warm, full, tiny):
+    killer = when_a_fork_is_at_work(lambda pid: os.kill(pid, signal.SIGKILL))
+    with pytest.raises(GlmppError, match=r"was killed after .*by the system if memory ran out"):
+        dry_run(full, 8, guard="helper", progress=False)
+    killer.join()
+    assert dry_run(tiny, 2, guard="loader", progress=False).loads
+
+
+@pytest.mark.vllm
+def test_an_interrupt_ends_the_child_and_the_next_run_works(warm, full, tiny):
+    seen = []
+
+    def interrupt(pid: int) -> None:
+        seen.append(pid)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = when_a_fork_is_at_work(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        dry_run(full, 8, guard="helper", progress=False)
+    watcher.join()
+    assert gone(seen[0])
+    assert dry_run(tiny, 2, guard="loader", progress=False).stages[0].verdict == LOADS
+
+
+@pytest.mark.vllm
+def test_no_process_stays_when_the_kernel_is_killed():
+    pytest.importorskip("vllm")
+    program = (
+        "import glmpp, sys; from glmpp.dry_run import _Server, dry_run\n"
+        "checkpoint = glmpp.Checkpoint.from_config(sys.argv[1])\n"
+        "print(_Server.running().process.pid, flush=True)\n"
+        "dry_run(checkpoint, 8, guard='helper', progress=False)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, CONFIG], stdout=subprocess.PIPE, text=True) as kernel:
+        server = int(kernel.stdout.readline())
+        for _ in range(1200):
+            if forks := children(server):
+                break
+            time.sleep(0.05)
+        kernel.kill()
+    assert gone(server) and gone(forks[0], 60)
+
+
+# --- load ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.vllm
+def test_200_dry_runs_in_a_row_take_no_more_memory_and_no_more_files(warm, tiny):
+    def held() -> tuple[int, int, int]:
+        """Resident bytes of this process and of the server, and open files of both."""
+        pids = [os.getpid(), _Server.current.process.pid]
+        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
+        return *(n * os.sysconf("SC_PAGE_SIZE") for n in pages), sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+
+    for _ in range(20):
+        dry_run(tiny, 2, guard="loader", ranks=[1], control=False, progress=False)
+    mine, servers, files = held()
+    for _ in range(180):
+        assert dry_run(tiny, 2, guard="loader", ranks=[1], control=False, progress=False).loads
+    mine_then, servers_then, files_then = held()
+    assert files_then == files
+    assert mine_then - mine < 20e6 and servers_then - servers < 5e6
+
+
+@pytest.mark.parametrize("shards", [1, 11, 1000])
+def test_all_names_in_one_eleven_or_a_thousand_shards_are_the_same_checkpoint(full, tmp_path, shards):
+    """119,028 tensors of one byte or two."""
+    names = list(full)
+    size = -(-len(names) // shards)
+    weight_map = {}
+    for number, start in enumerate(range(0, len(names), size), start=1):
+        file = f"model-{number:05d}-of-{shards:05d}.safetensors"
+        held = names[start : start + size]
+        save_file({name: torch.tensor([number % 256], dtype=torch.uint8) for name in held}, tmp_path / file)
+        weight_map |= dict.fromkeys(held, file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "config.json").write_text(json.dumps(full.config))
+    started = time.perf_counter()
+    checkpoint = Checkpoint.from_directory(tmp_path)
+    assert checkpoint.keys() == full.keys() and len({spec.file for spec in checkpoint.values()}) == -(-len(names) // size)
+    assert sum(int(tensor) for _, tensor in checkpoint.read(names[::1000])) > 0
+    assert time.perf_counter() - started < 30

@@ -1,0 +1,538 @@
+"""A checkpoint read from the Hub is the folder's, at the price of its headers; and what a bad repository is told.
+
+The Hub is a server on the loopback, over folders on disk. It answers as huggingface.co does to what is asked of it:
+X-Error-Code on refusals, a redirect to another host for the shards, ranges; and it counts the bytes it sends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+import glmpp.hub
+from glmpp import cli
+from glmpp.checkpoint import INDEX_FILE, Checkpoint
+from glmpp.errors import GlmppError
+from glmpp.hub import FIRST_BYTES, from_hub
+
+pytest.importorskip("huggingface_hub", minversion="1.0")
+from huggingface_hub import close_session, constants
+
+REPO = "zai-org/tiny"
+SHA, NEXT = "0123456789abcdef0123456789abcdef01234567", "f" * 40
+MB = 1_000_000
+
+
+class Hub(ThreadingHTTPServer):
+    """Commits of one repository, each a folder; what was asked for; bytes sent of each file; faults by file name."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # what is counted as sent is soon on its way
+        self.commits, self.branches = {SHA: folder}, {"main": SHA}
+        self.log: list[tuple[str, dict[str, str]]] = []
+        self.sent: Counter[str] = Counter()
+        self.ranges, self.faults = True, {}
+        self.after_resolving = lambda: None
+        self.released = threading.Event()  # set: what hangs goes on
+
+    def handle_error(self, *args):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # the client has hung up
+            super().handle_error(*args)
+
+    def asked(self, file: str) -> list[str]:
+        return [path for path, _ in self.log if path.startswith("/cdn/") and path.endswith(f"/{file}")]
+
+
+class Answer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        path = unquote(self.path.split("?")[0])
+        self.server.log.append((path, {key.lower(): value for key, value in self.headers.items()}))
+        fault = self.server.faults.get(path.split("/")[-1])
+        try:
+            if fault is None or not fault(self):
+                self.route(path)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+    def route(self, path: str):
+        if match := re.fullmatch(rf"/api/models/{REPO}(?:/revision/(.+))?", path):
+            revision = match[1] or "main"
+            sha = self.server.branches.get(revision, revision)
+            self.server.after_resolving()
+            if sha not in self.server.commits:
+                return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            files = sorted(file.name for file in self.server.commits[sha].iterdir())
+            info = {"id": REPO, "sha": sha, "siblings": [{"rfilename": file} for file in files]}
+            return self.reply(200, json.dumps(info).encode())
+        if match := re.fullmatch(rf"/{REPO}/resolve/([^/]+)/(.+)", path):
+            sha = self.server.branches.get(match[1], match[1])
+            if match[2].endswith(".safetensors"):
+                away = f"http://localhost:{self.server.server_port}/cdn/{sha}/{match[2]}"
+                return self.reply(302, b"", Location=away)
+            return self.send_part(self.server.commits[sha] / match[2])
+        if match := re.fullmatch(r"/cdn/([^/]+)/(.+)", path):
+            return self.send_part(self.server.commits[match[1]] / match[2])
+        return self.refuse(404, "RepoNotFound", "Repository not found")
+
+    def send_part(self, file: Path):
+        size = file.stat().st_size
+        start, stop, status = 0, size, 200
+        if self.server.ranges and (match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
+            start, stop, status = int(match[1]), min(int(match[2] or size) + 1, size), 206
+            if start >= size:
+                return self.refuse(416, None, "Range Not Satisfiable")
+        self.send_response(status)
+        self.send_header("Content-Length", str(stop - start))
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
+        self.end_headers()
+        with open(file, "rb") as content:
+            content.seek(start)
+            while piece := content.read(min(65536, stop - content.tell())):
+                self.server.sent[file.name] += len(piece)  # before the client can have it
+                self.wfile.write(piece)
+
+    def reply(self, status: int, body: bytes, **headers: str):
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+        return True
+
+    def refuse(self, status: int, code: str | None, message: str):
+        headers = {"X_Error_Message": message} | ({"X_Error_Code": code} if code else {})
+        return self.reply(status, json.dumps({"error": message}).encode(), **headers)
+
+
+def times(count: int, fault):
+    """The fault, `count` times; then it is over."""
+    left = iter(range(count))
+    return lambda answer: fault(answer) if next(left, None) is not None else False
+
+
+def status(code: int, error_code: str | None = None):
+    return lambda answer: answer.refuse(code, error_code, "not today")
+
+
+def cut(answer: Answer, length: bool = True):
+    """The status line promises 1000 bytes, 500 arrive; with `length` the client can see that some are missing."""
+    answer.send_response(206)
+    answer.send_header("Content-Range", "bytes 0-999/1000")
+    answer.send_header(*(("Content-Length", "1000") if length else ("Connection", "close")))
+    answer.end_headers()
+    answer.wfile.write((900).to_bytes(8, "little") + b"{" + b" " * 491)
+    answer.close_connection = True
+    return True
+
+
+def cut_in_silence(answer: Answer):
+    return cut(answer, length=False)
+
+
+def hang(answer: Answer):
+    answer.server.released.wait(15)
+    answer.close_connection = True
+    return True
+
+
+def serve(folder: Path, monkeypatch):
+    hub = Hub(folder)
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # a request for its user agent
+    monkeypatch.setattr(glmpp.hub, "PAUSES", (0.01, 0.01))
+    monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    close_session()
+    threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield hub
+    hub.released.set()
+    hub.shutdown()
+    hub.server_close()
+    close_session()
+
+
+def link_shard(source: str, target: str):
+    (os.link if source.endswith(".safetensors") else shutil.copy)(source, target)
+
+
+@pytest.fixture
+def folder(tiny, tmp_path) -> Path:
+    """The tiny checkpoint's folder; config and index to break, the shards only to move (10 MB that are not copied)."""
+    return Path(shutil.copytree(tiny.directory, tmp_path / "model", copy_function=link_shard))
+
+
+@pytest.fixture
+def hub(folder, monkeypatch):
+    yield from serve(folder, monkeypatch)
+
+
+@pytest.fixture
+def shard(folder) -> Path:
+    """One shard of the folder, to break."""
+    path = sorted(folder.glob("*.safetensors"))[1]
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    return path
+
+
+def write_zeros(path: Path, count: int, nbytes: int) -> dict[str, str]:
+    """A shard of `count` tensors with `nbytes` zeros each, which take no space on the disk; its part of the index."""
+    entries = {
+        f"{path.stem}.{i:05}": {"dtype": "U8", "shape": [nbytes], "data_offsets": [i * nbytes, (i + 1) * nbytes]}
+        for i in range(count)
+    }
+    header = json.dumps(entries).encode()
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + count * nbytes)
+    return dict.fromkeys(entries, path.name)
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A repository of 12 shards with 40 MB each."""
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    weight_map = {}
+    for i in range(12):
+        weight_map |= write_zeros(folder / f"model-{i}.safetensors", 8, 5 * MB)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    yield from serve(folder, monkeypatch)
+
+
+def equal(remote: Checkpoint, local: Checkpoint) -> bool:
+    return list(remote.items()) == list(local.items()) and remote.config == local.config
+
+
+def refused(*words: str, revision: str | None = None) -> str:
+    """from_hub raises a GlmppError that says all these words; the message."""
+    with pytest.raises(GlmppError) as caught:
+        from_hub(REPO, revision, progress=False)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    return message
+
+
+# --- the same as the folder ---
+
+
+def test_names_order_specs_and_config_are_those_of_the_folder(hub, tiny):
+    remote = from_hub(REPO, progress=False)
+    assert equal(remote, tiny) and len(remote) == 618
+    assert remote.directory is None and remote.source == f"{REPO}@{SHA}"
+    assert next(remote.read())[1].is_meta
+
+
+def test_shard_10_comes_after_shard_9(large):
+    remote = from_hub(REPO, progress=False)
+    assert equal(remote, Checkpoint.from_directory(large.commits[SHA]))
+    assert list(dict.fromkeys(spec.file for spec in remote.values())) == [f"model-{i}.safetensors" for i in range(12)]
+
+
+def test_one_file_without_an_index(hub, folder):
+    (folder / INDEX_FILE).unlink()
+    write_zeros(folder / "model.safetensors", 3, 10)
+    remote = from_hub(REPO, progress=False)
+    assert len(remote) == 3 and equal(remote, Checkpoint.from_directory(folder))
+
+
+def test_a_shard_that_the_index_does_not_name_is_not_read(hub, folder, tiny):
+    (folder / "consolidated.safetensors").write_bytes(b"not a shard")
+    assert equal(from_hub(REPO, progress=False), tiny)
+    assert not hub.asked("consolidated.safetensors")
+
+
+@pytest.mark.parametrize("revision", [None, "main", SHA, "refs/pr/7"])
+def test_one_commit_is_read_although_its_branch_moves(hub, tiny, tmp_path, revision):
+    other = Path(shutil.copytree(tiny.directory, tmp_path / "next", copy_function=link_shard))
+    (other / "config.json").write_text("{}")
+    hub.commits[NEXT] = other
+    hub.branches["refs/pr/7"] = SHA
+    hub.after_resolving = lambda: hub.branches.update({"main": NEXT, "refs/pr/7": NEXT})
+    remote = from_hub(REPO, revision, progress=False)
+    assert equal(remote, tiny) and remote.source == f"{REPO}@{SHA}"
+    first, *rest = [path for path, _ in hub.log]
+    assert first.startswith("/api/models/") and rest and all(f"/{SHA}/" in path for path in rest)
+
+
+def test_a_user_sets_nothing_but_the_endpoint(hub, tiny, tmp_path):
+    program = (
+        "import glmpp.hub, sys; assert 'huggingface_hub' not in sys.modules\n"
+        f"c = glmpp.hub.from_hub('{REPO}'); print(c.source, len(c), c.nbytes)"
+    )
+    home = tmp_path / "home"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}/", "HF_HOME": str(home)}
+    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == [f"{REPO}@{SHA}", "618", str(tiny.nbytes)], result.stderr
+    assert "reading headers" in result.stderr
+    assert not [file for file in home.rglob("*") if file.is_file()]
+
+
+def test_the_command_takes_a_repository_and_shows_its_commit(hub, tiny, capsys):
+    assert cli.main(["plan", REPO, "--pp", "3", "--revision", "main"]) == 0
+    assert capsys.readouterr().out.startswith(f"{REPO}@{SHA}: 618 tensors, {tiny.nbytes / 1e9:.3f} GB\n")
+    assert cli.main(["plan", REPO, "--pp", "3", "--revision", "nowhere"]) == 2
+    assert "the repository has no such branch, tag or commit" in capsys.readouterr().err
+
+
+def test_files_are_asked_for_uncompressed_so_that_sizes_are_their_own(hub):
+    from_hub(REPO, progress=False)
+    assert {headers["accept-encoding"] for path, headers in hub.log if "/api/" not in path} == {"identity"}
+
+
+def test_the_token_goes_to_the_hub_and_not_where_it_redirects_to(hub):
+    from_hub(REPO, progress=False)
+    sent = {path.split("/")[1]: headers.get("authorization") for path, headers in hub.log}
+    assert sent == {"api": "Bearer hf_of_this_test", "zai-org": "Bearer hf_of_this_test", "cdn": None}
+
+
+# --- the price ---
+
+
+def test_no_weight_is_downloaded(large):
+    """Of 480 MB, 12 times the first 150 kB; one request each."""
+    remote = from_hub(REPO, progress=False)
+    assert remote.nbytes == 480 * MB
+    for file in {spec.file for spec in remote.values()}:
+        assert large.sent[file] == FIRST_BYTES and len(large.asked(file)) == 1
+
+
+def test_a_header_longer_than_the_first_request_takes_a_second_one(large):
+    folder = large.commits[SHA]
+    (folder / INDEX_FILE).unlink()
+    write_zeros(folder / "model.safetensors", 3000, 10_000)
+    with open(folder / "model.safetensors", "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    assert header > FIRST_BYTES
+    assert equal(from_hub(REPO, progress=False), Checkpoint.from_directory(folder))
+    assert large.sent["model.safetensors"] == FIRST_BYTES + 8 + header and len(large.asked("model.safetensors")) == 2
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_a_header_that_just_fits_the_first_request(hub, folder, monkeypatch, more):
+    (folder / INDEX_FILE).unlink()
+    write_zeros(folder / "model.safetensors", 20, 1000)
+    header = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    monkeypatch.setattr(glmpp.hub, "FIRST_BYTES", 8 + header + more)
+    assert equal(from_hub(REPO, progress=False), Checkpoint.from_directory(folder))
+    assert len(hub.asked("model.safetensors")) == (2 if more < 0 else 1)
+
+
+def test_a_server_that_ignores_the_range_is_hung_up_on(large):
+    """What it sends beyond the header is what fits into the buffers of the sockets, not the 40 MB of each shard."""
+    large.ranges = False
+    assert equal(from_hub(REPO, progress=False), Checkpoint.from_directory(large.commits[SHA]))
+    assert sum(large.sent.values()) < 12 * 10 * MB
+
+
+# --- a repository that is not in order ---
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_a_truncated_shard_is_named(hub, shard, keep):
+    shard.write_bytes(shard.read_bytes()[:keep])
+    refused(f"{REPO}@{SHA}/{shard.name}", "not a complete safetensors file")
+    assert len(hub.asked(shard.name)) == 1
+
+
+@pytest.mark.parametrize("length", [2**63, 150 * MB, 0])
+def test_a_header_length_that_cannot_be_is_not_fetched(hub, shard, length):
+    with open(shard, "r+b") as file:
+        file.write(length.to_bytes(8, "little"))
+        file.truncate(200 * MB)
+    refused(shard.name, "not a complete safetensors file")
+    assert hub.sent[shard.name] == FIRST_BYTES
+
+
+def test_a_header_that_is_not_json(hub, shard):
+    with open(shard, "r+b") as file:
+        file.seek(8)
+        file.write(b"[")
+    refused(shard.name, "not a JSON object")
+
+
+def test_a_missing_shard_is_named_with_a_tensor_it_should_hold(hub, shard, tiny):
+    shard.unlink()
+    first = min(name for name, spec in tiny.items() if spec.file == shard.name)
+    refused(f"{REPO}@{SHA}/{shard.name}", first, "missing")
+
+
+def test_an_index_that_names_a_tensor_its_shard_does_not_hold(hub, folder, shard):
+    index = json.loads((folder / INDEX_FILE).read_text())
+    index["weight_map"]["stray"] = shard.name
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    refused(f"{REPO}@{SHA}/{shard.name}", "'stray'", "does not hold it")
+
+
+def test_a_tensor_that_the_index_does_not_name(hub, folder, shard, tiny):
+    index = json.loads((folder / INDEX_FILE).read_text())
+    name = next(name for name, spec in tiny.items() if spec.file == shard.name)
+    del index["weight_map"][name]
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    refused(f"{REPO}@{SHA}/{shard.name}", repr(name), "does not place here")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", "", "[" * 100_000, "\udc80"])
+@pytest.mark.parametrize("file", ["config.json", INDEX_FILE])
+def test_json_that_is_broken(hub, folder, file, content):
+    (folder / file).write_bytes(content.encode(errors="surrogateescape"))
+    refused(f"{REPO}@{SHA}/{file}", "JSON")
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, [], {"a": 3}, {"a": ["model.safetensors"]}])
+def test_an_index_without_a_weight_map(hub, folder, weight_map):
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    refused(f"{REPO}@{SHA}/{INDEX_FILE}", "weight_map")
+
+
+def test_a_repository_without_config(hub, folder):
+    (folder / "config.json").unlink()
+    refused(f"{REPO}@{SHA}/config.json", "no such file")
+
+
+def test_a_repository_of_pickles(hub, folder):
+    for file in [*folder.glob("*.safetensors"), folder / INDEX_FILE]:
+        file.rename(folder / file.name.replace("safetensors", "bin"))
+    refused(f"{REPO}@{SHA}", "only safetensors are read")
+
+
+# --- no access ---
+
+
+@pytest.mark.parametrize("repo_id", ["zai-org/other", "other"])
+def test_a_repository_that_does_not_exist(hub, repo_id):
+    with pytest.raises(GlmppError, match=f"^{repo_id}@main: no such repository, or a private one.*HF_TOKEN"):
+        from_hub(repo_id, progress=False)
+    assert len(hub.log) == 1
+
+
+@pytest.mark.parametrize("repo_id", ["models/zai-org/tiny", "../tiny", "", "a--b"])
+def test_what_is_not_a_repository_id_is_not_asked_for(hub, repo_id):
+    with pytest.raises(GlmppError, match="from_directory"):
+        from_hub(repo_id, progress=False)
+    assert not hub.log
+
+
+@pytest.mark.parametrize("revision", ["v2", "a" * 40])
+def test_a_revision_that_does_not_exist(hub, revision):
+    refused(f"{REPO}@{revision}: ", "no such branch", revision=revision)
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_gated_repository(hub, code):
+    """The Hub lists the files of a gated repository to everybody; it is the files that it refuses."""
+    hub.faults["config.json"] = status(code, "GatedRepo")
+    refused(f"{REPO}@{SHA}/config.json", "gated", "HF_TOKEN")
+    assert len(hub.log) == 2
+
+
+@pytest.mark.parametrize("code", [401, 403, 404, 410])
+def test_a_refusal_is_not_asked_again(hub, shard, code):
+    hub.faults[shard.name] = status(code)
+    refused(f"{REPO}@{SHA}/{shard.name}", f"HTTP {code}", "not today")
+    assert len([path for path, _ in hub.log if path.endswith(f"{SHA}/{shard.name}")]) == 1
+
+
+def test_offline(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused(f"{REPO}@main", "HF_HUB_OFFLINE is set")
+    assert not hub.log
+
+
+def test_a_machine_without_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refused("pip install")
+
+
+# --- a connection that is not in order ---
+
+
+@pytest.mark.parametrize(
+    "fault", [cut, cut_in_silence, status(500), status(429)], ids=["cut", "cut_in_silence", "500", "429"]
+)
+@pytest.mark.parametrize("which", ["config.json", INDEX_FILE, "shard"])
+def test_two_faults_of_the_connection_are_survived_and_three_are_not(hub, tiny, shard, which, fault):
+    file = shard.name if which == "shard" else which
+    hub.faults[file] = times(2, fault)
+    assert equal(from_hub(REPO, progress=False), tiny)
+    hub.faults[file] = times(3, fault)
+    refused(f"{REPO}@{SHA}/{file}")
+
+
+@pytest.mark.parametrize("which", ["tiny", "config.json", "shard"])
+def test_a_server_that_does_not_answer(hub, shard, which, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    hub.faults[shard.name if which == "shard" else which] = hang
+    begin = time.monotonic()
+    refused(REPO, "Timeout", "0.5 s", "check the connection")
+    assert 1.5 <= time.monotonic() - begin < 6
+
+
+def test_nobody_listens(hub):
+    hub.shutdown()
+    hub.server_close()
+    refused(f"{REPO}@main", "no usable answer from http://127.0.0.1", "ConnectError")
+
+
+@pytest.mark.parametrize("body", [b"<html>log in to this network</html>", b"[]", b"{}", b'{"id": "a/b"}'])
+def test_something_else_answers_in_place_of_the_hub(hub, body):
+    hub.faults["tiny"] = lambda answer: answer.reply(200, body)
+    refused(f"{REPO}@main", "http://127.0.0.1")
+
+
+@pytest.mark.parametrize("body", [b'"oops"', b"[]", b"\xff"])
+def test_an_error_whose_body_the_library_does_not_expect(hub, body):
+    hub.faults["config.json"] = lambda answer: answer.reply(404, body)
+    refused(f"{REPO}@{SHA}/config.json")
+
+
+@pytest.mark.parametrize("told", ["bytes 0-99/*", "bytes 100-199/1000", "all of it"])
+def test_an_answer_that_does_not_tell_the_size(hub, shard, told):
+    hub.faults[shard.name] = lambda answer: answer.reply(206, b"x" * 100, Content_Range=told)
+    refused(f"{REPO}@{SHA}/{shard.name}", "how large the file is", told)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
+def test_an_interrupt_does_not_wait_for_requests_that_are_under_way(hub, shard):
+    main = threading.main_thread().ident
+
+    def interrupt(answer: Answer):
+        signal.pthread_kill(main, signal.SIGINT)
+        return hang(answer)
+
+    hub.faults[shard.name] = times(1, interrupt)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        from_hub(REPO, progress=False)
+    assert time.monotonic() - begin < 5

@@ -1,0 +1,175 @@
+"""`glmpp check`: every kind of verdict found and named, on small models that have one known fault each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import faulty
+import jsonschema
+import pytest
+from conftest import ROOT
+
+from glmpp import cli
+from glmpp.checkpoint import Checkpoint
+from glmpp.dry_run import CANNOT_BUILD, DIES, LEAVES_AT_INIT, LOADS, dry_run, vllm_version
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+affected = pytest.mark.skipif(vllm_version() != "0.22.1", reason="pins what the last affected release does")
+SCHEMA = json.loads((ROOT / "tests" / "check.schema.json").read_text())
+
+
+@pytest.fixture
+def checked(tmp_path, monkeypatch):
+    """Dry run of a faulty model at PP=3: stages hold layers 0-3, 4-7 and 8-11."""
+
+    def run(fault: str, **options):
+        model = faulty.write_faulty(fault, tmp_path)
+        monkeypatch.chdir(tmp_path)  # the plugin lies here
+        report = dry_run(Checkpoint.from_directory(model), 3, progress=False, **options)
+        assert report.control.verdict == LOADS
+        assert {stage.model_class for stage in report.stages} <= {"faulty.FaultyForCausalLM", None}
+        return report
+
+    return run
+
+
+def test_a_model_without_a_fault_loads(checked):
+    report = checked("none")
+    assert [stage.verdict for stage in report.stages] == [LOADS] * 3
+    assert [stage.held for stage in report.stages] == [{}] * 3
+    assert report.stand_ins.keys() == {"platform", "class inspection", "pipeline group"}
+
+
+def test_an_unguarded_lookup_is_a_death_with_its_key_tensor_and_line(checked):
+    report = checked("unguarded lookup")
+    assert [stage.verdict for stage in report.stages] == [DIES] * 3
+    # vLLM hands a shard's tensors over by name: layer 10 comes before layer 2.
+    assert [stage.key for stage in report.stages] == [f"model.layers.{n}.ab.weight" for n in (10, 0, 0)]
+    assert [stage.tensor for stage in report.stages] == [f"model.layers.{n}.b.weight" for n in (10, 0, 0)]
+    lines = (ROOT / "tests" / "faulty.py").read_text().splitlines()
+    file, _, number = report.stages[1].place.partition(":")
+    assert file == "faulty.py" and "named_parameters())[name.replace" in lines[int(number) - 1]
+
+
+def test_a_placeholders_attribute_while_loading_is_a_death_without_a_key(checked):
+    report = checked("attribute of a placeholder, loading")
+    assert [(stage.verdict, stage.exception, stage.key) for stage in report.stages] == [(DIES, "AttributeError", None)] * 3
+    assert "'PPMissingLayer' object has no attribute 'scale'" in report.stages[2].message
+    assert report.stages[1].tensor == "model.layers.0.a.weight"
+
+
+def test_a_placeholders_attribute_while_building_is_told_from_a_model_that_cannot_be_built_at_all(checked):
+    report = checked("attribute of a placeholder, building")
+    assert [(stage.verdict, stage.exception) for stage in report.stages] == [(CANNOT_BUILD, "AttributeError")] * 3
+    assert report.stages[0].place.startswith("faulty.py:") and report.stages[0].ledger is None
+
+
+def test_none_where_a_placeholder_belongs_is_a_death_and_the_load_format_does_not_cure_it(checked, tmp_path):
+    report = checked("None for a placeholder")
+    assert [stage.verdict for stage in report.stages] == [LOADS, DIES, DIES]
+    assert "'NoneType' object has no attribute 'weight'" in report.stages[1].message
+    again = dry_run(Checkpoint.from_directory(tmp_path / "model"), 3, guard="loader", control=False, progress=False)
+    assert [stage.verdict for stage in again.stages] == [LOADS, DIES, DIES]
+
+
+def test_a_guard_too_wide_that_vllm_is_silent_about_leaves_named_parameters_at_init(checked):
+    report = checked("guard too wide")
+    assert [stage.verdict for stage in report.stages] == [LEAVES_AT_INIT] * 3
+    assert [stage.unaccounted for stage in report.stages] == [[f"model.layers.{n}.ab.weight"] for n in (0, 4, 8)]
+
+
+def test_a_guard_after_buffering_loads_and_what_it_holds_is_named(checked):
+    report = checked("guard after buffering")
+    for stage in report.stages:
+        foreign = {f"model.layers.{n}.{part}.weight" for n in range(12) if n not in stage.stage.layers for part in "ab"}
+        assert stage.verdict == LOADS and stage.held == dict.fromkeys(foreign, 16 * 16 * 2)
+
+
+def test_all_goes_on_after_a_death_and_finds_every_one(checked):
+    report = checked("dies twice", all_deaths=True)
+    found = [[death.key for death in stage.deaths] for stage in report.stages]
+    assert [sorted(set(keys)) for keys in found] == [
+        ["model.layers.11.ab.weight"],
+        ["model.layers.1.ab.weight", "model.layers.11.ab.weight"],
+        ["model.layers.1.ab.weight"],
+    ]
+    assert [len(keys) for keys in found] == [2, 4, 2]  # both halves of each
+    assert [stage.unaccounted for stage in report.stages] == [[]] * 3  # what the rest of the checkpoint filled
+
+
+@pytest.mark.parametrize("fault", ["unguarded lookup", "attribute of a placeholder, loading", "guard after buffering"])
+def test_the_load_format_cures_what_comes_from_being_handed_a_foreign_tensor(checked, fault):
+    report = checked(fault, guard="loader")
+    assert report.loads and [stage.held for stage in report.stages] == [{}] * 3
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def command(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli.main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+@affected
+def test_check_says_where_every_stage_dies_and_ends_with_1(tiny, capsys):
+    code, out, _ = command(capsys, "check", tiny.directory, "--pp", 4)
+    assert code == 1
+    assert out.count("    KeyError: 'layers.0.self_attn.indexer.wk_weights_proj.weight'\n") == 3
+    assert (
+        "in vllm/model_executor/models/deepseek_v2.py:774 _try_load_fp8_indexer_wk, handed model.layers.0.self_attn." in out
+    )
+    assert "PP=1 control  layers 0-11     loads\n" in out
+    assert out.endswith("PP=4: does not load: 4 of 4 stages fail although PP=1 loads\n")
+
+
+def test_check_with_the_load_format_ends_with_0_and_prints_the_same_twice(tiny, capsys):
+    first = command(capsys, "check", tiny.directory, "--pp", 3, "--guard", "loader", "--layer-partition", "1,9,2")
+    assert first[0] == 0 and first[1].endswith("PP=3: loads\n") and "stage 1       layers 1-9      loads\n" in first[1]
+    assert command(capsys, "check", tiny.directory, "--pp", 3, "--guard", "loader", "--layer-partition", "1,9,2") == first
+
+
+@affected
+def test_all_lists_every_death_of_every_stage(tiny, capsys):
+    code, out, _ = command(capsys, "check", tiny.directory, "--pp", 4, "--all", "--json")
+    report = json.loads(out)
+    assert code == 1
+    for stage in report["stages"]:
+        first, last = stage["layers"]
+        missing = {f"layers.{n}.self_attn.indexer.wk_weights_proj.weight" for n in range(12) if not first <= n <= last}
+        assert {death["key"] for death in stage["deaths"]} == missing and len(stage["deaths"]) == len(missing)
+
+
+@pytest.mark.parametrize("options", [(), ("--all",), ("--strict",), ("--guard", "loader")])
+def test_json_follows_its_schema(tiny, capsys, options):
+    code, out, _ = command(capsys, "check", tiny.directory, "--pp", 2, "--json", *options)
+    report = json.loads(out)
+    jsonschema.validate(report, SCHEMA)
+    assert code == {"loads": 0, "dies": 1, "cannot tell": 2}[report["verdict"]]
+    assert len(report["stages"]) == 2 and report["checkpoint"]["tensors"] == len(tiny)
+
+
+def test_strict_refuses_stand_ins_and_cannot_tell(tiny, capsys):
+    code, out, _ = command(capsys, "check", tiny.directory, "--pp", 2, "--strict")
+    assert code == 2 and "stand-ins: platform, class inspection, pipeline group\n" in out
+    assert out.endswith("PP=2: cannot tell: PP=1 cannot be built here either\n")
+
+
+def test_an_architecture_that_vllm_does_not_know_cannot_be_told(tiny, tmp_path, capsys):
+    shutil.copytree(tiny.directory, tmp_path, dirs_exist_ok=True)
+    config = {**tiny.config, "architectures": ["NobodysForCausalLM"], "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, out, _ = command(capsys, "check", tmp_path, "--pp", 2)
+    assert code == 2 and "stage 0       layers 0-5      cannot tell\n" in out and "NobodysForCausalLM" in out
+    assert " loads" not in out
+
+
+def test_a_tensor_that_the_checkpoint_lacks_is_not_called_a_pipeline_fault(tiny, capsys, monkeypatch):
+    lost = "model.layers.2.mlp.down_proj.weight"
+    partial = Checkpoint([spec for spec in tiny.values() if spec.name != lost], tiny.config, source="partial")
+    monkeypatch.setattr(cli, "open_checkpoint", lambda *_: partial)
+    code, out, _ = command(capsys, "check", "partial", "--pp", 2, "--guard", "loader")
+    assert code == 1 and out.count(f"    left at init: {lost}\n") == 2  # on its stage and at PP=1
+    assert out.endswith("PP=2: does not load, nor does PP=1: 1 of 2 stages fail\n")

@@ -1,0 +1,78 @@
+"""Every name of vLLM that the kit touches, on each release of the matrix."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import glmpp
+from glmpp import _contract
+from glmpp.errors import GlmppError
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize("name", _contract.NAMES)
+def test_the_installed_vllm_has(name):
+    assert _contract._is_there(name)
+
+
+def imported() -> set[str]:
+    """What the kit's source imports from vLLM."""
+    found = set()
+    for path in Path(glmpp.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] == "vllm":
+                found |= {f"{node.module}:{alias.name}" for alias in node.names}
+    return found
+
+
+def test_the_list_holds_everything_that_the_source_imports_by_name():
+    listed = {name.partition(":")[0] + ":" + name.partition(":")[2].split(".")[0] for name in _contract.NAMES}
+    modules = {name.partition(":")[0] for name in _contract.NAMES}
+    absent = {name for name in imported() - listed if name.replace(":", ".") not in modules}
+    assert absent == set()
+
+
+def test_a_name_that_has_moved_is_named_with_the_release_it_was_last_seen_in_and_what_still_works(monkeypatch):
+    monkeypatch.setitem(_contract.NAMES, "vllm.config:NoLongerThere.at_all", _contract.LOAD_FORMAT)
+    with pytest.raises(GlmppError) as error:
+        _contract.require(_contract.LOAD_FORMAT)
+    for part in ("has no vllm.config:NoLongerThere.at_all", "the load format", "0.33.0", "What still works: vLLM's own"):
+        assert part in str(error.value)
+    _contract.require(_contract.DRY_RUN)  # the other part does not rely on it
+
+
+def test_the_load_format_and_the_dry_run_ask_before_they_use_anything():
+    program = (
+        "from glmpp import _contract; _contract.NAMES['vllm.config:Gone'] = _contract.LOAD_FORMAT\nimport glmpp.vllm_plugin"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode != 0 and "has no vllm.config:Gone" in done.stderr
+    program = (
+        "import sys; sys.argv = ['child', '0']\n"
+        "from glmpp import _contract, _dry_run_child; _contract.NAMES['vllm.config:Gone'] = _contract.DRY_RUN\n"
+        "_dry_run_child.preload()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode != 0 and "has no vllm.config:Gone" in done.stderr
+
+
+def test_missing_layer_names_have_the_form_that_the_fix_leans_on():
+    """Module paths with a dot at the end: what `name.startswith` needs, so that layer 1 is not taken for layer 11."""
+    from vllm.model_executor.models.utils import PPMissingLayer, get_pp_missing_layer_names
+
+    from glmpp.vllm_plugin import missing_prefixes
+
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(
+        [PPMissingLayer() if index in (1, 3) else torch.nn.Linear(1, 1) for index in range(12)]
+    )
+    model.norm = PPMissingLayer()
+    assert get_pp_missing_layer_names(model) == missing_prefixes(model) == ["layers.1.", "layers.3.", "norm."]

@@ -1,0 +1,102 @@
+"""The sweep over architectures: it must find the bug that is known, and count nothing that PP=1 does not load."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+from glmpp.checkpoint import Checkpoint, TensorSpec
+from glmpp.dequant import quantize
+from glmpp.dry_run import CANNOT_BUILD, DIES, LOADS, vllm_version
+from glmpp.errors import GlmppError
+from glmpp.sweep import Sweep, block_fp8, sweep
+
+affected = pytest.mark.skipif(vllm_version() != "0.22.1", reason="pins what the last affected release does")
+
+
+@pytest.mark.vllm
+@affected
+def test_it_finds_the_known_bug_in_block_fp8_only_and_the_load_format_cures_it():
+    found = sweep(["GlmMoeDsaForCausalLM", "LlamaForCausalLM"], ("plain", "fp8"), progress=False)
+    glm, glm_fp8, llama, llama_fp8 = found.cases
+    for case in (glm, llama, llama_fp8):
+        assert (case.why, case.verdicts, case.findings) == ("", {1: LOADS, 2: LOADS, 3: LOADS}, [])
+    assert glm_fp8.verdicts == {1: LOADS, 2: DIES, 3: DIES}
+    assert {finding.place for finding in glm_fp8.findings} == {"vllm/model_executor/models/deepseek_v2.py:774"}
+    assert glm_fp8.findings[0].key == "layers.3.self_attn.indexer.wk_weights_proj.weight"
+    assert all(finding.cured for finding in glm_fp8.findings)
+    assert "FP8 linear kernel" in glm_fp8.stand_ins and "FP8 linear kernel" not in llama.stand_ins
+    assert found.classes == {
+        "vllm.model_executor.models.deepseek_v2.GlmMoeDsaForCausalLM",
+        "vllm.model_executor.models.llama.LlamaForCausalLM",
+    }
+
+
+@pytest.mark.vllm
+@affected
+def test_tied_embeddings_are_a_case_of_their_own_and_a_stage_that_cannot_be_built_is_not_cured():
+    (case,) = sweep(["Ernie4_5_MoeForCausalLM"], ("tied",), progress=False).cases
+    assert case.verdicts == {1: LOADS, 2: CANNOT_BUILD, 3: CANNOT_BUILD}
+    assert "'PPMissingLayer' object has no attribute 'weight'" in case.findings[0].message
+    assert case.findings[0].place.startswith("vllm/model_executor/models/ernie45_moe.py:")
+    assert not any(finding.cured for finding in case.findings)
+
+
+@pytest.mark.vllm
+def test_what_does_not_count_says_why(tmp_path):
+    found = sweep(["BertForSequenceClassification", "AquilaModel"], ("plain",), progress=False)
+    assert [case.counts for case in found.cases] == [False, False]
+    assert found.cases[0].why == "does not declare pipeline support"
+    assert found.cases[1].why == "transformers has no class of this name"
+    assert found.uncounted().sum() == 2
+    found.save(tmp_path / "sweep.json")
+    again = Sweep.load(tmp_path / "sweep.json")
+    assert again.cases == found.cases and again.recorded.startswith("on 20") and found.recorded is None
+
+
+@pytest.mark.vllm
+def test_an_architecture_that_vllm_does_not_have_is_an_error():
+    with pytest.raises(GlmppError, match="has no architecture 'NobodysForCausalLM'"):
+        sweep(["NobodysForCausalLM"])
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (64, 256), (576, 200)])
+def test_block_fp8_has_the_names_and_grids_that_quantize_gives(shape):
+    at = "model.layers.0"
+    names = [f"{at}.self_attn.kv_a_proj_with_mqa.weight", f"{at}.mlp.experts.1.up_proj.weight"]
+    kept = ["model.embed_tokens.weight", f"{at}.mlp.gate.weight", f"{at}.self_attn.indexer.weights_proj.weight"]
+    kept += ["visual.layers.0.q_proj.weight", f"{at}.mamba.dt_proj.weight", "lm_head.weight"]
+    specs = [TensorSpec(name, "BF16", shape) for name in names + kept]
+    specs.append(TensorSpec(f"{at}.self_attn.q_proj.bias", "BF16", (64,)))
+    variant = block_fp8(Checkpoint(specs, {"model_type": "x"}))
+    codes, scale = quantize(torch.zeros(shape))
+    for name in names:
+        assert (variant[name].torch_dtype, variant[name].shape) == (codes.dtype, tuple(codes.shape))
+        assert (variant[f"{name}_scale_inv"].torch_dtype, variant[f"{name}_scale_inv"].shape) == (
+            scale.dtype,
+            tuple(scale.shape),
+        )
+    assert len(variant) == len(specs) + len(names)
+    quantization = variant.config["quantization_config"]
+    assert {name.removesuffix(".weight") for name in kept} < set(quantization["modules_to_not_convert"])
+    assert not {name.removesuffix(".weight") for name in names} & set(quantization["modules_to_not_convert"])
+
+
+def test_block_fp8_of_nothing_is_an_error():
+    with pytest.raises(GlmppError, match="nothing to quantise"):
+        block_fp8(Checkpoint([TensorSpec("lm_head.weight", "BF16", (8, 8))], {}))
+
+
+def test_the_recorded_sweep_of_the_newest_release_has_40_classes_and_an_answer_for_every_finding():
+    (path,) = (ROOT / "data" / "recorded").glob("sweep-*.json")
+    recorded = Sweep.load(path)
+    assert recorded.versions["vllm"] in path.name and len(recorded.classes) >= 40
+    assert {case.variant for case in recorded.counted} == {"plain", "tied", "fp8"}
+    for case in recorded.counted:
+        assert case.verdicts[1] == LOADS and case.model_class.startswith("vllm.")
+        for finding in case.findings:
+            assert re.fullmatch(r"vllm/[\w/]+\.py:\d+", finding.place) or finding.left_at_init
+            assert finding.with_load_format != "cannot tell"
