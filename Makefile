@@ -1,6 +1,6 @@
 # make walkthrough  run every notebook in a fresh kernel, write HTML for reviewers to build/
 # make test         run the tests, notebooks included
-# make test-matrix  the load format on three vLLM releases
+# make test-matrix  load format, verdicts and contract on three vLLM releases
 # make test-engine  the load format in the real engine, two stages on the CPU
 # make lab          open JupyterLab at the first notebook
 # make sweep        every architecture of the newest vLLM, as notebook 06 shows it
@@ -29,8 +29,8 @@ test: $(READY)
 test-unit: $(READY)
 	$(BIN)/python -m pytest -m "not vllm and not notebooks and not mutation"
 
-# The load format on an affected, the first fixed and the newest vLLM; each in an environment of its own, kept in the
-# user's cache directory.
+# Load format, verdicts, contract and the test for vLLM itself on an affected, the first fixed and the newest release; each
+# in an environment of its own, kept in the user's cache directory.
 test-matrix: $(READY)
 	$(BIN)/python tools/versions.py matrix
 

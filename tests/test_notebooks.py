@@ -120,7 +120,7 @@ def test_a_wrong_claim_fails_its_notebook(tmp_path):
 
 @pytest.mark.notebooks
 @pytest.mark.vllm
-@pytest.mark.parametrize("name", ["00_start_here", "01_reproduce_the_keyerror", "03_apply_the_skip"])
+@pytest.mark.parametrize("name", ["00_start_here", "01_reproduce_the_keyerror"])
 def test_a_kernel_that_runs_everything_twice_gives_the_same_verdicts(tmp_path, name):
     pytest.importorskip("vllm")
     (path,) = (path for path in NOTEBOOKS if path.stem == name)

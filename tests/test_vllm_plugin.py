@@ -495,7 +495,6 @@ def test_a_model_without_pipeline_support_is_refused_by_vllm_and_loads_alone(oth
     assert report.control.verdict == LOADS and report.control.handed_over == len(checkpoint)
 
 
-@affected
 def test_under_pp_the_drafter_on_the_last_stage_is_handed_its_own_layer_where_the_release_runs_one(tiny):
     report = dry_run(tiny, 2, guard="loader", drafter=True, control=False, progress=False)
     assert [stage.verdict for stage in report.stages] == [LOADS, LOADS]
@@ -508,6 +507,7 @@ def test_under_pp_the_drafter_on_the_last_stage_is_handed_its_own_layer_where_th
     assert report.drafter.handed_over <= len(mtp) + 3  # embedding, norm and head at most
 
 
+@affected
 def test_the_mtp_drafter_is_handed_its_own_layer_and_loads_the_same_as_stock(tiny):
     """At PP=1, the only size at which this release runs a drafter."""
     stock = dry_run(tiny, 1, guard="installed", weights="real", drafter=True, progress=False).drafter
