@@ -211,12 +211,6 @@ class Stages:
         from glmpp.vllm_plugin import StageModelLoader
 
         stages, chosen = self, type(get_model_loader(config.load_config))
-        # Made here, all at once: inside of the recorder and a device context each would cost twenty times as much.
-        made = None if self.real else deque(self.empty_tensors())
-
-        def take():
-            while made:
-                yield made.popleft()
 
         class Loader(chosen):
             def get_all_weights(loader, model_config, model):
@@ -226,8 +220,8 @@ class Stages:
                 if stages.real:
                     return super()._get_weights_iterator(source)
                 if not isinstance(loader, StageModelLoader):
-                    return take()
-                return loader.selection.counted(pair for pair in take() if loader.selection.wants(pair[0]))
+                    return stages.empty_tensors()
+                return loader.selection.counted(pair for pair in stages.empty_tensors() if loader.selection.wants(pair[0]))
 
             def check(loader, left, model, model_config):
                 if stages.real:  # meta tensors have no addresses to watch: `account` goes by the operators instead
@@ -236,11 +230,21 @@ class Stages:
         return Loader(config.load_config)
 
     def empty_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, dtype, shape in self.specs:
-            if self.device == "meta":
-                yield name, torch.empty(shape, dtype=dtype, device="meta")
-            else:
-                yield name, torch.ones((), dtype=torch.float32).to(dtype).expand(shape)
+        """All tensors of the checkpoint without their data, or with ones for data on the CPU.
+
+        They are made by the thousand, past the recorder and the device context, which each would cost ten times as much.
+        """
+        for start in range(0, len(self.specs), 1000):
+            with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+                some = self.specs[start : start + 1000]
+                made = deque((name, self.empty_tensor(dtype, shape)) for name, dtype, shape in some)
+            while made:
+                yield made.popleft()
+
+    def empty_tensor(self, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.ones((), dtype=torch.float32, device="cpu").to(dtype).expand(shape)
 
     def run(self, rank: int, size: int, drafter: bool = False) -> dict:
         """Build and load a stage; once more with data on the CPU if the model asks for some."""
@@ -408,22 +412,32 @@ class StageLoad:
 
     def until_exhausted(self, weights):
         """Hand over the weights, and watch how long the model holds on to each."""
-        given: list[tuple[str, int, weakref.ref]] = []
-        died: dict[str, int] = {}
+        given: list[_Watched] = []
+        died: dict[int, int] = {}
 
-        def watch(name: str, tensor: torch.Tensor) -> None:
-            reference = weakref.ref(tensor, lambda _: died.setdefault(name, len(given)))
-            given.append((name, tensor.nbytes, reference))
+        def note(watched: _Watched) -> None:
+            died[watched.at] = len(given)
 
         for name, tensor in weights:
-            watch(name, tensor)
+            watched = _Watched(tensor, note)
+            watched.at = len(given)
+            given.append(watched)
             yield name, tensor
+            del tensor
         self.exhausted = True
-        ages = ((died.get(name, math.inf) - at, name, size) for at, (name, size, _) in enumerate(given[:-1], start=1))
-        held = {name: size for age, name, size in ages if age > HELD_FOR}
+        names = self.recorder.order[-len(given) :]
+        long = [at for at in range(len(given) - 1) if died.get(at, math.inf) - at > HELD_FOR]
+        nbytes = {name: dtype.itemsize * math.prod(shape) for name, dtype, shape in self.stages.specs if long}
+        held = {names[at]: nbytes[names[at]] for at in long}
         stored = self.recorder.stored
         lists_all = stored and len(stored & held.keys()) > len(stored) / 2
         self.held = {} if lists_all or len(held) <= LINGERING else held
+
+
+class _Watched(weakref.ref):
+    """A reference that knows the place of its tensor in the order."""
+
+    __slots__ = ("at",)
 
 
 def digest(tensor: torch.Tensor) -> str:
