@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
@@ -125,7 +126,7 @@ def test_a_kernel_that_runs_everything_twice_gives_the_same_verdicts(tmp_path, n
     pytest.importorskip("vllm")
     (path,) = (path for path in NOTEBOOKS if path.stem == name)
     once = nbformat.read(path, as_version=4)
-    again = nbformat.v4.new_notebook(cells=[nbformat.from_dict(dict(cell)) for cell in (*once.cells, *once.cells)])
+    again = nbformat.v4.new_notebook(cells=copy.deepcopy([*once.cells]) + copy.deepcopy([*once.cells]))
     for number, cell in enumerate(again.cells):
         cell.id = f"cell-{number}"
     nbformat.write(again, tmp_path / path.name)
