@@ -186,8 +186,10 @@ class Stages:
         """A stage's model with its vLLM config and model config."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.utils import initialize_model
+        from vllm.model_executor.models import utils
         from vllm.utils.torch_utils import set_default_torch_dtype
 
+        utils._model_to_pp_missing_layer_names.clear()  # keyed by id(model), and ids are reused: see missing_prefixes
         config = self.vllm_config(rank, size, drafter)  # what fails here no stand-in is for
 
         def construct():
@@ -258,9 +260,6 @@ class Stages:
 
     def attempt(self, rank: int, size: int, drafter: bool) -> tuple[dict, bool]:
         """A stage's verdict with its evidence, and whether all that it failed for is a tensor without data."""
-        from vllm.model_executor.models import utils
-
-        utils._model_to_pp_missing_layer_names.clear()  # keyed by id(model): see missing_prefixes
         result: dict = {"verdict": "cannot be built"}
         needs_data, model, started = False, None, time.perf_counter()
         try:
