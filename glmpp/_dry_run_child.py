@@ -113,13 +113,13 @@ class Guard:
     def adapted(self):
         """The kit's helper behind vLLM's call: whatever the release passes, the sixth argument is computed here."""
 
+        from glmpp.vllm_plugin import missing_prefixes
+
         def call(name, tensor, buffer, params, loaded, *_, **__):
             if id(buffer) not in self.missing:  # the buffer is kept, so that no id is a dead one's
                 self.buffers.append(buffer)
                 self.missing[id(buffer)] = missing_prefixes(calling_module(sys._getframe(1)))
             return self.helper(name, tensor, buffer, params, loaded, self.missing[id(buffer)])
-
-        from glmpp.vllm_plugin import missing_prefixes
 
         return call
 

@@ -636,11 +636,10 @@ def write_checkpoint(
         if overwrite:
             shutil.rmtree(directory, ignore_errors=True)
         os.rename(partial, directory)  # fails if somebody else's checkpoint has appeared there
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise GlmppError(f"{directory}: not written, nothing is left of it: {error}") from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise GlmppError(f"{directory}: not written, nothing is left of it: {error}") from None
         raise
     return Checkpoint.from_directory(directory)
 

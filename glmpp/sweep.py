@@ -7,6 +7,7 @@ the installed vLLM, and what fails is tried again with the load format "glmpp".
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -67,7 +68,7 @@ class Case:
 
     Attributes:
         model_class: vLLM's class, None if it was not built.
-        verdicts: pipeline size -> the worst verdict of its stages; {} when the case does not count.
+        verdicts: pipeline size -> LOADS, or the verdict of the first stage that does not; {} when the case does not count.
         why: why it does not count; "" when it does.
         stand_ins: what stood in for parts that a CPU lacks.
     """
@@ -190,12 +191,12 @@ def try_case(architecture: str, variant: str) -> Case:
     with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
         try:
             checkpoint = tiny_checkpoint(architecture, variant, Path(folder, "model"))
-            reports = dry_runs(checkpoint, "installed")
-            judge(case, reports)
-            if failing := {report.pp_size for report in reports if report.pp_size in {f.pp_size for f in case.findings}}:
-                confirm(case, dry_runs(checkpoint, "loader", tuple(sorted(failing))))
+            judge(case, dry_runs(checkpoint, "installed"))
         except GlmppError as error:
-            case.why = case.why or str(error).splitlines()[0]
+            case.why = str(error).splitlines()[0]
+        if case.findings:
+            with contextlib.suppress(GlmppError):  # then they stay, with "cannot tell"
+                confirm(case, dry_runs(checkpoint, "loader", tuple(found.pp_size for found in case.findings)))
     case.why = FOLDER.sub("…", case.why)
     case.seconds = round(time.perf_counter() - started, 1)
     return case
