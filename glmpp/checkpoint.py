@@ -19,8 +19,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePath
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -169,7 +170,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
                     f"e.g. {min(listed[file])!r}. Download it again"
                 )
             with _opened(path) as shard:
-                held = read_header(shard, os.fstat(shard.fileno()).st_size, str(path)).tensors
+                held = read_header(shard, os.fstat(shard.fileno()).st_size, str(path))
             specs += [TensorSpec(name, *held[name][:2], file) for name in sorted(held)]
             if listed:
                 check_index(path, listed[file], held.keys())
@@ -243,10 +244,19 @@ def layer_count(config: dict) -> int:
     return next(text[key] for key in LAYER_COUNTS if isinstance(text.get(key), int))
 
 
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
 def load_index(path: str | Path) -> dict[str, str]:
     """The index of a sharded checkpoint: tensor -> file name. Raises GlmppError if it has none."""
-    weight_map = _read_json(Path(path)).get("weight_map")
-    if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
+    try:
+        weight_map = msgspec.json.decode(Path(path).read_bytes(), type=_Index).weight_map
+    except msgspec.ValidationError:
+        weight_map = None
+    except (OSError, ValueError, msgspec.DecodeError, RecursionError) as error:
+        raise GlmppError(f"{path}: not readable as JSON: {error}") from None
+    if not weight_map:
         raise GlmppError(f"{path}: has no 'weight_map' from tensors to files; download the index again")
     return weight_map
 
@@ -275,13 +285,21 @@ def _opened(path: Path) -> BinaryIO:
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
+_Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
-@dataclass(frozen=True)
-class Header:
-    """The header of a safetensors file: name -> (safetensors dtype, shape, first byte and end in the file)."""
 
-    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
-    metadata: dict[str, str]
+class _Entry(msgspec.Struct, gc=False):
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    shape: tuple[_Size, ...]
+    data_offsets: tuple[_Size, _Size]
+
+
+_ENTRIES, _ENTRY = msgspec.json.Decoder(dict[str, msgspec.Raw]), msgspec.json.Decoder(_Entry)
+
+Header = dict[str, tuple[str, tuple[int, ...], int, int]]
+"""Tensor -> safetensors dtype, shape, first byte and end in the file."""
 
 
 def read_header(file: BinaryIO, size: int, label: str) -> Header:
@@ -299,55 +317,68 @@ def read_header(file: BinaryIO, size: int, label: str) -> Header:
     def fail(why: str) -> GlmppError:
         return GlmppError(f"{label}: not a complete safetensors file ({why}); download it again")
 
-    def no_twins(pairs: list[tuple[str, object]]) -> dict:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise fail(f"the header lists {twice!r} twice")
-        return found
-
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
         raise fail(f"{size} bytes, the header alone should have {length}")
     raw = file.read(length)
     try:
-        entries = json.loads(raw.decode(), object_pairs_hook=no_twins) if raw.startswith(b"{") else None
-    except (ValueError, RecursionError) as error:
+        entries = _ENTRIES.decode(raw) if raw.startswith(b"{") else None
+    except (ValueError, msgspec.DecodeError, RecursionError) as error:
         raise fail(f"header is not JSON: {error}") from None
-    if not isinstance(entries, dict):
+    if entries is None:
         raise fail("the header is not a JSON object")
-    metadata = entries.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise fail("__metadata__ is not a map of strings")
+    about = entries.pop("__metadata__", None)
+    try:
+        metadata = (about and msgspec.json.decode(about, type=dict[str, str] | None)) or {}
+    except (ValueError, msgspec.DecodeError, RecursionError):
+        raise fail("__metadata__ is not a map of strings") from None
+    # Each pair of name and value has a colon. More of them: a name occurs twice, or has a colon in it.
+    if raw.count(b":") != len(entries) * 4 + len(metadata) + (about is not None) and (twin := _twin(raw)):
+        raise fail(f"the header lists {twin!r} twice")
 
-    tensors, base = {}, 8 + length
+    found, base = {}, 8 + length
+    nbytes: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, entry in entries.items():
         try:
-            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            whole = all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, end))
-        except (TypeError, KeyError, ValueError):
-            raise fail(f"tensor {name!r} has no dtype, shape and data_offsets") from None
-        if not whole or not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
-            raise GlmppError(f"{label}: tensor {name!r} has dtype {dtype!r} and shape {shape}, which torch has no type for")
-        if math.prod(filter(None, shape)) >= 2**63:  # strides are 64-bit, of an empty tensor too
-            raise fail(f"tensor {name!r}: the shape {shape} is too large")
-        if end - start != math.prod(shape) * TORCH_DTYPES[dtype].itemsize:
-            raise fail(f"tensor {name!r}: {dtype} of shape {shape} does not have {end - start} bytes")
-        tensors[name] = (dtype, shape, base + start, base + end)
+            info = _ENTRY.decode(entry)
+        except (ValueError, msgspec.DecodeError, RecursionError) as error:
+            raise fail(f"tensor {name!r} is not described by dtype, shape and data_offsets: {error}") from None
+        (start, end), kind = info.data_offsets, (info.dtype, info.shape)
+        if kind not in nbytes:
+            if info.dtype not in TORCH_DTYPES:
+                raise GlmppError(f"{label}: tensor {name!r} has dtype {info.dtype!r}, which torch has no type for")
+            if math.prod(filter(None, info.shape)) >= 2**63:  # strides are 64-bit, of an empty tensor too
+                raise fail(f"tensor {name!r}: the shape {info.shape} is too large")
+            nbytes[kind] = math.prod(info.shape) * TORCH_DTYPES[info.dtype].itemsize
+        if end - start != nbytes[kind]:
+            raise fail(f"tensor {name!r}: {info.dtype} of shape {info.shape} does not have {end - start} bytes")
+        found[name] = (info.dtype, info.shape, base + start, base + end)
     at = base
-    for name, (_, _, start, end) in sorted(tensors.items(), key=lambda item: item[1][2:]):
+    for start, end, name in sorted((start, end, name) for name, (_, _, start, end) in found.items()):
         if start != at:
             raise fail(f"tensor {name!r} begins at byte {start}, the one before it ends at {at}")
         at = end
     if at != size:
         raise fail(f"{size} bytes, the tensors end at {at}")
-    return Header(tensors, metadata)
+    return found
+
+
+def _twin(raw: bytes) -> str | None:
+    """A name that an object of this JSON holds twice, or None."""
+    twins = []
+
+    def count(pairs: list[tuple[str, object]]) -> None:
+        if len(pairs) > len(dict(pairs)):
+            twins.extend(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+
+    json.loads(raw, object_pairs_hook=count)
+    return twins[0] if twins else None
 
 
 def read_shard(
     path: str | Path,
     wants: Callable[[str], bool] | None = None,
-    ahead: Callable[[str], bool] = lambda name: True,
+    idle: Set[str] = frozenset(),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of one safetensors file, in the order of its names; only the wanted ones.
 
@@ -357,8 +388,8 @@ def read_shard(
 
     Args:
         wants: which names to yield; default all.
-        ahead: which tensors to read before they are used, in a shard that does not hold such tensors only; the kernel's
-            own reading ahead, which would fetch what nobody wants, is off for such a shard.
+        idle: tensors that nobody is expected to use. In a shard that holds such, or unwanted ones, the kernel's own reading
+            ahead is off, and each of the others is read before it is yielded.
 
     Raises:
         GlmppError: not a complete safetensors file, or one that changed before its last tensor was taken; the message
@@ -370,33 +401,30 @@ def read_shard(
         size = before.st_size
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        specs = read_header(file, size, str(path)).tensors
+        specs = read_header(file, size, str(path))
         names = sorted(specs if wants is None else filter(wants, specs))  # the order of the library's keys()
         if not names:
             return
         mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)  # lives as long as a tensor of it
-    sparse = (len(names) < len(specs) or not all(map(ahead, names))) and hasattr(mapping, "madvise")
+    sparse = (len(names) < len(specs) or not idle.isdisjoint(names)) and hasattr(mapping, "madvise")
     if sparse:
         mapping.madvise(mmap.MADV_RANDOM)
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
-    typed = {
-        dtype: whole[: size // dtype.itemsize * dtype.itemsize].view(dtype)
-        for dtype in {TORCH_DTYPES[dtype] for dtype, *_ in specs.values()}
-    }
-    strides: dict[tuple[int, ...], tuple[int, ...]] = {}
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[torch.Tensor, int, tuple[int, ...]]] = {}
+    for stored, shape in {specs[name][:2] for name in names}:
+        dtype = TORCH_DTYPES[stored]
+        typed = whole[: size // dtype.itemsize * dtype.itemsize].view(dtype)
+        kinds[stored, shape] = typed, dtype.itemsize, torch.empty(shape, device="meta").stride()
     for name in names:
         stored, shape, start, end = specs[name]
-        dtype = TORCH_DTYPES[stored]
-        if shape not in strides:
-            strides[shape] = torch.empty(shape, device="meta").stride()
-        if sparse and end > start and ahead(name):
+        typed, itemsize, strides = kinds[stored, shape]
+        if sparse and end > start and name not in idle:
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
             mapping.madvise(mmap.MADV_WILLNEED, page, end - page)
-        at, rest = divmod(start, dtype.itemsize)
-        if rest:  # not aligned to its type: a copy
-            yield name, whole[start:end].clone().view(dtype).view(shape)
+        if start % itemsize:  # not aligned to its type: a copy
+            yield name, whole[start:end].clone().view(typed.dtype).view(shape)
         else:
-            yield name, typed[dtype].as_strided(shape, strides[shape], at)
+            yield name, typed.as_strided(shape, strides, start // itemsize)
     after = os.stat(path) if path.exists() else None
     if after is None or any(getattr(before, key) != getattr(after, key) for key in ("st_ino", "st_size", "st_mtime_ns")):
         raise GlmppError(f"{path}: was replaced or changed while it was read; wait for the download to end and load again")

@@ -112,7 +112,7 @@ class _Repository:
         end = 8 + int.from_bytes(head[:8], "little")
         if len(head) < end <= min(size, MAX_HEADER_BYTES):
             head, size = self._beginning(file, end)
-        return read_header(io.BytesIO(head), size, f"{self.source}/{file}").tensors
+        return read_header(io.BytesIO(head), size, f"{self.source}/{file}")
 
     def _beginning(self, file: str, end: int) -> tuple[bytes, int]:
         """The first `end` bytes of a file, or all if it has fewer, and the size of the file."""

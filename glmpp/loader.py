@@ -267,10 +267,10 @@ class WriteLog:
         self.params = {name: p for name, p in model.named_parameters() if p.numel()}
         self.starts = {name: p.data_ptr() for name, p in self.params.items()}
         self.model = model
-        self.calls: list[tuple[int, int]] = []
+        self.calls: list[int] = []  # address, elements, address, elements, …
 
     def __enter__(self) -> WriteLog:
-        log = self.calls.append
+        log = self.calls.extend
         self.originals = {name: getattr(torch._C.TensorBase, name) for name in (*self.METHODS, "__setitem__")}
 
         def wrapped(original):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -107,10 +107,13 @@ class Prefixes:
         return at > 0 and name.startswith(self._sorted[at - 1])
 
     def uncovered(self, names: Iterable[str]) -> list[str]:
-        """The names that none of the prefixes covers, in one pass."""
-        before = ["\0", *self._sorted]  # no name begins with the first: it stands for "sorts before all prefixes"
-        prefixes = self._sorted
-        return [name for name in names if not name.startswith(before[bisect_right(prefixes, name)])]
+        """The names that none of the prefixes covers, sorted: in a sorted list what a prefix covers is one stretch."""
+        found, names, at = [], sorted(names), 0
+        for prefix in self._sorted:
+            start = bisect_left(names, prefix, at)
+            found += names[at:start]
+            at = bisect_left(names, f"{prefix[:-1]}/", start)  # "/" is the character after "."
+        return found + names[at:]
 
 
 @dataclass(frozen=True)

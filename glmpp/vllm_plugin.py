@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -123,7 +124,7 @@ class Selection:
     Attributes:
         prefixes: what is dropped, under the model's names.
         offered: tensors that the sources' indexes list; None when a source has no index.
-        handed, nbytes, files: tensors, bytes and shards handed over so far.
+        nbytes, files: bytes and shards handed over.
         names, twice, quantised: of the tensors handed over, those that came more than once, the FP8 weights.
     """
 
@@ -141,7 +142,7 @@ class Selection:
         self._speculative = Prefixes(speculative_prefixes(model, text))
         self._missing, self._mapped = Prefixes(prefixes), mapped(model)
         self.offered: int | None = 0
-        self.handed = self.nbytes = self.files = self.files_offered = 0
+        self.nbytes = self.files = self.files_offered = 0
         self.names: set[str] = set()
         self.twice: list[str] = []
         self.quantised: list[str] = []
@@ -158,11 +159,12 @@ class Selection:
             return False
         return self.unused is None or not self.unused(name)
 
-    def will_use(self, name: str) -> bool:
-        """Whether the model is expected to use a tensor it is handed: MTP layers are handed to the main model too, in
-        case it knows better, but not read ahead."""
-        place = self._mapped(name) if self._mapped else name
-        return place is not None and not self._speculative.cover(place)
+    def idle(self, names: list[str]) -> set[str]:
+        """Of names that are handed over those that the model is not expected to use: MTP layers are handed to the main
+        model too, in case it knows better, but not read ahead."""
+        if self._mapped is None:
+            return set(names) - set(self._speculative.uncovered(names))
+        return {name for name in names if (place := self._mapped(name)) is None or self._speculative.cover(place)}
 
     def among(self, names: Iterable[str]) -> list[str]:
         """Those of many names that are wanted."""
@@ -177,16 +179,24 @@ class Selection:
         self.files_offered += len(files)
 
     def counted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        names = self.names
-        for name, tensor in weights:
-            self.handed += 1
-            self.nbytes += tensor.nbytes
-            if name in names:
-                self.twice.append(name)
-            names.add(name)
-            if tensor.dtype is FP8:
-                self.quantised.append(name)
-            yield name, tensor
+        names, nbytes = self.names, 0
+        try:
+            for pair in weights:
+                name, tensor = pair
+                nbytes += tensor.nbytes
+                if name in names:
+                    self.twice.append(name)
+                names.add(name)
+                if tensor.dtype is FP8:
+                    self.quantised.append(name)
+                yield pair
+        finally:
+            self.nbytes += nbytes
+
+    @property
+    def handed(self) -> int:
+        """Tensors handed over so far."""
+        return len(self.names) + len(self.twice)
 
     def unpaired(self) -> list[str]:
         """FP8 weights that came without a scale and scales that came without a weight, each with what is missing."""
@@ -279,7 +289,7 @@ class StageModelLoader(DefaultModelLoader):
         """The tensors of a source that the stage is handed, under their names with the source's prefix."""
         if self.counter_before_loading_weights == 0.0:
             self.counter_before_loading_weights = time.perf_counter()
-        files, is_safetensors, wants = self.choose(source)
+        files, is_safetensors, wants, idle = self.choose(source)
         if self.reader == "runai_streamer" and is_safetensors:
             weights = runai_safetensors_weights_iterator(files, self.load_config.use_tqdm_on_load)
         elif self.reader == "fastsafetensors" and is_safetensors:
@@ -287,29 +297,32 @@ class StageModelLoader(DefaultModelLoader):
         elif is_safetensors and self._reads_plainly():
             shown = enable_tqdm(self.load_config.use_tqdm_on_load)
             shards = tqdm(sorted(files, key=natural_key), "Loading safetensors checkpoint shards", disable=not shown)
-            weights = (pair for file in shards for pair in read_shard(file, wants, self.selection.will_use))
+            weights = chain.from_iterable(read_shard(file, wants, idle) for file in shards)
             return weights if not source.prefix else ((source.prefix + name, tensor) for name, tensor in weights)
         else:
             weights = self._read_by_vllm(source, files)
         return ((source.prefix + name, tensor) for name, tensor in weights if wants(name))
 
-    def choose(self, source: DefaultModelLoader.Source) -> tuple[list[str], bool, Callable[[str], bool]]:
-        """Files of a source that hold something for the stage, whether they are safetensors, and which names to take.
+    def choose(self, source: DefaultModelLoader.Source) -> tuple[list[str], bool, Callable[[str], bool], set[str]]:
+        """Files of a source that hold something for the stage, whether they are safetensors, which names to take, and
+        which of them not to read ahead.
 
         A file that no index mentions is opened, and a name that no index lists is asked about: nothing is dropped for
         being unknown.
         """
         prefix, selection = source.prefix, self.selection
         files, is_safetensors, weight_map = self.locate(source)
-        names = selection.among(weight_map) if not prefix else [n for n in weight_map if selection.wants(prefix + n)]
-        known, needed, listed = set(names), {weight_map[name] for name in names}, set(weight_map.values())
+        wanted = selection.among(prefix + name for name in weight_map) if prefix else selection.among(weight_map)
+        idle = {name.removeprefix(prefix) for name in selection.idle(wanted)}
+        known = {name.removeprefix(prefix) for name in wanted} if prefix else set(wanted)
+        needed, listed = {weight_map[name] for name in known}, set(weight_map.values())
         chosen = [file for file in files if (base := os.path.basename(file)) in needed or base not in listed]
         selection.saw(weight_map, files, chosen)
 
         def wants(name: str) -> bool:
             return name in known or (name not in weight_map and selection.wants(prefix + name))
 
-        return chosen, is_safetensors, wants
+        return chosen, is_safetensors, wants, idle
 
     def locate(self, source: DefaultModelLoader.Source) -> tuple[list[str], bool, dict[str, str]]:
         """Paths of a source's files, whether they are safetensors, and its index: tensor -> file name, {} without one.
