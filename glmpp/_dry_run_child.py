@@ -45,7 +45,7 @@ import torch
 
 from glmpp import _contract
 from glmpp._stand_ins import Builder, inspect_in_process, install_platform
-from glmpp.loader import WriteRecorder
+from glmpp.loader import WriteRecorder, digest
 from glmpp.partition import Prefixes
 
 HELPER = "_try_load_fp8_indexer_wk"
@@ -437,12 +437,6 @@ class _Watched(weakref.ref):
     """A reference that knows the place of its tensor in the order."""
 
     __slots__ = ("at",)
-
-
-def digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of dtype, shape and bytes."""
-    head = f"{tensor.dtype} {list(tensor.shape)} ".encode()
-    return hashlib.sha256(head + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def trim(path: str) -> str:

@@ -9,7 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.colors import SymLogNorm
+from matplotlib.axes import Axes
+from matplotlib.colors import SymLogNorm, to_rgb
 from matplotlib.figure import Figure
 
 from glmpp.checkpoint import Checkpoint
@@ -22,16 +23,48 @@ STYLE = Path(__file__).with_name("glmpp.mplstyle")
 BLUE, ORANGE, RED, PURPLE, GREY, VIOLET = "#5790fc", "#f89c20", "#e42536", "#964a8b", "#9c9ca1", "#7a21dd"
 PALE = "#e8e8ea"
 
+# One colour for each stage in every figure: Paul Tol's "muted" set without its rose, which is near the RED of what dies.
+# https://sronpersonalpages.nl/~pault
+STAGE_COLOURS = ["#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#aa4499", "#882255"]
+
+
+def stage_colour(rank: int) -> str:
+    """The colour of a stage; from the ninth on they repeat."""
+    return STAGE_COLOURS[rank % len(STAGE_COLOURS)]
+
+
+def ink(colour: str) -> str:
+    """Black or white, whichever reads better on a colour."""
+    return "black" if np.dot(to_rgb(colour), [0.299, 0.587, 0.114]) > 0.6 else "white"
+
+
+def stage_ticks(ax: Axes, ranks: list[int], axis: str = "y", positions: list[int] | None = None) -> None:
+    """Label an axis "stage 0", "stage 1", … (at their ranks, or at other positions), with a bar in the stage's colour."""
+    positions = ranks if positions is None else positions
+    labels = [f"stage {rank}" if axis == "y" or len(ranks) <= 8 else str(rank) for rank in ranks]
+    (ax.set_yticks if axis == "y" else ax.set_xticks)(positions, labels)
+    for rank, place in zip(ranks, positions):
+        ends = (place - 0.4, place + 0.4)
+        at = ([-0.006, -0.006], ends) if axis == "y" else (ends, [-0.02, -0.02])
+        across = ax.get_yaxis_transform() if axis == "y" else ax.get_xaxis_transform()
+        ax.plot(*at, color=stage_colour(rank), lw=4, solid_capstyle="butt", transform=across, clip_on=False)
+    ax.tick_params(axis=axis, length=0, pad=8)
+
 
 def layers_and_stages(stages: list[Stage], report: DryRunReport | None = None) -> Figure:
-    """Which layer lives on which stage, and, from a dry run, the layer at which each stage dies.
+    """What each stage keeps and, from a dry run, what it is handed and the layer at which it dies.
 
-    One row per stage, one cell per layer; embedding, final norm, lm_head and the MTP layer at the ends.
+    One row per stage, one cell per layer; embedding, final norm, lm_head and the MTP layer at the ends. A line under a cell:
+    tensors of that layer were handed to the stage.
     """
-    deaths = {}
+    deaths, handed = {}, {}
     for one in report.stages if report else ():
         if one.verdict == DIES and (match := re.search(r"layers\.(\d+)\.", one.key or "")):
             deaths[one.stage.rank] = int(match[1])
+        if one.ledger:
+            unseen = {NOT_REACHED, OTHER_STAGE} if report.guard == "loader" else {NOT_REACHED}
+            seen = (name for name, column in one.ledger.tensors.items() if column not in unseen)
+            handed[one.stage.rank] = {one.stage.layer_of(name) for name in seen}
     num_layers = stages[0].num_layers
     ends = {"embed": -3, "MTP": num_layers + 1.3, "norm": num_layers + 3.8, "lm_head": num_layers + 6.3}
     names = {
@@ -45,30 +78,33 @@ def layers_and_stages(stages: list[Stage], report: DryRunReport | None = None) -
         for stage in stages:
             y = stage.rank
             for layer in range(num_layers):
-                colour = BLUE if layer in stage.layers else PALE
-                ax.add_patch(plt.Rectangle((layer + 0.06, y - 0.38), 0.88, 0.76, color=colour, lw=0))
+                colour = stage_colour(stage.rank) if layer in stage.layers else PALE
+                ax.add_patch(plt.Rectangle((layer + 0.06, y - 0.38), 0.88, 0.7, color=colour, lw=0))
+                if layer in handed.get(stage.rank, ()):
+                    ax.plot([layer + 0.06, layer + 0.94], [y + 0.42] * 2, color="black", lw=1.5, solid_capstyle="butt")
+            colour = stage_colour(stage.rank)
             for part, x in ends.items():
-                ax.add_patch(
-                    plt.Rectangle((x, y - 0.38), 1.7, 0.76, color=PURPLE if stage.owns(names[part]) else PALE, lw=0)
-                )
+                ax.add_patch(plt.Rectangle((x, y - 0.38), 1.7, 0.7, color=colour if stage.owns(names[part]) else PALE, lw=0))
             if stage.layers:
                 middle = (stage.layers[0] + stage.layers[-1] + 1) / 2
                 span = f"{stage.layers[0]}-{stage.layers[-1]}" if len(stage.layers) > 1 else f"{stage.layers[0]}"
-                box = {"fc": BLUE, "ec": "none", "pad": 1}
-                ax.text(middle, y, span, ha="center", va="center", color="white", weight="bold", fontsize=8, bbox=box)
+                box = {"fc": colour, "ec": "none", "pad": 1}
+                ax.text(middle, y, span, ha="center", va="center", color=ink(colour), weight="bold", fontsize=8, bbox=box)
             if stage.rank in deaths:
                 ax.plot(deaths[stage.rank] + 0.5, y, "X", color=RED, ms=9, mec="white", mew=0.8)
         if deaths:
             ax.text(
                 num_layers + 8, -0.9, "X: the layer whose wk it looks up when it dies", color=RED, ha="right", fontsize=9
             )
+        if handed:
+            ax.text(-3, -0.9, "line below a cell: handed to the stage", ha="left", fontsize=9)
         for part, x in ends.items():
             ax.text(x + 0.85, len(stages) - 0.35, part, rotation=40, ha="right", va="top", fontsize=8)
-        ax.set_yticks(range(len(stages)), [f"stage {stage.rank}" for stage in stages])
+        stage_ticks(ax, [stage.rank for stage in stages])
         step = 10 if num_layers > 20 else 1
         ax.set_xticks([x + 0.5 for x in range(0, num_layers, step)], range(0, num_layers, step))
-        ax.set(xlim=(-4, num_layers + 9), ylim=(len(stages) - 0.4, -0.7 if not deaths else -1.3))
-        ax.set_xlabel("layer (blue: held by the stage; grey: a PPMissingLayer placeholder without parameters)")
+        ax.set(xlim=(-4, num_layers + 9), ylim=(len(stages) - 0.4, -1.3 if report else -0.7))
+        ax.set_xlabel("layer (coloured: held by the stage; grey: a PPMissingLayer placeholder without parameters)")
         ax.tick_params(length=0)
         ax.spines[["left", "bottom"]].set_visible(False)
     plt.close(fig)  # returned, not left for pyplot to show a second time
@@ -87,9 +123,9 @@ def remainder(num_layers: range, pp_size: int) -> Figure:
                 ax.add_patch(plt.Rectangle((x - 0.47, y - 0.44), 0.94, 0.88, color=ORANGE if more else PALE, lw=0))
                 ax.text(x, y, f"{count}{' +' if more else ''}", ha="center", va="center", color="black")
         ax.set_yticks(range(len(counts)), [f"{n} = {pp_size} x {n // pp_size} + {n % pp_size}" for n in num_layers])
-        ax.set_xticks(range(pp_size), [f"stage {k}" for k in range(pp_size)])
         ax.set(xlim=(-0.6, pp_size - 0.4), ylim=(len(counts) - 0.4, -0.6))
         ax.tick_params(length=0)
+        stage_ticks(ax, list(range(pp_size)), "x")
         ax.spines[["left", "bottom"]].set_visible(False)
     plt.close(fig)  # returned, not left for pyplot to show a second time
     return fig
@@ -101,25 +137,19 @@ def bytes_per_stage(checkpoint: Checkpoint, splits: dict[str, list[Stage]]) -> F
         size = len(next(iter(splits.values())))
         fig, ax = plt.subplots(figsize=(9, 3.4))
         width = 0.8 / len(splits)
-        hatches = ["", "//", ".."]
+        hatches = ["////", "", ".."]
         for n, (label, stages) in enumerate(splits.items()):
             gb = [b / 1e9 for b in stage_bytes(checkpoint, stages)]
             x = [k - 0.4 + width * (n + 0.5) for k in range(size)]
             layers = ",".join(str(len(stage.layers)) for stage in stages)
-            ax.bar(
-                x,
-                gb,
-                width * 0.94,
-                color=[BLUE, ORANGE, PURPLE][n],
-                hatch=hatches[n],
-                ec="white",
-                label=f"{label}: {layers}",
-            )
+            colours = [stage_colour(k) for k in range(size)]
+            ax.bar(x, gb, width * 0.94, color=colours, alpha=1 if n else 0.55, hatch=hatches[n], ec="white")
+            ax.bar(0, 0, color=GREY, alpha=1 if n else 0.55, hatch=hatches[n], ec="white", label=f"{label}: {layers}")
             top = max(gb)
             at = gb.index(top)
             ax.plot(x[at], top + 1.2, "v", color="black", ms=5)
             ax.text(x[at], top + 2.2, f"{top:.1f}", ha="center", va="bottom", weight="bold")
-        ax.set_xticks(range(size), [f"stage {k}" for k in range(size)])
+        stage_ticks(ax, list(range(size)), "x")
         ax.set_ylabel("checkpoint GB (1e9 bytes)")
         ax.set_ylim(0, ax.get_ylim()[1] * 1.08)
         ax.legend(loc="upper left", bbox_to_anchor=(0, 1.24), ncols=1)
@@ -147,9 +177,9 @@ def ledger_bars(report: DryRunReport) -> Figure:
         used = {c for one in report.stages for c, n in one.ledger.counts().items() if n}
         handles = [plt.Rectangle((0, 0), 1, 1, color=LEDGER_COLOURS[c], label=c) for c in LEDGER_COLOURS if c in used]
         ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(handles))
-        ax.set_yticks(range(len(report.stages)), [f"stage {one.stage.rank}" for one in report.stages])
         ax.set(xlabel="tensors of the checkpoint", ylim=(len(report.stages) - 0.5, -0.5))
         ax.set_xlim(0, ax.get_xlim()[1] * 1.06)
+        stage_ticks(ax, [one.stage.rank for one in report.stages], "y", list(range(len(report.stages))))
     plt.close(fig)  # returned, not left for pyplot to show a second time
     return fig
 
@@ -197,11 +227,11 @@ def errors_by_layer(table: pd.DataFrame, stages: list[Stage]) -> Figure:
     """SQNR of every FP8 tensor by layer, and of each stage as a whole (from `error.tensor_errors`)."""
     with plt.style.context(STYLE):
         fig, ax = plt.subplots(figsize=(9, 3.4))
-        ax.plot(table.layer, table.sqnr_db, "o", color=BLUE, ms=3.5, alpha=0.5, label="one tensor")
         for stage in stages:
             own = table[table.layer.isin(stage.layers)]
+            ax.plot(own.layer, own.sqnr_db, "o", color=stage_colour(stage.rank), ms=3.5, alpha=0.6)
             whole = 10 * np.log10(own.norm_sq.sum() / own.error_sq.sum())
-            ax.plot([stage.layers[0] - 0.4, stage.layers[-1] + 0.4], [whole] * 2, color=RED, lw=2)
+            ax.plot([stage.layers[0] - 0.4, stage.layers[-1] + 0.4], [whole] * 2, color="black", lw=2)
             ax.text(
                 (stage.layers[0] + stage.layers[-1]) / 2,
                 whole,
@@ -209,7 +239,8 @@ def errors_by_layer(table: pd.DataFrame, stages: list[Stage]) -> Figure:
                 ha="center",
                 va="bottom",
             )
-        ax.plot([], [], color=RED, lw=2, label="the stage's tensors together")
+        ax.plot([], [], "o", color=GREY, ms=3.5, label="one tensor, in its stage's colour")
+        ax.plot([], [], color="black", lw=2, label="the stage's tensors together")
         ax.set(xlabel="layer", ylabel="SQNR, dB")
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
     plt.close(fig)
@@ -307,7 +338,8 @@ def load_time_bars(table: pd.DataFrame, note: str = "") -> Figure:
             if name == "glmpp" and "in-memory list" in table.index.get_level_values("format"):
                 floor = table.xs("in-memory list", level="format").total
                 ax.plot(floor.index, floor, "_", color="black", markersize=22, label="floor: from a list in memory")
-            ax.set(xlabel="stage", title=name, xticks=list(rows.index), ylim=(0, bottom.max() * 1.15))
+            ax.set(title=name, ylim=(0, bottom.max() * 1.15))
+            stage_ticks(ax, list(rows.index), "x")
         axes[0][0].set_ylabel("seconds")
         handles, labels = axes[0][-1].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
@@ -332,7 +364,8 @@ def bytes_read_and_kept(table: pd.DataFrame, kept: list[int]) -> Figure:
             ax.bar(x, values / 1e6, width=0.25, color=colour, label=label)
             for at, value in zip(x, values / 1e6):
                 ax.text(at, value, f"{value:,.0f}", ha="center", va="bottom", fontsize=7)
-        ax.set(xlabel="stage", ylabel="MB", xticks=ranks)
+        ax.set(ylabel="MB")
+        stage_ticks(ax, ranks, "x")
         ax.set_ylim(top=max(values.max() for values, _ in series.values()) / 1e6 * 1.2)
         ax.legend(loc="upper right", ncols=3, fontsize=8)
     plt.close(fig)
@@ -356,11 +389,11 @@ def verdict_matrix(panels: dict[str, list[DryRunReport]]) -> Figure:
                     ax.add_patch(plt.Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, color=colour, lw=0))
                     ink = "black" if colour == PALE else "white"
                     ax.text(x, y, one.verdict.split(",")[0], ha="center", va="center", color=ink, fontsize=8, weight="bold")
-            ax.set(title=title, xlabel="stage", xlim=(-0.6, max(sizes) - 0.4), ylim=(len(sizes) - 0.4, -0.6))
-            ax.set_xticks(range(max(sizes)))
+            ax.set(title=title, xlim=(-0.6, max(sizes) - 0.4), ylim=(len(sizes) - 0.4, -0.6))
             ax.set_yticks(range(len(sizes)), [f"PP={size}" for size in sizes])
             ax.tick_params(length=0)
             ax.spines[["left", "bottom"]].set_visible(False)
+            stage_ticks(ax, list(range(max(sizes))), "x")
             ax.label_outer()
     plt.close(fig)
     return fig

@@ -8,6 +8,7 @@ Every stage iterates the whole checkpoint, so the helper also meets the wk of la
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,13 +37,13 @@ def load_fp8_indexer_wk_unguarded(
     pp_missing_layer_names: Iterable[str],
 ) -> bool:
     """The helper as vLLM 0.20.2 to 0.22.1 have it: it never asks whether the layer lives on this stage."""
-    part = _indexer_wk_part(name, tensor)
+    part = indexer_wk_part(name, tensor)
     if part is None:
         return False
     layer = name.rsplit(".wk.", 1)[0]
     pending.setdefault(layer, {})[part] = tensor
     if len(pending[layer]) == 2:
-        _store_wk(layer, pending, params, loaded)
+        store_wk(layer, pending, params, loaded)
     return True
 
 
@@ -70,7 +71,7 @@ def load_fp8_indexer_wk(
     Raises:
         KeyError: the fused parameter does not exist. GlmppError: weight and scale do not fit.
     """
-    part = _indexer_wk_part(name, tensor)
+    part = indexer_wk_part(name, tensor)
     if part is None:
         return False
     # The fix: ask first, buffer after.
@@ -79,7 +80,7 @@ def load_fp8_indexer_wk(
     layer = name.rsplit(".wk.", 1)[0]
     pending.setdefault(layer, {})[part] = tensor
     if len(pending[layer]) == 2:
-        _store_wk(layer, pending, params, loaded)
+        store_wk(layer, pending, params, loaded)
     return True
 
 
@@ -92,7 +93,7 @@ def load_fp8_indexer_wk_late_skip(
     pp_missing_layer_names: Iterable[str],
 ) -> bool:
     """A tempting wrong fix: the same question, asked after buffering. It loads, and keeps what it should drop."""
-    part = _indexer_wk_part(name, tensor)
+    part = indexer_wk_part(name, tensor)
     if part is None:
         return False
     layer = name.rsplit(".wk.", 1)[0]
@@ -100,11 +101,11 @@ def load_fp8_indexer_wk_late_skip(
     if name.startswith(tuple(pp_missing_layer_names)):
         return True
     if len(pending[layer]) == 2:
-        _store_wk(layer, pending, params, loaded)
+        store_wk(layer, pending, params, loaded)
     return True
 
 
-def _indexer_wk_part(name: str, tensor: torch.Tensor) -> str | None:
+def indexer_wk_part(name: str, tensor: torch.Tensor) -> str | None:
     """Which half of a block-FP8 wk this is: "weight", "scale", or None for any other tensor."""
     if ".indexer.wk." not in name:
         return None
@@ -113,13 +114,26 @@ def _indexer_wk_part(name: str, tensor: torch.Tensor) -> str | None:
     return "scale" if name.endswith((".weight_scale_inv", ".weight_scale")) else None
 
 
-def _store_wk(layer: str, pending: Pending, params: dict[str, torch.nn.Parameter], loaded: set[str]) -> None:
+def store_wk(layer: str, pending: Pending, params: dict[str, torch.nn.Parameter], loaded: set[str]) -> None:
     """Dequantise a complete pair into shard 0 of the fused parameter and forget the pair."""
     pair = pending.pop(layer)
     fused = f"{layer}.wk_weights_proj.weight"
     param = params[fused]
     param.weight_loader(param, dequantize(pair["weight"], pair["scale"]), 0)
     loaded.add(fused)
+
+
+class WatchedBuffer(dict):
+    """A buffer for a helper that remembers in `entered` every layer that was put into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered: list[str] = []
+
+    def setdefault(self, layer: str, default: dict) -> dict:
+        if layer not in self:
+            self.entered.append(layer)
+        return super().setdefault(layer, default)
 
 
 def first_foreign_pair(names: Iterable[str], stage: Stage) -> str | None:
@@ -420,6 +434,12 @@ def _row_writer(starts: dict[int, int]) -> Callable[..., None]:
         param.elements_written += tensor.numel()
 
     return write
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes, to compare what two loaders stored."""
+    head = f"{tensor.dtype} {list(tensor.shape)} ".encode()
+    return hashlib.sha256(head + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def load_stage(

@@ -70,6 +70,21 @@ def verdict(claim: str, *, expected: Any, got: Any) -> None:
     print(line)
 
 
+class Claims:
+    """What a reviewer is asked to believe: claim, evidence, verdict, row by row as the cells are run."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, tuple[str, str]] = {}
+
+    def verdict(self, claim: str, evidence: str, *, expected: Any, got: Any) -> None:
+        """A verdict line that can fail, as the function `verdict`; the row stays in the table either way."""
+        self.rows[claim] = (evidence, "holds" if expected == got else "FAILS")
+        verdict(claim, expected=expected, got=got)
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame.from_dict(self.rows, orient="index", columns=["evidence", "verdict"]).rename_axis("claim")
+
+
 def _short(value: Any, limit: int = 90) -> str:
     """A long list by its ends and its length; what was compared is the whole."""
     text = str(value)

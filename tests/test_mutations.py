@@ -430,6 +430,30 @@ MUTATIONS = {
         "sparse = False and (len(names) < len(specs) or",
         "test_shards.py::test_of_a_shard_that_is_wanted_in_part_only_that_part_is_read",
     ),
+    "the exercise looks at what is left behind": (
+        "exercise.py",
+        "if (self.loaded, self.pending) != before:",
+        "if False:",
+        "test_exercise.py::test_wrong_answers_differ_where_they_are_wrong",
+    ),
+    "the exercise asks for `loaded`": (
+        "exercise.py",
+        "return STORED if _fused(layer) in self.loaded else",
+        "return STORED if True else",
+        "test_exercise.py::test_wrong_answers_differ_where_they_are_wrong",
+    ),
+    "a parameter that a stage's forward pass lacks": (
+        "forward.py",
+        "if parameter not in params:",
+        "if False:",
+        "test_forward.py::test_a_parameter_that_was_not_loaded_is_named",
+    ),
+    "the second shard of a fused parameter": (
+        "forward.py",
+        "return weight[-rows:] if where.shard else weight[:rows]",
+        "return weight[:rows]",
+        "test_forward.py::test_logits_of_the_stages_are_those_of_the_unsplit_model_bit_for_bit",
+    ),
     "a rank that does not exist": (
         "dry_run.py",
         "if stray := [rank for rank in ranks if rank not in range(pp_size)]:",
