@@ -124,7 +124,8 @@ def test_the_committed_notebook_shows_it_unsolved_and_the_folded_answer_solves_i
     answer = next(cell.source for cell in cells if "<details>" in cell.source)
     lines = answer.split("```python\n")[1].split("```")[0]
     where = '    layer = name.rsplit(".wk.", 1)[0]'
-    exec(cell_of_the_exercise().replace(where, lines + where), {})
+    names = {"check": check, "indexer_wk_part": indexer_wk_part, "store_wk": store_wk}
+    exec(cell_of_the_exercise().replace(where, lines + where), names)
     assert "this is the fix" in capsys.readouterr().out
 
 

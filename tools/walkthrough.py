@@ -113,7 +113,7 @@ def count_verdicts(notebook: nbformat.NotebookNode) -> tuple[int, int]:
     printed = calls = 0
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            calls += len(re.findall(r"^\s*verdict\(", cell.source, flags=re.M))
+            calls += len(re.findall(r"^\s*(?:claims\.)?verdict\(", cell.source, flags=re.M))
             text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
             printed += len(re.findall(r"match: True$", text, flags=re.M))
     return printed, calls
