@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from glmpp.checkpoint import Checkpoint, TensorSpec
 from glmpp.dequant import dequantize, quantize, spread
 from glmpp.errors import GlmppError
+from glmpp.forward import transformers_model
 
 
 @dataclass(frozen=True)
@@ -284,16 +284,8 @@ def effect_in_transformers(
     Raises:
         GlmppError: transformers is missing or too old for the model.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tqdm.auto, about widgets that nothing here shows
-            from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
-    except ImportError as error:
-        raise GlmppError("needs transformers >= 5.6 (pip install 'glmpp[vllm]')") from error
-    dropped = ("quantization_config", "architectures", "model_type", "dtype", "index_topk")
     torch.manual_seed(seed)
-    settings = GlmMoeDsaConfig(**{key: value for key, value in config.items() if key not in dropped}, index_topk=k)
-    model = GlmMoeDsaForCausalLM(settings).float().eval()
+    model = transformers_model(config, index_topk=k)
     prompt = torch.randint(config["vocab_size"], (1, tokens))
     indexers = [layer.self_attn.indexer for layer in model.model.layers]
 

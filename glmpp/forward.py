@@ -27,6 +27,33 @@ if TYPE_CHECKING:
 STACKED = {"mlp.experts.gate_up_proj": "mlp.experts.w13_weight", "mlp.experts.down_proj": "mlp.experts.w2_weight"}
 
 
+def transformers_model(config: dict, **overrides) -> torch.nn.Module:
+    """transformers' `GlmMoeDsaForCausalLM` of a GLM-5 config, unquantised, with random weights, in float32.
+
+    Raises:
+        GlmppError: transformers is missing or too old for the model.
+    """
+    return _transformers().GlmMoeDsaForCausalLM(_unquantised(config, overrides)).float().eval()
+
+
+def _transformers() -> ModuleType:
+    """The library, imported without its warning about widgets and with its progress bars off."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import transformers
+            from transformers import GlmMoeDsaForCausalLM  # noqa: F401  an older release does not know it
+    except ImportError as error:
+        raise GlmppError("needs transformers >= 5.6 (pip install 'glmpp[lab]')") from error
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _unquantised(config: dict, overrides: dict) -> PretrainedConfig:
+    fields = {key: value for key, value in config.items() if key not in ("quantization_config", "architectures")}
+    return _transformers().GlmMoeDsaConfig(**fields | overrides, attn_implementation="eager")
+
+
 def stage_model(config: dict, stage: Stage, params: Mapping[str, torch.Tensor], **overrides) -> torch.nn.Module:
     """transformers' model with one stage's layers, holding what the stage loaded.
 
@@ -42,7 +69,7 @@ def stage_model(config: dict, stage: Stage, params: Mapping[str, torch.Tensor], 
     Raises:
         GlmppError: the stage did not load a parameter that the model has.
     """
-    model = _transformers().GlmMoeDsaForCausalLM(_unquantised(config, overrides)).float().eval()
+    model = transformers_model(config, **overrides)
     for parent, part, name in (
         (model.model, "embed_tokens", "model.embed_tokens."),
         (model.model, "norm", "model.norm."),
@@ -56,21 +83,6 @@ def stage_model(config: dict, stage: Stage, params: Mapping[str, torch.Tensor], 
         target.copy_(_restored(name, len(target), params, stage))
     model.model.layers = torch.nn.ModuleList(layers.values())
     return model
-
-
-def _transformers() -> ModuleType:
-    """The library, imported without its warning about widgets and with its progress bars off."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-    return transformers
-
-
-def _unquantised(config: dict, overrides: dict) -> PretrainedConfig:
-    fields = {key: value for key, value in config.items() if key not in ("quantization_config", "architectures")}
-    return _transformers().GlmMoeDsaConfig(**fields | overrides, attn_implementation="eager")
 
 
 def _restored(name: str, rows: int, params: Mapping[str, torch.Tensor], stage: Stage) -> torch.Tensor:

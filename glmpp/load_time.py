@@ -74,7 +74,7 @@ def load_times(
     ranks: list[int] | None = None,
     formats: tuple[str, ...] = (STOCK, GLMPP, FLOOR),
     cache: str = "warm",
-    repeats: int = 3,
+    repeats: int | dict[str, int] = 3,
     reader: str | None = None,
     recorded: str | Path | None = None,
     progress: bool = True,
@@ -87,7 +87,7 @@ def load_times(
         formats: of STOCK, GLMPP, FLOOR. STOCK has the kit's helper in the place of an affected release's.
         cache: "warm": each load comes after one that is not counted; "cold": the shards are dropped from the page cache
             before each load.
-        repeats: loads of each that are counted.
+        repeats: loads of each stage that are counted, for all formats or by format.
         reader: the load format's reader, see `glmpp.vllm_plugin.StageModelLoader`; GLMPP only.
         recorded: where to save to with GLMPP_RECORD=1, and what to return where vLLM is not installed.
 
@@ -104,7 +104,13 @@ def load_times(
         raise GlmppError(f"cache={cache!r}, reader={reader!r}: choose warm or cold, and one of {', '.join(READERS)}")
     ranks = list(range(pp_size)) if ranks is None else ranks
     rows = []
-    with tqdm(total=len(ranks) * len(formats) * repeats, desc=f"loading, {cache}", disable=not progress, leave=False) as bar:
+    counted = repeats if isinstance(repeats, dict) else dict.fromkeys(formats, repeats)
+    with tqdm(
+        total=len(ranks) * sum(counted[form] for form in formats),
+        desc=f"loading, {cache}",
+        disable=not progress,
+        leave=False,
+    ) as bar:
         for form in formats:
             request = {
                 "kind": "load_time",
@@ -122,7 +128,7 @@ def load_times(
                 "size": pp_size,
                 "ranks": ranks,
                 "cache": cache,
-                "repeats": repeats,
+                "repeats": counted[form],
                 "reader": reader if form == GLMPP else None,
             }
             with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
