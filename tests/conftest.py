@@ -11,7 +11,10 @@ import glmpp
 from glmpp.checkpoint import Checkpoint, load_config, reduced_config, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-collect_ignore = ["upstream"]  # meant to fail on an affected release: `make test-matrix` runs it
+collect_ignore = [
+    "upstream",  # meant to fail on an affected release: `make test-matrix` runs it
+    "lab",  # needs a browser: `make test-lab` runs it
+]
 
 # test_mutations.py runs tests against a changed copy of the package: make sure that it is the copy that is imported.
 if expected := os.environ.get("GLMPP_MUTANT"):

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import re
-import sys
 
 import nbformat
 import pytest
-from conftest import ROOT
+import walkthrough
 
 from glmpp.dry_run import vllm_version
-
-spec = importlib.util.spec_from_file_location("walkthrough", ROOT / "tools" / "walkthrough.py")
-walkthrough = importlib.util.module_from_spec(spec)
-sys.modules["walkthrough"] = walkthrough
-spec.loader.exec_module(walkthrough)
 
 NOTEBOOKS = walkthrough.NOTEBOOKS
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home|Users|work|tmp|opt|usr|var|private)/[\w.-]+|site-packages|[A-Z]:\\\\")

@@ -12,13 +12,13 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from nbconvert import HTMLExporter
+from pages import write_pages
 from PIL import Image
 from tqdm import tqdm
 
@@ -119,10 +119,11 @@ def count_verdicts(notebook: nbformat.NotebookNode) -> tuple[int, int]:
     return printed, calls
 
 
-def to_html(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """A page for reviewers; links between notebooks become links between pages."""
-    page, _ = HTMLExporter(template_name="lab").from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-    path.write_text(re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', page))
+def keep(notebook: nbformat.NotebookNode, outcome: Outcome) -> None:
+    """Leave the executed notebook in build/ with how it ended: the pages are made from what lies there."""
+    finished = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    notebook.metadata["glmpp"] = {**asdict(outcome), "finished": finished}
+    nbformat.write(notebook, BUILD / outcome.name)
 
 
 def main() -> int:
@@ -144,16 +145,17 @@ def main() -> int:
             bar.set_description(path.stem)
             notebook, outcome = execute(path, on_cell=bar.update)
             outcomes.append(outcome)
-            to_html(notebook, BUILD / f"{path.stem}.html")
             if arguments.in_place and outcome.error is None:
                 nbformat.write(notebook, path)
+            keep(notebook, outcome)
+    index, *_ = write_pages([BUILD / path.name for path in NOTEBOOKS if (BUILD / path.name).exists()], BUILD)
 
     print(f"\n{'notebook':<36}{'seconds':>8}  verdicts passed")
     for outcome in outcomes:
         print(f"{outcome.name:<36}{outcome.seconds:>8.1f}  {outcome.passed} of {max(outcome.passed, outcome.expected)}")
         if not outcome.ok:
             print(f"    FAILED: {outcome.error or 'no verdict was reached'}")
-    print(f"\nHTML: {BUILD.relative_to(ROOT)}/")
+    print(f"\nHTML: {os.path.relpath(index)}")
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 
