@@ -141,6 +141,7 @@ def committed() -> tuple[int, int]:
 
 def test_opens_as_committed_with_its_outputs(page):
     cells, lines = committed()
+    page.wait_for_function(f'() => document.querySelectorAll("{CELLS}").length == {cells}')
     assert page.eval_on_selector_all(CELLS, PROMPTS) == [f"[{n}]:" for n in range(1, cells + 1)]
     assert verdicts(page) == lines
 
