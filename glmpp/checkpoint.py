@@ -218,7 +218,7 @@ def load_config(source: dict | str | Path) -> dict:
     path = path / "config.json" if path.is_dir() else path
     if not path.exists():
         raise GlmppError(f"{path}: no such file")
-    return _read_json(path)
+    return parse_json(_read(path), str(path))
 
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -250,14 +250,19 @@ class _Index(msgspec.Struct):
 
 def load_index(path: str | Path) -> dict[str, str]:
     """The index of a sharded checkpoint: tensor -> file name. Raises GlmppError if it has none."""
+    return parse_index(_read(Path(path)), str(path))
+
+
+def parse_index(raw: bytes, label: str) -> dict[str, str]:
+    """Tensor -> file name from the bytes of an index. Raises GlmppError, in which it is called `label`."""
     try:
-        weight_map = msgspec.json.decode(Path(path).read_bytes(), type=_Index).weight_map
+        weight_map = msgspec.json.decode(raw, type=_Index).weight_map
     except msgspec.ValidationError:
         weight_map = None
-    except (OSError, ValueError, msgspec.DecodeError, RecursionError) as error:
-        raise GlmppError(f"{path}: not readable as JSON: {error}") from None
+    except (ValueError, msgspec.DecodeError, RecursionError) as error:
+        raise GlmppError(f"{label}: not readable as JSON: {error}") from None
     if not weight_map:
-        raise GlmppError(f"{path}: has no 'weight_map' from tensors to files; download the index again")
+        raise GlmppError(f"{label}: is no JSON object with a 'weight_map' from tensors to files; it has to be downloaded or made again")
     return weight_map
 
 
@@ -266,14 +271,22 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
-def _read_json(path: Path) -> dict:
+def parse_json(raw: bytes, label: str) -> dict:
+    """A JSON object from bytes. Raises GlmppError, in which they are called `label`."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise GlmppError(f"{path}: not readable as JSON: {error}") from None
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise GlmppError(f"{label}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise GlmppError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise GlmppError(f"{label}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise GlmppError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _opened(path: Path) -> BinaryIO:

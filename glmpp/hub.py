@@ -7,7 +7,6 @@ supplies endpoint, token, session and timeout, and is imported when it is needed
 from __future__ import annotations
 
 import io
-import json
 import re
 import threading
 from collections.abc import Callable
@@ -16,7 +15,17 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from glmpp.checkpoint import INDEX_FILE, MAX_HEADER_BYTES, Checkpoint, TensorSpec, check_index, natural_key, read_header
+from glmpp.checkpoint import (
+    INDEX_FILE,
+    MAX_HEADER_BYTES,
+    Checkpoint,
+    TensorSpec,
+    check_index,
+    natural_key,
+    parse_index,
+    parse_json,
+    read_header,
+)
 from glmpp.errors import GlmppError
 
 FIRST_BYTES = 150_000  # of each shard; of GLM-5.1-FP8's 119,000 tensors a 142nd makes a header of 111 kB
@@ -43,14 +52,10 @@ def from_hub(repo_id: str, revision: str | None = None, progress: bool = True) -
             HF_HUB_DOWNLOAD_TIMEOUT seconds, or whatever `from_directory` refuses; the message names commit and file.
     """
     repo = _Repository(repo_id, revision)
-    config = repo.read_json("config.json")
+    config = parse_json(repo.read("config.json"), f"{repo.source}/config.json")
     listed: dict[str, set[str]] = {}  # shard -> the tensors that the index places in it
     if INDEX_FILE in repo.files:
-        weight_map = repo.read_json(INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
-            raise GlmppError(
-                f"{repo.source}/{INDEX_FILE}: has no 'weight_map' from tensors to files; choose another revision"
-            )
+        weight_map = parse_index(repo.read(INDEX_FILE), f"{repo.source}/{INDEX_FILE}")
         for name, file in weight_map.items():
             listed.setdefault(file, set()).add(name)
     elif "model.safetensors" not in repo.files:
@@ -95,17 +100,13 @@ class _Repository:
         self.sha, self.source = info.sha, f"{repo_id}@{info.sha}"
         self.files = {sibling.rfilename for sibling in info.siblings}
 
-    def read_json(self, file: str) -> dict:
-        label = f"{self.source}/{file}"
+    def read(self, file: str) -> bytes:
+        """A whole file; a JSON file, as it may be no longer than a header."""
         if file not in self.files:
-            raise GlmppError(f"{label}: no such file in the repository; from_hub reads models in the transformers layout")
-        try:
-            value = json.loads(self._beginning(file, MAX_HEADER_BYTES)[0])
-        except (ValueError, RecursionError) as error:
-            raise GlmppError(f"{label}: not readable as JSON: {error}; choose another revision") from None
-        if not isinstance(value, dict):
-            raise GlmppError(f"{label}: expected a JSON object, found {type(value).__name__}")
-        return value
+            raise GlmppError(
+                f"{self.source}/{file}: no such file in the repository; from_hub reads models in the transformers layout"
+            )
+        return self._beginning(file, MAX_HEADER_BYTES)[0]
 
     def read_tensors(self, file: str) -> dict[str, tuple]:
         head, size = self._beginning(file, FIRST_BYTES)

@@ -119,9 +119,10 @@ def test_a_kernel_that_runs_everything_twice_gives_the_same_verdicts(tmp_path, n
     pytest.importorskip("vllm")
     (path,) = (path for path in NOTEBOOKS if path.stem == name)
     once = nbformat.read(path, as_version=4)
-    again = nbformat.v4.new_notebook(cells=copy.deepcopy([*once.cells]) + copy.deepcopy([*once.cells]))
-    for number, cell in enumerate(again.cells):
+    cells = copy.deepcopy([*once.cells]) + copy.deepcopy([*once.cells])
+    for number, cell in enumerate(cells):
         cell.id = f"cell-{number}"
+    again = nbformat.v4.new_notebook(cells=cells)
     nbformat.write(again, tmp_path / path.name)
     executed, outcome = walkthrough.execute(tmp_path / path.name)
     assert outcome.error is None, outcome.error
