@@ -262,7 +262,7 @@ def parse_index(raw: bytes, label: str) -> dict[str, str]:
     except (ValueError, msgspec.DecodeError, RecursionError) as error:
         raise GlmppError(f"{label}: not readable as JSON: {error}") from None
     if not weight_map:
-        raise GlmppError(f"{label}: is no JSON object with a 'weight_map' from tensors to files; it has to be downloaded or made again")
+        raise GlmppError(f"{label}: is no JSON object with a 'weight_map' from tensors to files; get it again")
     return weight_map
 
 
