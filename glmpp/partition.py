@@ -106,14 +106,18 @@ class Prefixes:
         at = bisect_right(self._sorted, name)
         return at > 0 and name.startswith(self._sorted[at - 1])
 
-    def uncovered(self, names: Iterable[str]) -> list[str]:
-        """The names that none of the prefixes covers, sorted: in a sorted list what a prefix covers is one stretch."""
-        found, names, at = [], sorted(names), 0
+    def cut(self, names: Iterable[str]) -> tuple[list[str], list[str]]:
+        """The names that none of the prefixes covers, and those that one does.
+
+        Both sorted: in a sorted list what a prefix covers is one stretch.
+        """
+        outside, inside, names, at = [], [], sorted(names), 0
         for prefix in self._sorted:
             start = bisect_left(names, prefix, at)
-            found += names[at:start]
+            outside += names[at:start]
             at = bisect_left(names, f"{prefix[:-1]}/", start)  # "/" is the character after "."
-        return found + names[at:]
+            inside += names[start:at]
+        return outside + names[at:], inside
 
 
 @dataclass(frozen=True)

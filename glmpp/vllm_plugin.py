@@ -163,13 +163,13 @@ class Selection:
         """Of names that are handed over those that the model is not expected to use: MTP layers are handed to the main
         model too, in case it knows better, but not read ahead."""
         if self._mapped is None:
-            return set(names) - set(self._speculative.uncovered(names))
+            return set(self._speculative.cut(names)[1])
         return {name for name in names if (place := self._mapped(name)) is None or self._speculative.cover(place)}
 
     def among(self, names: Iterable[str]) -> list[str]:
         """Those of many names that are wanted."""
         if self._mapped is None and self.unused is None:
-            return self._missing.uncovered(names)
+            return self._missing.cut(names)[0]
         return list(filter(self.wants, names))
 
     def saw(self, weight_map: dict[str, str], files: list[str], chosen: list[str]) -> None:
@@ -315,8 +315,9 @@ class StageModelLoader(DefaultModelLoader):
         wanted = selection.among(prefix + name for name in weight_map) if prefix else selection.among(weight_map)
         idle = {name.removeprefix(prefix) for name in selection.idle(wanted)}
         known = {name.removeprefix(prefix) for name in wanted} if prefix else set(wanted)
-        needed, listed = {weight_map[name] for name in known}, set(weight_map.values())
-        chosen = [file for file in files if (base := os.path.basename(file)) in needed or base not in listed]
+        needed = {weight_map[name] for name in known}
+        unneeded = set(weight_map.values()) - needed
+        chosen = [file for file in files if os.path.basename(file) not in unneeded]
         selection.saw(weight_map, files, chosen)
 
         def wants(name: str) -> bool:

@@ -171,4 +171,4 @@ def test_prefixes_cover_what_startswith_says(prefixes, names):
     asked = Prefixes(prefixes)
     covered = [name for name in names if name.startswith(tuple(prefixes))]
     assert [name for name in names if asked.cover(name)] == covered
-    assert asked.uncovered(names) == sorted(name for name in names if name not in covered)
+    assert asked.cut(names) == (sorted(name for name in names if name not in covered), sorted(covered))
