@@ -392,6 +392,7 @@ def read_shard(
     path: str | Path,
     wants: Callable[[str], bool] | None = None,
     idle: Set[str] = frozenset(),
+    announce: Callable[[list[str], Header], None] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of one safetensors file, in the order of its names; only the wanted ones.
 
@@ -403,6 +404,7 @@ def read_shard(
         wants: which names to yield; default all.
         idle: tensors that nobody is expected to use. In a shard that holds such, or unwanted ones, the kernel's own reading
             ahead is off, and each of the others is read before it is yielded.
+        announce: told the names that are going to be yielded, and the header, before the first of them is.
 
     Raises:
         GlmppError: not a complete safetensors file, or one that changed before its last tensor was taken; the message
@@ -418,6 +420,8 @@ def read_shard(
         names = sorted(specs if wants is None else filter(wants, specs))  # the order of the library's keys()
         if not names:
             return
+        if announce is not None:
+            announce(names, specs)
         mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)  # lives as long as a tensor of it
     sparse = (len(names) < len(specs) or not idle.isdisjoint(names)) and hasattr(mapping, "madvise")
     if sparse:

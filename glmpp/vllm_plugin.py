@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm, runai_safetensors_weights_iterator
 from vllm.model_executor.models import utils as model_utils
 
-from glmpp.checkpoint import INDEX_FILE, load_index, natural_key, read_shard, shard_path
+from glmpp.checkpoint import INDEX_FILE, Header, load_index, natural_key, read_shard, shard_path
 from glmpp.dequant import FP8
 from glmpp.errors import GlmppError
 from glmpp.loader import WriteLog
@@ -178,6 +179,14 @@ class Selection:
         self.files += len(chosen)
         self.files_offered += len(files)
 
+    def count(self, names: list[str], header: Header, prefix: str = "") -> None:
+        """Count the tensors of a shard that are handed over, all at once: one by one it would cost 10 ms a stage."""
+        self.nbytes += sum(end - start for _, _, start, end in map(header.__getitem__, names))
+        handed = [prefix + name for name in names] if prefix else names
+        self.quantised += [name for name, read in zip(handed, names) if header[read][0] == "F8_E4M3"]
+        self.twice += sorted(self.names.intersection(handed))
+        self.names.update(handed)
+
     def counted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         names, nbytes = self.names, 0
         try:
@@ -283,10 +292,10 @@ class StageModelLoader(DefaultModelLoader):
     def _get_weights_iterator(self, source: DefaultModelLoader.Source) -> Iterator[tuple[str, torch.Tensor]]:
         if self.selection.is_whole and self.reader == READERS[0]:
             return self.selection.counted(super()._get_weights_iterator(source))
-        return self.selection.counted(self.wanted(source))
+        return self.wanted(source)
 
     def wanted(self, source: DefaultModelLoader.Source) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a source that the stage is handed, under their names with the source's prefix."""
+        """The tensors of a source that the stage is handed, under their names with the source's prefix, and counted."""
         if self.counter_before_loading_weights == 0.0:
             self.counter_before_loading_weights = time.perf_counter()
         files, is_safetensors, wants, idle = self.choose(source)
@@ -297,11 +306,12 @@ class StageModelLoader(DefaultModelLoader):
         elif is_safetensors and self._reads_plainly():
             shown = enable_tqdm(self.load_config.use_tqdm_on_load)
             shards = tqdm(sorted(files, key=natural_key), "Loading safetensors checkpoint shards", disable=not shown)
-            weights = chain.from_iterable(read_shard(file, wants, idle) for file in shards)
+            count = partial(self.selection.count, prefix=source.prefix)
+            weights = chain.from_iterable(read_shard(file, wants, idle, count) for file in shards)
             return weights if not source.prefix else ((source.prefix + name, tensor) for name, tensor in weights)
         else:
             weights = self._read_by_vllm(source, files)
-        return ((source.prefix + name, tensor) for name, tensor in weights if wants(name))
+        return self.selection.counted((source.prefix + name, tensor) for name, tensor in weights if wants(name))
 
     def choose(self, source: DefaultModelLoader.Source) -> tuple[list[str], bool, Callable[[str], bool], set[str]]:
         """Files of a source that hold something for the stage, whether they are safetensors, which names to take, and

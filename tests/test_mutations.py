@@ -454,6 +454,12 @@ MUTATIONS = {
         "return weight[:rows]",
         "test_forward.py::test_logits_of_the_stages_are_those_of_the_unsplit_model_bit_for_bit",
     ),
+    "a tensor that comes in two shards": (
+        "vllm_plugin.py",
+        "self.twice += sorted(self.names.intersection(handed))",
+        "pass",
+        "test_vllm_plugin.py::test_a_shard_counted_at_once_is_counted_like_its_tensors",
+    ),
     "a rank that does not exist": (
         "dry_run.py",
         "if stray := [rank for rank in ranks if rank not in range(pp_size)]:",

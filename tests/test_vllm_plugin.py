@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from glmpp.checkpoint import INDEX_FILE, Checkpoint
+from glmpp.checkpoint import INDEX_FILE, Checkpoint, read_shard
 from glmpp.dry_run import CANNOT_BUILD, DIES, LEAVES_AT_INIT, LOADS, dry_run, vllm_version
 from glmpp.errors import GlmppError
 from glmpp.loader import LOADED, SPECULATIVE, UNEXPECTED
@@ -396,6 +396,21 @@ def test_a_filter_one_layer_too_wide_is_caught_by_the_books(plugin, stage_of, mo
     monkeypatch.setattr(plugin, "missing_prefixes", lambda model: [*right(model), "layers.2."])
     with pytest.raises(GlmppError, match=r"2 parameters were left at init, or partly: layers\.2\.weight, layers\.2\.bias"):
         load(plugin, monkeypatch, four_layers)
+
+
+@pytest.mark.parametrize("prefix", ["", "draft."])
+def test_a_shard_counted_at_once_is_counted_like_its_tensors(plugin, stage_of, tiny, prefix):
+    """The second shard comes twice, as a tensor that two shards hold does."""
+    from functools import partial
+
+    model, shards = model_with([]), [tiny.directory / file for file in sorted({spec.file for spec in tiny.values()})][:3]
+    at_once, one_by_one = plugin.Selection(model, config_of()), plugin.Selection(model, config_of())
+    for shard in [*shards, shards[1]]:
+        pairs = list(read_shard(shard, lambda name: "layernorm" not in name, announce=partial(at_once.count, prefix=prefix)))
+        assert list(one_by_one.counted((prefix + name, tensor) for name, tensor in pairs))
+    assert one_by_one.twice and one_by_one.quantised
+    for what in ("handed", "names", "twice", "quantised", "nbytes"):
+        assert getattr(at_once, what) == getattr(one_by_one, what), what
 
 
 def test_one_line_says_what_a_stage_was_handed(plugin, stage_of, monkeypatch, four_layers):
