@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ.update(VLLM_CONFIGURE_LOGGING="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
 
 import torch
+from machine import processor
 from tqdm import tqdm
 
 from glmpp.checkpoint import Checkpoint
@@ -125,6 +126,7 @@ def main() -> int:
     machine = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU only",
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "vllm", "transformers", "compressed-tensors")},

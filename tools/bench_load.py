@@ -14,6 +14,7 @@ import time
 from importlib.metadata import version
 
 import torch
+from machine import processor
 from tqdm import tqdm
 
 from glmpp.checkpoint import read_shard
@@ -121,6 +122,7 @@ def main() -> int:
     machine = {
         "device": "CPU only",
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "vllm", "safetensors", "runai-model-streamer", "fastsafetensors")},
