@@ -346,8 +346,13 @@ def read_header(file: BinaryIO, size: int, label: str) -> Header:
     except (ValueError, msgspec.DecodeError, RecursionError):
         raise fail("__metadata__ is not a map of strings") from None
     # Each pair of name and value has a colon. More of them: a name occurs twice, or has a colon in it.
-    if raw.count(b":") != len(entries) * 4 + len(metadata) + (about is not None) and (twin := _twin(raw)):
-        raise fail(f"the header lists {twin!r} twice")
+    if raw.count(b":") != len(entries) * 4 + len(metadata) + (about is not None):
+        try:
+            twin = _twin(raw)
+        except (ValueError, RecursionError) as error:  # stricter than the decoder: numbers of thousands of digits
+            raise fail(f"header is not JSON: {error}") from None
+        if twin is not None:
+            raise fail(f"the header lists {twin!r} twice")
 
     found, base = {}, 8 + length
     nbytes: dict[tuple[str, tuple[int, ...]], int] = {}

@@ -163,7 +163,7 @@ def reached(*helpers: Callable[..., bool]) -> Figure:
                     ax.text(layer, rank, word, ha="center", va="center", fontsize=7.5, color=ink(colour), weight="bold")
             stage_ticks(ax, list(range(PP_SIZE)))
             ax.set_xticks(range(NUM_LAYERS))
-            ax.set(xlim=(-0.6, NUM_LAYERS - 0.4), ylim=(PP_SIZE - 0.4, -0.6), title=helper.__name__)
+            ax.set(xlim=(-0.6, NUM_LAYERS - 0.4), ylim=(PP_SIZE - 0.4, -0.6), title=getattr(helper, "__name__", "yours"))
             ax.tick_params(length=0)
             ax.spines[["left", "bottom"]].set_visible(False)
         ax.set_xlabel("layer whose wk is handed to the stage (grey: dropped; white, without a word: never reached)")

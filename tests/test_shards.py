@@ -111,6 +111,8 @@ def test_a_damaged_file_is_refused_whenever_the_library_refuses_it(tmp_path_fact
         ),
         ('{"a": 3}', b"", "not described by dtype, shape and"),
         ('{"__metadata__": {"a": 1}}', b"", "not a map of strings"),
+        (f'{{"a": {{"dtype": "U8", "shape": [1], "data_offsets": [0, 1], "x": {"1" * 5000}}}}}', b"x", "not JSON"),
+        (f'{{"a": {{"dtype": "U8", "shape": [{"1" * 5000}], "data_offsets": [0, 1]}}}}', b"x", "not described by"),
         ("[]", b"", "not a JSON object"),
         ("{" * 50_000, b"", "not JSON"),
         ('{"a\\u001b[31m": {"dtype": "U8", "shape": [2], "data_offsets": [0, 1]}}', b"x", r"a\\x1b\[31m"),
