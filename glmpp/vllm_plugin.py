@@ -188,19 +188,14 @@ class Selection:
         self.names.update(handed)
 
     def counted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        names, nbytes = self.names, 0
-        try:
-            for pair in weights:
-                name, tensor = pair
-                nbytes += tensor.nbytes
-                if name in names:
-                    self.twice.append(name)
-                names.add(name)
-                if tensor.dtype is FP8:
-                    self.quantised.append(name)
-                yield pair
-        finally:
-            self.nbytes += nbytes
+        for name, tensor in weights:
+            self.nbytes += tensor.nbytes
+            if name in self.names:
+                self.twice.append(name)
+            self.names.add(name)
+            if tensor.dtype is FP8:
+                self.quantised.append(name)
+            yield name, tensor
 
     @property
     def handed(self) -> int:
