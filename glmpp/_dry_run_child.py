@@ -9,8 +9,11 @@ process groups stay in it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -84,8 +87,7 @@ class Guard:
 
     def __init__(self, mode: str, helper: str, callers: list[str] | None):
         self.mode, self.callers = mode, callers
-        module, _, name = helper.partition(":")
-        self.helper = getattr(importlib.import_module(module), name) if mode == "helper" else None
+        self.helper = load_function(helper) if mode == "helper" else None
         self.originals: dict = {}
         self.reset()
 
@@ -134,6 +136,17 @@ class Guard:
         return call
 
 
+def load_function(place: str):
+    """A function from "module:function", or from "/path/to/file.py:function", whose folder is not searched for more."""
+    module, _, name = place.rpartition(":")
+    if not module.endswith(".py"):
+        return getattr(importlib.import_module(module), name)
+    spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return getattr(loaded, name)
+
+
 def calling_module(frame) -> torch.nn.Module:
     """The model whose `load_weights` is calling."""
     while True:
@@ -161,6 +174,7 @@ class Stages:
         self.builder = Builder(request["strict"])
         self.real = request["weights"] == "real"
         self.device = "cpu" if self.real else "meta"
+        self.num_layers: int | None = None
 
     def vllm_config(self, rank: int, size: int, drafter: bool):
         from vllm.engine.arg_utils import EngineArgs
@@ -180,6 +194,7 @@ class Stages:
             speculative_config={"method": "mtp", "num_speculative_tokens": 1} if drafter else None,
         ).create_engine_config()
         config.parallel_config.rank = rank
+        self.num_layers = config.model_config.get_total_num_hidden_layers()
         return config
 
     def build(self, rank: int, size: int, drafter: bool = False):
@@ -249,7 +264,11 @@ class Stages:
         return torch.ones((), dtype=torch.float32, device="cpu").to(dtype).expand(shape)
 
     def run(self, rank: int, size: int, drafter: bool = False) -> dict:
-        """Build and load a stage; once more with data on the CPU if the model asks for some."""
+        """Build and load a stage; once more with data on the CPU if the model asks for some.
+
+        Nothing carries over from one run to the next: which of them share a process must not show in what is said of them.
+        """
+        self.device = "cpu" if self.real else "meta"
         result, needs_data = self.attempt(rank, size, drafter)
         if needs_data and self.device == "meta":
             if sum(torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in self.specs) > SMALL_ENOUGH:
@@ -262,6 +281,7 @@ class Stages:
         """A stage's verdict with its evidence, and whether all that it failed for is a tensor without data."""
         result: dict = {"verdict": "cannot be built"}
         needs_data, model, started = False, None, time.perf_counter()
+        self.builder.reset()
         try:
             model, config, model_config = self.build(rank, size, drafter)
             result["build_seconds"] = time.perf_counter() - started
@@ -284,7 +304,7 @@ class Stages:
                 left = describe(error.__cause__)
                 result["message"] += f" (with stand-ins: {left['exception']}: {left['message'][:300]} in {left['place']})"
             needs_data = bool(NEEDS_DATA.search(str(error)))
-        result.update(stand_ins=self.builder.stand_ins, device=self.device)
+        result.update(stand_ins=self.builder.stand_ins, device=self.device, num_layers=self.num_layers)
         return result, needs_data
 
     def account(self, load: StageLoad, drafter: bool) -> dict:
@@ -471,7 +491,11 @@ def versions() -> dict:
     import platform
     from importlib.metadata import version
 
-    return {"python": platform.python_version(), **{name: version(name) for name in ("vllm", "torch", "transformers")}}
+    return {
+        "python": platform.python_version(),
+        "vllm": _contract.vllm_version(),
+        **{name: version(name) for name in ("torch", "transformers")},
+    }
 
 
 def preload() -> None:
@@ -491,42 +515,58 @@ def preload() -> None:
             importlib.import_module(f"vllm.model_executor.models.{module}")
 
 
-def serve(request: dict, send) -> None:
-    """Answer one request: every run of it, one message each."""
+def serve(request: dict, world: dict, turns: int, send) -> None:
+    """Answer one request: those of its runs that are this fork's turn, one message each."""
     if request["kind"] == "tiny_model":
         from glmpp._tiny_models import make
 
-        send({"kind": "tiny_model", **make(request["architecture"], Path(request["directory"]), request["tied"])})
-        return send({"kind": "end", "peak_rss_bytes": peak_rss_bytes()})
+        return send({"kind": "tiny_model", **make(request["architecture"], Path(request["directory"]), request["tied"])})
     if request["kind"] == "architectures":
         from vllm.model_executor.models.registry import ModelRegistry
 
-        send({"kind": "architectures", "names": sorted(ModelRegistry.get_supported_archs()), "versions": versions()})
-        return send({"kind": "end", "peak_rss_bytes": peak_rss_bytes()})
-    world = request["world"]
-    init_groups(world["rank"], world["size"], world["init_file"])
+        return send({"kind": "architectures", "names": sorted(ModelRegistry.get_supported_archs()), "versions": versions()})
+    init_groups(world["rank"], world["size"], world["group"])
     send({"kind": "ready", "versions": versions()})
     if request["kind"] == "load_time":
         from glmpp._load_time_child import measure
 
-        measure(request, send)
+        return measure(request, send)
     stages = Stages(request)
-    for run in request["runs"]:
+    while number := os.read(turns, 2):
+        at = int.from_bytes(number, sys.byteorder)
+        run = request["runs"][at]
         if world["size"] == 1:
             pretend_rank(run["rank"], run["size"])
-        send({"kind": "stage", **run, **stages.run(run["rank"], run["size"], run["drafter"])})
-    send({"kind": "end", "peak_rss_bytes": peak_rss_bytes()})
+        send({"kind": "stage", "run": at, **run, **stages.run(run["rank"], run["size"], run["drafter"])})
 
 
 def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def answer(path: str, pipe: int) -> None:
-    """In a fork of its own: read the request, write messages into the pipe and everything else into the log."""
-    log = os.open(Path(path).with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def end_with_parent() -> None:
+    """Let the kernel of the system end this process with the server, which ends with the kernel of the notebook."""
+    with contextlib.suppress(AttributeError):  # Linux has it
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def answer(names: dict, pipe: int, turns: int) -> None:
+    """In a fork of its own: read the request, write messages into the pipe and everything else into the log.
+
+    Args:
+        names: request, log, group: files in a folder of the request's own; rank and size in the process group.
+        turns: where the numbers of the runs come from, two bytes each.
+    """
+    end_with_parent()
+    log = os.open(names["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    shared = resident_bytes()
     with os.fdopen(pipe, "w") as channel:
 
         def send(message: dict) -> None:
@@ -535,38 +575,36 @@ def answer(path: str, pipe: int) -> None:
 
         send({"kind": "pid", "pid": os.getpid()})
         try:
-            with open(path) as file:
+            with open(names["request"]) as file:
                 request = json.load(file)
-            os.chdir(request["cwd"])
-            sys.path.insert(0, request["cwd"])  # where the reader's own helper may lie
-            serve(request, send)
+            os.chdir(os.path.dirname(names["request"]))
+            serve(request, names, turns, send)
+            send({"kind": "end", "peak_rss_bytes": peak_rss_bytes(), "shared_bytes": shared})
         except BaseException:
             traceback.print_exc()  # before the pipe closes: the parent reads the log then
             sys.stderr.flush()
             raise
 
 
-def main() -> None:
-    """Import vLLM once, then fork for every request, so that no request sees another's patches.
+def main(descriptor: int) -> None:
+    """Import vLLM once, then fork for every message on the socket, so that no request sees another's patches.
 
-    A request is a message on the socket: the path of a JSON file, and with it the pipe to answer into.
+    A message is a JSON object, see `answer`, and with it come the pipe to answer into and the one that gives out turns.
     """
     preload()
+    gc.freeze()  # what the forks inherit is not theirs to look through, and stays shared
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished forks are reaped by the kernel
-    server = socket.socket(fileno=int(sys.argv[1]))
+    server = socket.socket(fileno=descriptor)
     while True:
-        path, pipes, *_ = socket.recv_fds(server, 4096, 1)
-        if not path:
+        names, pipes, *_ = socket.recv_fds(server, 4096, 2)
+        if not names:
             return  # the kernel that started this process has gone
         if os.fork() == 0:
             try:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 server.close()
-                answer(path.decode(), pipes[0])
+                answer(json.loads(names), *pipes)
             finally:
                 os._exit(0)  # no exit handlers: they are the server's
-        os.close(pipes[0])
-
-
-if __name__ == "__main__":
-    main()
+        for pipe in pipes:
+            os.close(pipe)

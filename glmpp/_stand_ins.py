@@ -80,8 +80,15 @@ def _replace(owner: Any, name: str, value: Any) -> Callable[[], None] | None:
 
 def _sparse_mla_backend() -> Callable[[], None] | None:
     from vllm.platforms import current_platform
+    from vllm.v1.attention import selector
 
-    return _replace(type(current_platform), "names_sparse_mla", True)
+    restore = _replace(type(current_platform), "names_sparse_mla", True)
+
+    def remove() -> None:
+        restore()
+        selector._cached_get_attn_backend.cache_clear()  # it would name the backend to the next model, too
+
+    return remove
 
 
 def _mla_attention() -> Callable[[], None] | None:
@@ -139,11 +146,17 @@ CANDIDATES = [
 
 
 class Builder:
-    """Builds a model, adding stand-ins where it fails without; those that helped stay for what is built after it."""
+    """Builds a model, adding stand-ins where it fails without; those that helped stay until `reset`."""
 
     def __init__(self, strict: bool = False):
         self.active: dict[str, Callable[[], None]] = {}
         self.candidates = [] if strict else CANDIDATES
+
+    def reset(self) -> None:
+        """Take them all away again."""
+        for remove in reversed(self.active.values()):
+            remove()
+        self.active = {}
 
     @property
     def stand_ins(self) -> dict[str, str]:

@@ -1,31 +1,24 @@
 """Will every pipeline stage load this checkpoint, on the vLLM that is installed? No GPU, no weights.
 
-The work is done in a child process (`_dry_run_child`), so that the notebook's kernel never imports or patches vLLM. The
-child imports vLLM once and forks for each dry run: the first takes the time of the imports, later ones do not.
+The work is done in a child process (`_dry_run_child`), which `_server` starts and talks to.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import importlib.metadata
 import json
 import os
 import platform
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
+from glmpp import _contract
+from glmpp._server import ask, run_group, run_stages
 from glmpp.checkpoint import Checkpoint, layer_count, printable
 from glmpp.errors import GlmppError
 from glmpp.loader import Ledger
@@ -190,11 +183,7 @@ class DryRunReport:
 
 def vllm_version() -> str | None:
     """Version of the installed vLLM, or None. GLMPP_WITHOUT_VLLM=1 shows what a machine without it shows."""
-    if os.environ.get("GLMPP_WITHOUT_VLLM") == "1":
-        return None
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("vllm")
-    return None
+    return None if os.environ.get("GLMPP_WITHOUT_VLLM") == "1" else _contract.vllm_version()
 
 
 def dry_run(
@@ -212,6 +201,7 @@ def dry_run(
     real_group: bool = False,
     strict: bool = False,
     all_deaths: bool = False,
+    workers: int | None = None,
     recorded: str | Path | None = None,
     progress: bool = True,
 ) -> DryRunReport:
@@ -225,7 +215,8 @@ def dry_run(
             handed over.
         ranks: stages to run; default all.
         layer_counts: layers per stage, handed to vLLM as VLLM_PP_LAYER_PARTITION.
-        helper: "module:function" with the signature of `glmpp.loader.load_fp8_indexer_wk`, for guard "helper".
+        helper: for guard "helper", a function with the signature of `glmpp.loader.load_fp8_indexer_wk`: "module:function"
+            of an installed module, or "path/to/file.py:function".
         callers: vLLM modules, e.g. ["deepseek_v2"], that follow the helper's signature; others go on calling it with
             the arguments of their release. Default: all follow.
         weights: "meta" feeds tensors without data; "real" reads the folder's bytes onto the CPU with vLLM's reader.
@@ -234,6 +225,7 @@ def dry_run(
         real_group: one process per stage in a real gloo pipeline group instead of one process with rewritten ranks.
         strict: no stand-ins for parts of the model; a model that needs one cannot be built then.
         all_deaths: drop the tensor that a stage dies at, go on, and list every death.
+        workers: processes that share the stages; default one for each core.
         recorded: a saved report to return, labelled as such, where vLLM is not installed; written when GLMPP_RECORD=1.
 
     Raises:
@@ -243,7 +235,9 @@ def dry_run(
         raise GlmppError(f"guard {guard!r} is unknown; choose one of {', '.join(GUARDS)}")
     if weights not in ("meta", "real") or (weights == "real" and checkpoint.directory is None):
         raise GlmppError(f"weights={weights!r}: choose 'meta', or 'real' for a checkpoint with files")
-    stages = make_stages(checkpoint.config, pp_size, layer_counts)
+    counts = os.environ.get(PARTITION_VARIABLE) if layer_counts is None else layer_counts
+    if (said := layer_count_said(checkpoint.config)) is not None:
+        make_stages(checkpoint.config, pp_size, counts, num_layers=said)  # refuses what cannot be
     ranks = list(range(pp_size)) if ranks is None else ranks
     if stray := [rank for rank in ranks if rank not in range(pp_size)]:
         raise GlmppError(f"there is no stage {stray[0]} of {pp_size}")
@@ -259,19 +253,19 @@ def dry_run(
         runs.append({"rank": 0, "size": 1, "drafter": False, "control": True})
     request = stage_request(checkpoint, guard, helper=helper, callers=callers, weights=weights)
     request |= {"strict": strict, "all_deaths": all_deaths}
-    if layer_counts is not None or PARTITION_VARIABLE in os.environ:
-        request["layer_counts"] = ",".join(str(len(stage.layers)) for stage in stages)
+    if counts is not None:
+        request["layer_counts"] = counts if isinstance(counts, str) else ",".join(map(str, counts))
     started = time.perf_counter()
     with tqdm(total=len(runs), desc=f"vLLM dry run, PP={pp_size}, {guard}", disable=not progress, leave=False) as bar:
         if real_group:
-            messages = in_real_group(checkpoint, request, runs, pp_size, bar)
+            messages = run_group(checkpoint, request, runs, pp_size, bar)
         else:
-            messages = in_child(checkpoint, request, runs, bar)
+            messages = run_stages(checkpoint, request, runs, workers, bar)
 
     evidence = {
         "pp_size": pp_size,
         "guard": guard,
-        "layer_counts": [len(stage.layers) for stage in stages],
+        "layer_counts": counts,
         "real_group": real_group,
         "seconds": time.perf_counter() - started,
         "messages": messages,
@@ -285,7 +279,10 @@ def dry_run(
 def assemble(evidence: dict, checkpoint: Checkpoint, recorded: str | None = None) -> DryRunReport:
     """A report from what the child sent."""
     messages, pp_size = evidence["messages"], evidence["pp_size"]
-    stages = make_stages(checkpoint.config, pp_size, evidence["layer_counts"])
+    # What vLLM says counts: a config may give its layers in a way of its own.
+    found = [message["num_layers"] for message in messages if message.get("num_layers")]
+    num_layers = found[0] if found else layer_count(checkpoint.config)
+    stages = make_stages(checkpoint.config, pp_size, evidence["layer_counts"], num_layers=num_layers)
     ready = next(message for message in messages if message["kind"] == "ready")
     reports = [_stage_report(message, checkpoint, stages) for message in messages if message["kind"] == "stage"]
     control = next((report for report in reports if report.control), None)
@@ -302,10 +299,24 @@ def assemble(evidence: dict, checkpoint: Checkpoint, recorded: str | None = None
         versions=ready["versions"],
         stand_ins={part: why for report in reports for part, why in report.stand_ins.items()} | stand_ins,
         seconds=evidence["seconds"],
-        peak_rss_bytes=max(message["peak_rss_bytes"] for message in messages if message["kind"] == "end"),
+        peak_rss_bytes=peak_bytes([message for message in messages if message["kind"] == "end"]),
         evidence=evidence,
         recorded=recorded,
     )
+
+
+def layer_count_said(config: dict) -> int | None:
+    """Main layers, or None if the config does not say it in a way that the kit knows; vLLM may."""
+    try:
+        return layer_count(config)
+    except GlmppError:
+        return None
+
+
+def peak_bytes(ends: list[dict]) -> int:
+    """Peak memory of forks together: what they share with the process they came from counts once."""
+    shared = max(end.get("shared_bytes", 0) for end in ends)
+    return shared + sum(end["peak_rss_bytes"] - end.get("shared_bytes", 0) for end in ends)
 
 
 def stage_request(
@@ -321,7 +332,7 @@ def stage_request(
         "config": checkpoint.config,
         "tensors": [(spec.name, spec.dtype, spec.shape) for spec in checkpoint.values()],
         "guard": guard,
-        "helper": helper,
+        "helper": _absolute(helper),
         "callers": callers,
         "weights": weights,
         "strict": False,
@@ -330,142 +341,22 @@ def stage_request(
     }
 
 
-@contextlib.contextmanager
-def _with_folder(checkpoint: Checkpoint, request: dict) -> Iterator[tuple[Path, dict]]:
-    """A folder for the request's files; the model's config lies in it if the checkpoint has no folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
-        if checkpoint.directory is None:
-            Path(folder, "config.json").write_text(json.dumps(checkpoint.config))
-        yield Path(folder), {**request, "model": str(Path(checkpoint.directory or folder).resolve())}
+def _absolute(helper: str) -> str:
+    """The child works in another folder."""
+    file, _, name = helper.rpartition(":")
+    return f"{Path(file).resolve()}:{name}" if file.endswith(".py") else helper
 
 
-def in_child(
-    checkpoint: Checkpoint, request: dict, runs: list[dict], bar: tqdm | None = None, timeout: float | None = None
-) -> list[dict]:
-    """The child's messages for runs of stages, one after another in one fork.
-
-    Args:
-        runs: rank, size, drafter, control of each.
-        timeout: seconds after which the child is killed.
-
-    Raises:
-        GlmppError: the child broke down, or was killed.
-    """
-    with _with_folder(checkpoint, request) as (folder, request):
-        return _Child(request, runs, (0, 1), folder).collect(bar, timeout)
-
-
-def request_child(request: dict, timeout: float | None = None) -> list[dict]:
-    """The child's messages for a request that is not about a checkpoint's stages. Raises GlmppError as `in_child` does."""
+def ask_vllm(request: dict, timeout: float | None = None) -> dict:
+    """The child's answer to a request that is not about a checkpoint's stages. Raises GlmppError if there is none."""
     if vllm_version() is None:
         raise GlmppError(NO_VLLM)
-    with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
-        messages = _Child(request, [], (0, 1), Path(folder)).collect(timeout=timeout)
-    return [message for message in messages if message["kind"] == request["kind"]]
-
-
-def in_real_group(checkpoint: Checkpoint, request: dict, runs: list[dict], pp_size: int, bar: tqdm) -> list[dict]:
-    """One child per stage, joined in one pipeline group. There is no PP=1 control in it."""
-    with _with_folder(checkpoint, request) as (folder, request):
-        children = [
-            _Child(request, [run for run in runs if run["rank"] == rank], (rank, pp_size), folder) for rank in range(pp_size)
-        ]
-        return [message for child in children for message in child.collect(bar)]
-
-
-class _Server:
-    """The process that has imported vLLM and forks for every request. One for each kernel, started on first use."""
-
-    current: _Server | None = None
-
-    def __init__(self) -> None:
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
-        command = [sys.executable, "-m", "glmpp._dry_run_child", str(theirs.fileno())]
-        # A session of its own: interrupting the notebook's kernel must not end it.
-        self.process = subprocess.Popen(
-            command,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=self.log,
-            start_new_session=True,
-        )
-        theirs.close()
-        self.owner = os.getpid()
-        atexit.register(self.socket.close)
-
-    @classmethod
-    def running(cls) -> _Server:
-        server = cls.current
-        if server is None or server.owner != os.getpid() or server.process.poll() is not None:
-            server = cls.current = cls()
-        return server
-
-
-class _Child:
-    """One request, answered in a fork of the server; its messages come through a pipe that closes when it ends."""
-
-    def __init__(self, request: dict, runs: list, world: tuple[int, int], folder: Path):
-        rank, size = world
-        path = folder / f"request-{rank}.json"
-        self.log = path.with_suffix(".log")
-        request = {
-            **request,
-            "runs": runs,
-            "world": {"rank": rank, "size": size, "init_file": str(folder / "group")},
-            "cwd": os.getcwd(),
-        }
-        path.write_text(json.dumps(request))
-        self.server = _Server.running()
-        read, write = os.pipe()
-        try:
-            socket.send_fds(self.server.socket, [str(path).encode()], [write])
-        finally:
-            os.close(write)
-        self.pipe = os.fdopen(read)
-
-    def collect(self, bar: tqdm | None = None, timeout: float | None = None) -> list[dict]:
-        messages: list[dict] = []
-
-        def kill() -> None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(messages[0]["pid"], signal.SIGKILL)
-
-        timer = threading.Timer(timeout or 0, lambda: messages and kill())
-        try:
-            if timeout:
-                timer.start()
-            for line in self.pipe:
-                messages.append(json.loads(line))
-                if bar is not None:
-                    bar.update(messages[-1]["kind"] in ("stage", "load"))
-        finally:
-            timer.cancel()
-            self.pipe.close()
-            ended = bool(messages) and messages[-1]["kind"] == "end"
-            if messages and not ended:  # interrupted, or broken down
-                kill()
-        if not ended:
-            words = self.last_words()
-            how, hint = ("broke off", "") if words else ("was killed", ", by the system if memory ran out")
-            raise GlmppError(f"the vLLM child process {how} after {len(messages)} messages{hint}:\n{words}")
-        return messages
-
-    def last_words(self, lines: int = 15) -> str:
-        """The end of the fork's traceback, "" if it wrote none; of a fork that never began, what the server said."""
-        if self.log.exists():
-            said = self.log.read_text(errors="replace")
-            return "\n".join(said[said.rfind("Traceback") :].splitlines()[-lines:] if "Traceback" in said else [])
-        if self.server.process.poll() is None:
-            return ""
-        self.server.log.seek(0)
-        return "".join(self.server.log.readlines()[-lines:])
+    return next(message for message in ask(request, timeout=timeout) if message["kind"] == request["kind"])
 
 
 def _stage_report(message: dict, checkpoint: Checkpoint, stages: list[Stage]) -> StageReport:
     stage = (
-        make_stages(checkpoint.config, 1, [layer_count(checkpoint.config)])[0]
+        make_stages(checkpoint.config, 1, [stages[0].num_layers], num_layers=stages[0].num_layers)[0]
         if message["control"]
         else stages[message["rank"]]
     )

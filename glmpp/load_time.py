@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
+from glmpp._server import ask
 from glmpp.checkpoint import Checkpoint
-from glmpp.dry_run import _Child, vllm_version
+from glmpp.dry_run import vllm_version
 from glmpp.errors import GlmppError
 from glmpp.partition import make_stages, stage_bytes
 
@@ -131,8 +131,7 @@ def load_times(
                 "repeats": counted[form],
                 "reader": reader if form == GLMPP else None,
             }
-            with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
-                messages = _Child(request, [], (0, 1), Path(folder)).collect(bar)
+            messages = ask(request, bar)
             rows += [message for message in messages if message["kind"] == "load"]
             versions = next(message["versions"] for message in messages if message["kind"] == "ready")
     machine = {**versions, "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, CPU only"}

@@ -202,16 +202,22 @@ def make_stages(
     layer_counts: list[int] | str | None = None,
     drafter: bool = False,
     layer_list: str = LAYERS,
+    num_layers: int | None = None,
 ) -> list[Stage]:
     """All stages of a model, from its config.json.
 
     Args:
+        num_layers: main layers, if somebody knows it better than the config.
         layer_list: what the checkpoint calls the list of layers, see the function of that name.
 
     Raises:
         GlmppError: a stage would hold no layer (`pp_size` above the layer count), a bad `layer_counts`, or no layer count.
     """
-    config, num_layers = text_config(config), layer_count(config)
+    try:
+        config, num_layers = text_config(config), num_layers or layer_count(config)
+    except GlmppError:
+        if num_layers is None:
+            raise
     if pp_size > num_layers:
         raise GlmppError(f"{pp_size} stages for {num_layers} layers: at least one stage would hold no layer")
     return [

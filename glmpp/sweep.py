@@ -22,8 +22,9 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
+from glmpp._server import run_stages
 from glmpp.checkpoint import Checkpoint, TensorSpec
-from glmpp.dry_run import CANNOT_TELL, LOADS, DryRunReport, StageReport, assemble, in_child, request_child, stage_request
+from glmpp.dry_run import CANNOT_TELL, LOADS, DryRunReport, StageReport, ask_vllm, assemble, stage_request
 from glmpp.errors import GlmppError
 
 SIZES = (1, 2, 3)
@@ -172,7 +173,7 @@ def sweep(
         GlmppError: an architecture that the installed vLLM does not have, or vLLM is not installed.
     """
     started = time.perf_counter()
-    known = request_child({"kind": "architectures"})[0]
+    known = ask_vllm({"kind": "architectures"})
     if architectures is None:
         architectures = known["names"]
     if unknown := sorted(set(architectures) - set(known["names"])):
@@ -210,7 +211,7 @@ def tiny_checkpoint(architecture: str, variant: str, directory: Path) -> Checkpo
         "directory": str(directory),
         "tied": variant == "tied",
     }
-    made = request_child(request, SECONDS_PER_CASE)[0]
+    made = ask_vllm(request, SECONDS_PER_CASE)
     if "why" in made:
         raise GlmppError(made["why"])
     checkpoint = Checkpoint.from_directory(directory)
@@ -256,7 +257,7 @@ def block_fp8(checkpoint: Checkpoint) -> Checkpoint:
 def dry_runs(checkpoint: Checkpoint, guard: str, sizes: tuple[int, ...] = SIZES) -> list[DryRunReport]:
     """`dry_run` for several pipeline sizes in one fork, which imports the model's module once."""
     runs = [{"rank": rank, "size": size, "drafter": False, "control": False} for size in sizes for rank in range(size)]
-    messages = in_child(checkpoint, stage_request(checkpoint, guard), runs, timeout=SECONDS_PER_CASE)
+    messages = run_stages(checkpoint, stage_request(checkpoint, guard), runs, workers=1, timeout=SECONDS_PER_CASE)
     return [
         assemble(
             {

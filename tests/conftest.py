@@ -11,6 +11,9 @@ import glmpp
 from glmpp.checkpoint import Checkpoint, load_config, reduced_config, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+# Where the vLLM process finds a plugin of the tests, as if it were installed; see plugins/faulty.py.
+PLUGINS = str(ROOT / "tests" / "plugins")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), PLUGINS)))
 collect_ignore = [
     "upstream",  # meant to fail on an affected release: `make test-matrix` runs it
     "lab",  # needs a browser: `make test-lab` runs it

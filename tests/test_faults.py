@@ -17,8 +17,9 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
+from glmpp._server import Server
 from glmpp.checkpoint import Checkpoint, read_shard, write_checkpoint
-from glmpp.dry_run import LOADS, _Server, dry_run
+from glmpp.dry_run import LOADS, dry_run
 from glmpp.errors import GlmppError
 
 CONFIG = ROOT / "data" / "glm-5.1-fp8" / "config.json"
@@ -83,27 +84,36 @@ def test_of_two_runs_that_write_the_same_folder_one_wins_and_the_other_is_told(t
 # --- the dry run's child ------------------------------------------------------------------------------------------
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+@pytest.fixture
+def endless(tmp_path):
+    """A helper that says which process it is in and then keeps it at work: no test has to be quick to find it there."""
+    (tmp_path / "endless.py").write_text(
+        "import os, pathlib, time\n"
+        "def helper(*_):\n"
+        "    mark = pathlib.Path(__file__).with_name(f'{os.getpid()}.pid')\n"
+        "    mark.touch()\n"
+        "    while True: time.sleep(1)\n"
+    )
+    return f"{tmp_path / 'endless.py'}:helper"
 
 
-def when_a_fork_is_at_work(then) -> threading.Thread:
-    """Call `then(pid)` with the first fork of the dry run's server."""
+def at_work(helper: str) -> int:
+    """The first process that the helper says it is in."""
+    while not (marks := list(Path(helper.rpartition(":")[0]).parent.glob("*.pid"))):
+        time.sleep(0.05)
+    return int(marks[0].stem)
 
-    def watch() -> None:
-        for _ in range(120):
-            forks = children(_Server.current.process.pid)
-            time.sleep(0.5)  # one that has just ended its work is gone by then
-            if still := set(forks) & set(children(_Server.current.process.pid)):
-                return then(still.pop())
 
-    thread = threading.Thread(target=watch)
+def once_at_work(helper: str, then) -> threading.Thread:
+    """Call `then(pid)` as soon as a fork is at work."""
+    thread = threading.Thread(target=lambda: then(at_work(helper)))
     thread.start()
     return thread
 
 
-def gone(pid: int, seconds: float = 10) -> bool:
-    for _ in range(int(seconds / 0.05)):
+def gone(pid: int) -> bool:
+    """Wait until a process has ended, which it does unless the test fails."""
+    for _ in range(2400):
         if not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text():
             return True
         time.sleep(0.05)
@@ -111,64 +121,59 @@ def gone(pid: int, seconds: float = 10) -> bool:
 
 
 @pytest.fixture
-def warm(tiny):
-    """The server is there, so that a fork begins at once."""
+def needs_vllm():
     pytest.importorskip("vllm")
-    dry_run(tiny, 1, guard="loader", progress=False)
 
 
 @pytest.mark.vllm
-def test_a_child_that_is_killed_is_an_error_that_says_so_and_the_next_run_works(warm, full, tiny):
-    killer = when_a_fork_is_at_work(lambda pid: os.kill(pid, signal.SIGKILL))
+def test_a_child_that_is_killed_is_an_error_that_says_so_and_the_next_run_works(needs_vllm, endless, tiny):
+    killer = once_at_work(endless, lambda pid: os.kill(pid, signal.SIGKILL))
     with pytest.raises(GlmppError, match=r"was killed after .*by the system if memory ran out"):
-        dry_run(full, 8, guard="helper", progress=False)
+        dry_run(tiny, 2, guard="helper", helper=endless, workers=1, progress=False)
     killer.join()
     assert dry_run(tiny, 2, guard="loader", progress=False).loads
 
 
 @pytest.mark.vllm
-def test_an_interrupt_ends_the_child_and_the_next_run_works(warm, full, tiny):
+def test_an_interrupt_ends_the_child_and_the_next_run_works(needs_vllm, endless, tiny):
     seen = []
 
     def interrupt(pid: int) -> None:
         seen.append(pid)
         os.kill(os.getpid(), signal.SIGINT)
 
-    watcher = when_a_fork_is_at_work(interrupt)
+    watcher = once_at_work(endless, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        dry_run(full, 8, guard="helper", progress=False)
+        dry_run(tiny, 2, guard="helper", helper=endless, progress=False)
     watcher.join()
     assert gone(seen[0])
     assert dry_run(tiny, 2, guard="loader", progress=False).stages[0].verdict == LOADS
 
 
 @pytest.mark.vllm
-def test_no_process_stays_when_the_kernel_is_killed():
-    pytest.importorskip("vllm")
+def test_no_process_stays_when_the_kernel_is_killed(needs_vllm, endless):
     program = (
-        "import glmpp, sys; from glmpp.dry_run import _Server, dry_run\n"
+        "import glmpp, sys; from glmpp._server import Server\n"
         "checkpoint = glmpp.Checkpoint.from_config(sys.argv[1])\n"
-        "print(_Server.running().process.pid, flush=True)\n"
-        "dry_run(checkpoint, 8, guard='helper', progress=False)"
+        "print(Server.running().process.pid, flush=True)\n"
+        "glmpp.dry_run(checkpoint, 8, guard='helper', helper=sys.argv[2], progress=False)"
     )
-    with subprocess.Popen([sys.executable, "-c", program, CONFIG], stdout=subprocess.PIPE, text=True) as kernel:
+    command = [sys.executable, "-c", program, CONFIG, endless]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as kernel:
         server = int(kernel.stdout.readline())
-        for _ in range(1200):
-            if forks := children(server):
-                break
-            time.sleep(0.05)
+        fork = at_work(endless)
         kernel.kill()
-    assert gone(server) and gone(forks[0], 60)
+    assert gone(server) and gone(fork)
 
 
 # --- load ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.vllm
-def test_200_dry_runs_in_a_row_take_no_more_memory_and_no_more_files(warm, tiny):
+def test_200_dry_runs_in_a_row_take_no_more_memory_and_no_more_files(needs_vllm, tiny):
     def held() -> tuple[int, int, int]:
         """Resident bytes of this process and of the server, and open files of both."""
-        pids = [os.getpid(), _Server.current.process.pid]
+        pids = [os.getpid(), Server.current.process.pid]
         pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
         return *(n * os.sysconf("SC_PAGE_SIZE") for n in pages), sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import faulty
 import jsonschema
@@ -21,12 +22,11 @@ SCHEMA = json.loads((ROOT / "tests" / "check.schema.json").read_text())
 
 
 @pytest.fixture
-def checked(tmp_path, monkeypatch):
+def checked(tmp_path):
     """Dry run of a faulty model at PP=3: stages hold layers 0-3, 4-7 and 8-11."""
 
     def run(fault: str, **options):
         model = faulty.write_faulty(fault, tmp_path)
-        monkeypatch.chdir(tmp_path)  # the plugin lies here
         report = dry_run(Checkpoint.from_directory(model), 3, progress=False, **options)
         assert report.control.verdict == LOADS
         assert {stage.model_class for stage in report.stages} <= {"faulty.FaultyForCausalLM", None}
@@ -48,7 +48,7 @@ def test_an_unguarded_lookup_is_a_death_with_its_key_tensor_and_line(checked):
     # vLLM hands a shard's tensors over by name: layer 10 comes before layer 2.
     assert [stage.key for stage in report.stages] == [f"model.layers.{n}.ab.weight" for n in (10, 0, 0)]
     assert [stage.tensor for stage in report.stages] == [f"model.layers.{n}.b.weight" for n in (10, 0, 0)]
-    lines = (ROOT / "tests" / "faulty.py").read_text().splitlines()
+    lines = Path(faulty.__file__).read_text().splitlines()
     file, _, number = report.stages[1].place.partition(":")
     assert file == "faulty.py" and "named_parameters())[name.replace" in lines[int(number) - 1]
 

@@ -161,7 +161,7 @@ def test_several_models_in_one_process_do_not_share_missing_layers(tiny):
         one.ledger.check(tiny, one.stage)
 
 
-def test_a_list_that_vllm_cached_under_a_reused_id_is_not_read(tiny, tmp_path, monkeypatch):
+def test_a_list_that_vllm_cached_under_a_reused_id_is_not_read(tiny, tmp_path):
     """`get_pp_missing_layer_names` caches by id(model). Here every model has the id of the first one."""
     (tmp_path / "every_id_is_reused.py").write_text(
         "from vllm.model_executor.models import utils\n"
@@ -171,8 +171,8 @@ def test_a_list_that_vllm_cached_under_a_reused_id_is_not_read(tiny, tmp_path, m
         "    def __getitem__(self, key): return next(iter(self.values()))\n"
         "utils._model_to_pp_missing_layer_names = OneId()\n"
     )
-    monkeypatch.chdir(tmp_path)
-    report = dry_run(tiny, 4, guard="helper", helper="every_id_is_reused:helper", progress=False)
+    helper = f"{tmp_path / 'every_id_is_reused.py'}:helper"
+    report = dry_run(tiny, 4, guard="helper", helper=helper, workers=1, progress=False)
     for one in report.stages:
         assert one.verdict == LOADS, one.message
         one.ledger.check(tiny, one.stage)

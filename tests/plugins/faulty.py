@@ -1,11 +1,11 @@
 """A vLLM plugin with a small model that has one fault of the class, chosen by its config; see `write_faulty`.
 
-Installed for a dry run by lying in the current folder, beside a `dist-info` with an entry point, as a package would.
+It lies beside a `dist-info` with an entry point, as an installed package does, and conftest.py puts the folder on the path
+of the child processes.
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -30,16 +30,11 @@ def register() -> None:
 
 
 def write_faulty(fault: str, folder: Path) -> Path:
-    """A checkpoint of the model, and the plugin beside it; returns the checkpoint's folder."""
+    """A checkpoint of the model; returns its folder."""
     import json
 
     from safetensors.torch import save_file
 
-    shutil.copy(__file__, folder / "faulty.py")
-    info = folder / "faulty-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nfaulty = faulty:register\n")
     model = folder / "model"
     model.mkdir()
     tensors = {"model.embed_tokens.weight": (64, HIDDEN), "lm_head.weight": (64, HIDDEN), "model.norm.weight": (HIDDEN,)}

@@ -1,0 +1,276 @@
+"""The parent's side of the process that imports vLLM: started once for each kernel, it forks for every request.
+
+A notebook's kernel never imports or patches vLLM, and no request sees another's patches. The first request takes the time
+of the imports, later ones do not. The stages of a request are dealt to several forks, one for each core.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from glmpp.checkpoint import Checkpoint
+from glmpp.errors import GlmppError
+
+# The kit is imported from where the parent has it.
+START = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("glmpp", sys.argv[1])
+sys.modules["glmpp"] = module_from_spec(spec)
+spec.loader.exec_module(sys.modules["glmpp"])
+from glmpp._dry_run_child import main
+main(int(sys.argv[2]))
+"""
+# Where the child starts. `python -c` and `-m` put the working directory first on the path, and an empty or relative entry of
+# PYTHONPATH leads there, too: into a stranger's files, if it is the folder that the user has just downloaded.
+ELSEWHERE = "/"
+
+
+class Server:
+    """The process that has imported vLLM and forks for every request. One for each kernel, started on first use."""
+
+    current: Server | None = None
+
+    def __init__(self) -> None:
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        package = Path(__file__).with_name("__init__.py")
+        # A session of its own: interrupting the notebook's kernel must not end it.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START, str(package), str(theirs.fileno())],
+            cwd=ELSEWHERE,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
+            start_new_session=True,
+        )
+        theirs.close()
+        self.owner = os.getpid()
+        atexit.register(self.socket.close)
+
+    @classmethod
+    def running(cls) -> Server:
+        server = cls.current
+        if server is None or server.owner != os.getpid() or server.process.poll() is not None:
+            server = cls.current = cls()
+        return server
+
+    def ended(self) -> bool:
+        """Whether the process is gone or on its way out. The socket tells it before anything else does."""
+        try:
+            return self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def last_words(self, lines: int) -> str:
+        """The end of what it said, complete once it has ended."""
+        self.process.wait()
+        self.log.seek(0)
+        return "".join(self.log.readlines()[-lines:])
+
+
+class Fork:
+    """One fork of the server at work on a request; its messages come through a pipe that closes when it ends."""
+
+    def __init__(self, path: Path, number: int, world: tuple[int, int], turns: int, server: Server | None = None):
+        """Start it.
+
+        Args:
+            path: the request, a JSON file; what the fork says beside its messages goes into a log in the same folder.
+            number: tells it from others that work on the same request.
+            world: rank and size of the process group that it joins.
+            turns: descriptor that the numbers of the runs are read from, see `_turns`; it may be shared.
+        """
+        rank, size = world
+        group = "group" if size > 1 else f"group-{number}"
+        self.log = path.with_name(f"{number}.log")
+        names = {"request": str(path), "log": str(self.log), "group": str(path.with_name(group)), "rank": rank, "size": size}
+        self.server, self.pid, self.ended, self.rest = server or Server.running(), None, False, b""
+        self.messages: list[dict] = []
+        self.pipe, theirs = os.pipe()
+        try:
+            socket.send_fds(self.server.socket, [json.dumps(names).encode()], [theirs, turns])
+        except OSError:
+            pass  # the server has just ended: the pipe says so, too
+        finally:
+            os.close(theirs)
+
+    def read(self) -> list[dict]:
+        """The messages that have come, at least one unless the fork has ended."""
+        came: list[dict] = []
+        while not came:
+            data = os.read(self.pipe, 1 << 20)
+            if not data:
+                break
+            *lines, self.rest = (self.rest + data).split(b"\n")
+            came = [json.loads(line) for line in lines]
+        for message in came:
+            self.pid = message["pid"] if message["kind"] == "pid" else self.pid
+            self.ended = self.ended or message["kind"] == "end"
+        self.messages += came
+        return came
+
+    def close(self) -> None:
+        """Kill it if it is still at work."""
+        os.close(self.pipe)
+        if self.pid is not None and not self.ended:  # interrupted, timed out, or broken down
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def check(self) -> None:
+        """Raise a GlmppError with its last words if it ended before its work did."""
+        if self.ended:
+            return
+        words = self.last_words()
+        how, hint = ("broke off", "") if words else ("was killed", ", by the system if memory ran out")
+        raise GlmppError(f"the vLLM child process {how} after {len(self.messages)} messages{hint}:\n{words}")
+
+    def last_words(self, lines: int = 15) -> str:
+        """The end of the fork's traceback, "" if it wrote none; of a fork that never began, what the server said."""
+        if self.log.exists():
+            said = self.log.read_text(errors="replace")
+            return "\n".join(said[said.rfind("Traceback") :].splitlines()[-lines:] if "Traceback" in said else [])
+        return self.server.last_words(lines) if self.server.ended() else ""
+
+
+def collect(forks: Sequence[Fork], bar: tqdm | None = None, timeout: float | None = None) -> list[dict]:
+    """All messages of forks that work side by side, fork by fork.
+
+    Args:
+        bar: moved on by one for each run that is done.
+        timeout: seconds after which they are killed.
+
+    Raises:
+        GlmppError: one of them broke down, or was killed. The others are killed then.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with selectors.DefaultSelector() as at_work:
+        for fork in forks:
+            at_work.register(fork.pipe, selectors.EVENT_READ, fork)
+        try:
+            while at_work.get_map():
+                ready = at_work.select(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    raise GlmppError(f"the vLLM child process was not done after {timeout:.0f} s, and was killed")
+                for key, _ in ready:
+                    fork: Fork = key.data
+                    came = fork.read()
+                    if bar is not None:
+                        bar.update(sum(message["kind"] in ("stage", "load") for message in came))
+                    if not came:
+                        at_work.unregister(key.fileobj)
+                        fork.check()
+        finally:
+            for fork in forks:
+                fork.close()
+    for fork in forks:
+        fork.check()
+    return [message for fork in forks for message in fork.messages]
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _folder(request: dict, checkpoint: Checkpoint | None = None) -> Iterator[Path]:
+    """A folder with the request in it; the model's config lies there if the checkpoint has no folder of its own.
+
+    Yields:
+        The request's path.
+    """
+    with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
+        if checkpoint is not None:
+            if checkpoint.directory is None:
+                Path(folder, "config.json").write_text(json.dumps(checkpoint.config))
+            request = {**request, "model": str(Path(checkpoint.directory or folder).resolve())}
+        path = Path(folder, "request.json")
+        path.write_text(json.dumps(request))
+        yield path
+
+
+def _turns(numbers: Sequence[int]) -> int:
+    """A pipe's reading end that gives out numbers, two bytes each, to whoever reads next, and then ends."""
+    read, write = os.pipe()
+    with os.fdopen(write, "wb") as end:
+        end.write(array("H", numbers))
+    return read
+
+
+def ask(request: dict, bar: tqdm | None = None, timeout: float | None = None) -> list[dict]:
+    """The messages of one fork for a request that has no runs. Raises GlmppError as `collect` does."""
+    with _folder(request) as path:
+        turns = _turns([])
+        try:
+            fork = Fork(path, 0, (0, 1), turns)
+        finally:
+            os.close(turns)
+        return collect([fork], bar, timeout)
+
+
+def run_stages(
+    checkpoint: Checkpoint,
+    request: dict,
+    runs: list[dict],
+    workers: int | None = None,
+    bar: tqdm | None = None,
+    timeout: float | None = None,
+) -> list[dict]:
+    """The messages for runs of stages, in the order of the runs.
+
+    Args:
+        runs: rank, size, drafter, control of each.
+        workers: forks that share them, each taking the next one that is left; default one for each core.
+        timeout: seconds after which they are killed.
+
+    Raises:
+        GlmppError: as `collect`.
+    """
+    with _folder({**request, "runs": runs}, checkpoint) as path:
+        # The control goes first: it has all layers and takes the longest.
+        turns = _turns(sorted(range(len(runs)), key=lambda at: not runs[at]["control"]))
+        try:
+            number = min(workers or cores(), max(len(runs), 1))
+            forks = [Fork(path, each, (0, 1), turns) for each in range(number)]
+        finally:
+            os.close(turns)
+        return _in_order(collect(forks, bar, timeout))
+
+
+def run_group(checkpoint: Checkpoint, request: dict, runs: list[dict], size: int, bar: tqdm | None = None) -> list[dict]:
+    """The same with one fork for each stage, all joined in one pipeline group. There is no PP=1 control in it."""
+    with _folder({**request, "runs": runs}, checkpoint) as path:
+        forks = []
+        for rank in range(size):
+            turns = _turns([at for at, run in enumerate(runs) if run["rank"] == rank])
+            try:
+                forks.append(Fork(path, rank, (rank, size), turns))
+            finally:
+                os.close(turns)
+        return _in_order(collect(forks, bar))
+
+
+def _in_order(messages: list[dict]) -> list[dict]:
+    """One "ready", the stages in the order of the runs, every "end"."""
+    ready = [message for message in messages if message["kind"] == "ready"][:1]
+    stages = sorted((message for message in messages if message["kind"] == "stage"), key=lambda message: message["run"])
+    return ready + stages + [message for message in messages if message["kind"] == "end"]

