@@ -25,10 +25,10 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from glmpp.dequant import quantize
 from glmpp.errors import GlmppError
+from glmpp.progress import progress_bar
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -177,7 +177,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         return cls(specs, config, directory)
 
     @classmethod
-    def from_hub(cls, repo_id: str, revision: str | None = None, progress: bool = True) -> Checkpoint:
+    def from_hub(cls, repo_id: str, revision: str | None = None, progress: bool | None = None) -> Checkpoint:
         """Read config, index and safetensors headers of a Hub repository; no weight is downloaded. See `glmpp.hub`."""
         from glmpp.hub import from_hub
 
@@ -648,7 +648,7 @@ def write_checkpoint(
     seed: int = 0,
     max_shard_bytes: int = 5_000_000,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Checkpoint:
     """Write a valid, sharded, synthetic checkpoint of the GLM-5 family with properly quantised FP8 weights.
 
@@ -683,7 +683,7 @@ def write_checkpoint(
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
     try:
         weight_map = {}
-        for number, specs in enumerate(tqdm(shards, "writing shards", disable=not progress), start=1):
+        for number, specs in enumerate(progress_bar(shards, "writing shards", show=progress), start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors = {spec.name: _synthetic_tensor(spec, plan, seed, block) for spec in specs}
             save_file(tensors, partial / file, metadata={"format": "pt"})

@@ -11,8 +11,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 
+from glmpp.advice import fixed_in, serve_line, try_load_format
 from glmpp.checkpoint import ALL_NAMES, INDEX_FILE, Checkpoint, printable, reduced_config, write_checkpoint
 from glmpp.dry_run import (
     CANNOT_BUILD,
@@ -25,12 +28,14 @@ from glmpp.dry_run import (
     DryRunReport,
     StageReport,
     dry_run,
+    vllm_version,
 )
 from glmpp.errors import GlmppError
-from glmpp.partition import PARTITION_VARIABLE, balance, layer_list, make_stages, owned, stage_bytes
+from glmpp.partition import PARTITION_VARIABLE, balance, layer_list, make_stages, owned, parse_counts, stage_bytes
 
+NO_RELEASE = "no release of vLLM is known here to load it"
 EXIT_CODES = {LOADS: 0, DIES: 1, CANNOT_TELL: 2}
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,8 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def versions() -> str:
+    """Of the kit, and of the vLLM whose classes it runs."""
+    try:
+        own = version("glmpp")
+    except PackageNotFoundError:
+        own = "(a checkout that is not installed)"
+    return f"glmpp {own}, vLLM {vllm_version() or 'not installed'}"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="glmpp", description="Loading FP8 checkpoints under pipeline parallelism in vLLM.")
+    parser.add_argument("--version", action="version", version=versions())
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(name: str, run, what: str) -> argparse.ArgumentParser:
@@ -69,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     model(check)
     check.add_argument("--guard", choices=GUARDS, default="installed", help="default: vLLM as it is installed")
     check.add_argument("--all", action="store_true", help="every death of a stage, not only the first")
+    check.add_argument("--each", action="store_true", help="a line for each stage, also where they end alike")
     check.add_argument("--strict", action="store_true", help="no stand-ins for parts that a CPU lacks")
     check.add_argument("--json", action="store_true", help="the report as JSON")
 
@@ -105,7 +121,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         checkpoint.source = f"{path} (names and shapes from the config alone)"
         return checkpoint
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return Checkpoint.from_hub(model, revision, progress=sys.stderr.isatty())
+        return Checkpoint.from_hub(model, revision)
     raise GlmppError(f"{model}: no such folder or file, and not the name of a Hub repository (org/name)")
 
 
@@ -114,25 +130,20 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 
 def _check(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model, options.revision)
-    counts = _counts(checkpoint, options)
-    report = dry_run(
-        checkpoint,
-        options.pp,
-        guard=options.guard,
-        layer_counts=counts,
-        strict=options.strict,
-        all_deaths=options.all,
-        progress=sys.stderr.isatty(),
-    )
-    print(json.dumps(as_json(checkpoint, report), indent=1) if options.json else as_text(checkpoint, report))
+    how = {"layer_counts": _counts(options), "strict": options.strict}
+    report = dry_run(checkpoint, options.pp, guard=options.guard, all_deaths=options.all, **how)
+    again = try_load_format(checkpoint, report, **how)
+    if options.json:
+        print(json.dumps(as_json(checkpoint, report, again), indent=1))
+    else:
+        lines = [as_text(checkpoint, report, options.each), *what_to_do(options, report, again)]
+        print("\n".join(printable(line) for line in lines))
     return EXIT_CODES[overall(report)]
 
 
-def _counts(checkpoint: Checkpoint, options: argparse.Namespace) -> list[int] | None:
+def _counts(options: argparse.Namespace) -> list[int] | None:
     """Layers per stage, if the user gave them."""
-    if options.layer_partition is None:
-        return None
-    return [len(stage.layers) for stage in make_stages(checkpoint.config, options.pp, options.layer_partition)]
+    return None if options.layer_partition is None else parse_counts(options.layer_partition, options.pp)
 
 
 def overall(report: DryRunReport) -> str:
@@ -143,8 +154,13 @@ def overall(report: DryRunReport) -> str:
     return CANNOT_TELL if CANNOT_TELL in verdicts else LOADS
 
 
-def as_json(checkpoint: Checkpoint, report: DryRunReport) -> dict:
-    """The report as plain values; `tests/check.schema.json` is its schema."""
+def as_json(checkpoint: Checkpoint, report: DryRunReport, again: DryRunReport | None = None) -> dict:
+    """The report as plain values; `tests/check.schema.json` is its schema.
+
+    Args:
+        again: the failing stages with the load format, see `glmpp.advice`.
+    """
+    known = fixed_in(report)
     return {
         "schema": SCHEMA_VERSION,
         "checkpoint": {"source": checkpoint.source, "tensors": len(checkpoint), "bytes": checkpoint.nbytes},
@@ -155,6 +171,8 @@ def as_json(checkpoint: Checkpoint, report: DryRunReport) -> dict:
         "stages": [_stage_json(stage) for stage in report.stages],
         "control": None if report.control is None else _stage_json(report.control),
         "stand_ins": report.stand_ins,
+        "with_load_format": again and {"verdict": overall(again), "stages": [_stage_json(stage) for stage in again.stages]},
+        "known_to_load_from": known and {"vllm": known.fixed_in, "source": known.source},
     }
 
 
@@ -181,30 +199,73 @@ def _failed_build(stage: StageReport) -> Death:
     return Death(None, stage.exception, stage.message, stage.key, stage.place, stage.function)
 
 
-def as_text(checkpoint: Checkpoint, report: DryRunReport) -> str:
-    """The report for a terminal: nothing in it changes from run to run unless a verdict does."""
+def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False) -> str:
+    """The report for a terminal: nothing in it changes from run to run unless a verdict does.
+
+    Args:
+        each: a paragraph for each stage; otherwise those that end alike share one.
+    """
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     lines = [
         f"{checkpoint.source}: {len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB",
         f"{versions}; guard: {report.guard}",
         "",
     ]
+    ends: dict[object, list[StageReport]] = {}
     for stage in report.all:
-        head = f"{stage.label:<13} layers {f'{stage.stage.layers[0]}-{stage.stage.layers[-1]}':<8}"
-        lines.append(f"{head} {stage.verdict}")
-        for death in stage.deaths or ([_failed_build(stage)] if stage.exception else []):
-            said = " ".join(death.message.split())
-            what = f"KeyError: {death.key!r}" if death.key else f"{death.exception}: {said[:300]}"
-            lines.append(f"    {what}")
-            lines.append(f"        in {death.place} {death.function}" + (f", handed {death.tensor}" if death.tensor else ""))
-        if stage.verdict == LEAVES_AT_INIT:
-            lines += [f"    left at init: {name}" for name in stage.unaccounted]
-        lines += [f"    held to the end, though another stage's: {name}" for name in stage.held]
+        alone = each or stage.control or stage.drafter
+        ends.setdefault(id(stage) if alone else "\n".join([stage.verdict, *_evidence(stage)]), []).append(stage)
+    for alike in ends.values():
+        lines += [f"{_label(alike):<13} layers {_layers(alike):<8} {alike[0].verdict}", *_evidence(alike[0])]
     lines += ["", "stand-ins: " + ", ".join(report.stand_ins)]
     if any(stage.device == "cpu" for stage in report.all):
         lines.append("made-up values on the CPU: the model asks for data while it is built or loaded")
-    lines += ["", f"PP={report.pp_size}: {conclusion(report)}"]
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join([*lines, "", f"PP={report.pp_size}: {conclusion(report)}"])
+
+
+def _evidence(stage: StageReport) -> list[str]:
+    """What a stage's verdict rests on, indented; [] for one that loads and leaves nothing to say."""
+    lines = []
+    for death in stage.deaths or ([_failed_build(stage)] if stage.exception else []):
+        said = " ".join(death.message.split())
+        lines.append(f"    KeyError: {death.key!r}" if death.key else f"    {death.exception}: {said[:300]}")
+        lines.append(f"        in {death.place} {death.function}" + (f", handed {death.tensor}" if death.tensor else ""))
+    if stage.verdict == LEAVES_AT_INIT:
+        lines += [f"    left at init: {name}" for name in stage.unaccounted]
+    return lines + [f"    held to the end, though another stage's: {name}" for name in stage.held]
+
+
+def _label(stages: list[StageReport]) -> str:
+    """ "stage 3", "stages 0, 2-7", or what else was run."""
+    if len(stages) == 1:
+        return stages[0].label
+    return f"stages {_spans([stage.stage.rank for stage in stages])}"
+
+
+def _layers(stages: list[StageReport]) -> str:
+    return _spans([layer for stage in stages for layer in stage.stage.layers])
+
+
+def _spans(numbers: list[int]) -> str:
+    """ "0, 2-7" for ascending numbers."""
+    runs = (list(run) for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]))
+    return ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
+
+
+def what_to_do(options: argparse.Namespace, report: DryRunReport, again: DryRunReport | None) -> list[str]:
+    """Lines that end the answer when the checkpoint does not load; [] when there is nothing that would help."""
+    if again is None:
+        return []
+    left = [stage for stage in again.stages if not stage.loads]
+    if left:
+        lines = [f"--load-format glmpp does not cure it: {_label(left[:1])} {left[0].verdict}", *_evidence(left[0])]
+    else:
+        loads = f"{_label(again.stages)} load{'s' * (len(again.stages) == 1)}"
+        model = "MODEL" if Path(options.model).is_file() else options.model
+        lines = [f"with --load-format glmpp {loads} (glmpp has to be installed where vLLM runs):"]
+        lines.append(f"    {serve_line(model, report.pp_size, options.layer_partition)}")
+    known = fixed_in(report)
+    return ["", *lines, f"known to load from vLLM {known.fixed_in} on ({known.source})" if known else NO_RELEASE]
 
 
 def conclusion(report: DryRunReport) -> str:
@@ -271,9 +332,7 @@ def plan_text(
 
 def _make(options: argparse.Namespace) -> int:
     config = reduced_config(options.config, **(ALL_NAMES if options.all_names else {}))
-    checkpoint = write_checkpoint(
-        config, options.directory, options.seed, int(options.shard_mb * 1e6), progress=sys.stderr.isatty()
-    )
+    checkpoint = write_checkpoint(config, options.directory, options.seed, int(options.shard_mb * 1e6))
     print(f"{options.directory}: {checkpoint}")
     return 0
 

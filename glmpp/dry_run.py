@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from glmpp import _contract
 from glmpp._server import ask, run_group, run_stages
@@ -23,6 +22,7 @@ from glmpp.checkpoint import Checkpoint, layer_count, printable
 from glmpp.errors import GlmppError
 from glmpp.loader import Ledger
 from glmpp.partition import PARTITION_VARIABLE, Stage, make_stages
+from glmpp.progress import progress_bar
 
 GUARDS = ("installed", "off", "helper", "loader")
 LOADS, DIES, CANNOT_BUILD = "loads", "dies", "cannot be built"
@@ -203,7 +203,7 @@ def dry_run(
     all_deaths: bool = False,
     workers: int | None = None,
     recorded: str | Path | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> DryRunReport:
     """Build and load every stage with the installed vLLM's own classes, in a child process.
 
@@ -256,7 +256,7 @@ def dry_run(
     if counts is not None:
         request["layer_counts"] = counts if isinstance(counts, str) else ",".join(map(str, counts))
     started = time.perf_counter()
-    with tqdm(total=len(runs), desc=f"vLLM dry run, PP={pp_size}, {guard}", disable=not progress, leave=False) as bar:
+    with progress_bar(what=f"vLLM dry run, PP={pp_size}, {guard}", total=len(runs), show=progress) as bar:
         if real_group:
             messages = run_group(checkpoint, request, runs, pp_size, bar)
         else:

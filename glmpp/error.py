@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from glmpp.checkpoint import Checkpoint, TensorSpec
 from glmpp.dequant import dequantize, quantize, spread
 from glmpp.errors import GlmppError
 from glmpp.forward import transformers_model
+from glmpp.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ def three_errors(original: torch.Tensor, block_size: tuple[int, int] = (128, 128
     }
 
 
-def tensor_errors(fp8: Checkpoint, original: Callable[[TensorSpec], torch.Tensor], progress: bool = True) -> pd.DataFrame:
+def tensor_errors(
+    fp8: Checkpoint, original: Callable[[TensorSpec], torch.Tensor], progress: bool | None = None
+) -> pd.DataFrame:
     """Error of every FP8 tensor of a checkpoint against its original, one tensor in memory at a time.
 
     Args:
@@ -115,7 +117,7 @@ def tensor_errors(fp8: Checkpoint, original: Callable[[TensorSpec], torch.Tensor
     """
     block = tuple((fp8.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128))
     rows = []
-    for spec in tqdm([s for s in fp8.values() if s.dtype == "F8_E4M3"], "comparing", disable=not progress, leave=False):
+    for spec in progress_bar([s for s in fp8.values() if s.dtype == "F8_E4M3"], "comparing", show=progress):
         scale = next((name for name in (f"{spec.name}_scale_inv", f"{spec.name}_scale") if name in fp8), None)
         if scale is None:
             raise GlmppError(f"{spec.file}: FP8 tensor {spec.name!r} has no scale in the checkpoint")

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from glmpp.checkpoint import (
     INDEX_FILE,
     MAX_HEADER_BYTES,
@@ -27,6 +25,7 @@ from glmpp.checkpoint import (
     read_header,
 )
 from glmpp.errors import GlmppError
+from glmpp.progress import progress_bar
 
 FIRST_BYTES = 150_000  # of each shard; of GLM-5.1-FP8's 119,000 tensors a 142nd makes a header of 111 kB
 CONNECTIONS = 8
@@ -35,7 +34,7 @@ PAUSES = (0.5, 1.0)  # seconds before the second and the third attempt
 T = TypeVar("T")
 
 
-def from_hub(repo_id: str, revision: str | None = None, progress: bool = True) -> Checkpoint:
+def from_hub(repo_id: str, revision: str | None = None, progress: bool | None = None) -> Checkpoint:
     """Read config.json, the index and the safetensors headers of a model repository; no weight is downloaded.
 
     Args:
@@ -71,7 +70,7 @@ def from_hub(repo_id: str, revision: str | None = None, progress: bool = True) -
     pool = ThreadPoolExecutor(CONNECTIONS)
     try:
         headers = pool.map(repo.read_tensors, files)
-        headers = list(tqdm(headers, "reading headers", len(files), leave=False, disable=not progress))
+        headers = list(progress_bar(headers, "reading headers", total=len(files), show=progress))
     finally:  # after an error or an interrupt nobody waits for the requests that are under way
         repo.stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)

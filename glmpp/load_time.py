@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from glmpp._server import ask
 from glmpp.checkpoint import Checkpoint
 from glmpp.dry_run import vllm_version
 from glmpp.errors import GlmppError
 from glmpp.partition import make_stages, stage_bytes
+from glmpp.progress import progress_bar
 
 STOCK, GLMPP, FLOOR = "stock", "glmpp", "in-memory list"
 PARTS = ("choosing", "reading", "dequantising", "vllm")
@@ -77,7 +77,7 @@ def load_times(
     repeats: int | dict[str, int] = 3,
     reader: str | None = None,
     recorded: str | Path | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> LoadTimes:
     """Load stages of a checkpoint folder with the installed vLLM's own classes, in a child process, on the CPU.
 
@@ -105,12 +105,8 @@ def load_times(
     ranks = list(range(pp_size)) if ranks is None else ranks
     rows = []
     counted = repeats if isinstance(repeats, dict) else dict.fromkeys(formats, repeats)
-    with tqdm(
-        total=len(ranks) * sum(counted[form] for form in formats),
-        desc=f"loading, {cache}",
-        disable=not progress,
-        leave=False,
-    ) as bar:
+    loads = len(ranks) * sum(counted[form] for form in formats)
+    with progress_bar(what=f"loading, {cache}", total=loads, show=progress) as bar:
         for form in formats:
             request = {
                 "kind": "load_time",

@@ -125,7 +125,7 @@ def all_names_checkpoint():
     if ALL_NAMES_CHECKPOINT.exists():
         return Checkpoint.from_directory(ALL_NAMES_CHECKPOINT)
     config = reduced_config(GLM_CONFIG, **ALL_NAMES)
-    return write_checkpoint(config, ALL_NAMES_CHECKPOINT, max_shard_bytes=7_000_000, progress=True)
+    return write_checkpoint(config, ALL_NAMES_CHECKPOINT, max_shard_bytes=7_000_000)
 
 
 @contextlib.contextmanager

@@ -69,11 +69,16 @@ def partition_layers(num_layers: int, pp_size: int, layer_counts: list[int] | st
         # holds the final norm and lm_head, the first the embedding.
         counts = [each + (pp_size - 1 - left <= stage < pp_size - 1) for stage in range(pp_size)]
     else:
-        counts = _parse_counts(layer_counts, num_layers, pp_size)
+        counts = parse_counts(layer_counts, pp_size)
+        if sum(counts) != num_layers or min(counts) < 0:
+            raise GlmppError(
+                f"{PARTITION_VARIABLE}={layer_counts!r} adds up to {sum(counts)} layers, the model has {num_layers}"
+            )
     return [range(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
 
 
-def _parse_counts(layer_counts: list[int] | str, num_layers: int, pp_size: int) -> list[int]:
+def parse_counts(layer_counts: list[int] | str, pp_size: int) -> list[int]:
+    """Layers per stage as numbers. Raises GlmppError if they are none, or not one for each stage."""
     entries = layer_counts.split(",") if isinstance(layer_counts, str) else layer_counts
     try:
         counts = [int(entry) for entry in entries]
@@ -81,10 +86,6 @@ def _parse_counts(layer_counts: list[int] | str, num_layers: int, pp_size: int) 
         raise GlmppError(f"{PARTITION_VARIABLE}={layer_counts!r}: expected {pp_size} numbers like '10,10,…'") from None
     if len(counts) != pp_size:
         raise GlmppError(f"{PARTITION_VARIABLE}={layer_counts!r} names {len(counts)} stages, there are {pp_size}")
-    if sum(counts) != num_layers or min(counts) < 0:
-        raise GlmppError(
-            f"{PARTITION_VARIABLE}={layer_counts!r} adds up to {sum(counts)} layers, the model has {num_layers}"
-        )
     return counts
 
 

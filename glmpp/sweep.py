@@ -20,12 +20,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from glmpp._server import run_stages
 from glmpp.checkpoint import Checkpoint, TensorSpec
 from glmpp.dry_run import CANNOT_TELL, LOADS, DryRunReport, StageReport, ask_vllm, assemble, stage_request
 from glmpp.errors import GlmppError
+from glmpp.progress import progress_bar
 
 SIZES = (1, 2, 3)
 VARIANTS = ("plain", "tied", "fp8")
@@ -160,7 +160,7 @@ def sweep(
     architectures: list[str] | None = None,
     variants: tuple[str, ...] = VARIANTS,
     workers: int | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Sweep:
     """Try architectures of the installed vLLM at PP=1, 2 and 3.
 
@@ -181,7 +181,7 @@ def sweep(
     cases = [(architecture, variant) for architecture in architectures for variant in variants]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         done = pool.map(lambda case: try_case(*case), cases)
-        done = list(tqdm(done, "sweeping", total=len(cases), disable=not progress, leave=False))
+        done = list(progress_bar(done, "sweeping", total=len(cases), show=progress))
     machine = f"{platform.machine()}, {os.cpu_count()} cores, CPU only"
     return Sweep(done, known["versions"], machine, time.perf_counter() - started)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
+
 import pytest
 from conftest import ROOT
 
@@ -9,6 +13,7 @@ from glmpp import cli
 from glmpp.checkpoint import Checkpoint, TensorSpec
 from glmpp.errors import GlmppError
 from glmpp.partition import make_stages, stage_bytes
+from glmpp.progress import progress_bar
 
 CONFIG = ROOT / "data" / "glm-5.1-fp8"
 
@@ -49,6 +54,34 @@ def test_plan_finds_the_layers_under_another_name(capsys, monkeypatch):
     _, out, _ = command(capsys, "plan", "x", "--pp", 2)
     rows = [line.split() for line in out.splitlines() if line[:1].isdigit() or line.startswith("no stage")]
     assert [row[2] for row in rows] == ["3", "4", "7"]
+
+
+def test_version_names_the_kit_and_the_vllm_that_it_runs(capsys, monkeypatch):
+    monkeypatch.setenv("GLMPP_WITHOUT_VLLM", "1")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(r"glmpp [\w.()]+, vLLM not installed\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [([3], "3"), ([0, 1, 2], "0-2"), ([0, 2, 3, 7], "0, 2-3, 7"), ([1, 5], "1, 5"), ([], "")]
+)
+def test_spans(numbers, text):
+    assert cli._spans(numbers) == text
+
+
+def test_bars_are_for_a_terminal_and_a_notebook_and_not_for_a_log(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown = []
+    for stream in (io.StringIO(), Terminal(), type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        list(progress_bar(range(3), "counting"))
+        shown.append("counting" in stream.getvalue())
+    assert shown == [False, True, True]
 
 
 def test_make_checkpoint_writes_a_folder_that_check_and_plan_can_read(tmp_path, capsys):

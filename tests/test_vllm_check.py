@@ -117,17 +117,51 @@ def command(capsys, *arguments) -> tuple[int, str, str]:
 def test_check_says_where_every_stage_dies_and_ends_with_1(tiny, capsys):
     code, out, _ = command(capsys, "check", tiny.directory, "--pp", 4)
     assert code == 1
-    assert out.count("    KeyError: 'layers.0.self_attn.indexer.wk_weights_proj.weight'\n") == 3
+    assert "\nstages 1-3    layers 3-11     dies\n" in out
+    assert out.count("    KeyError: 'layers.0.self_attn.indexer.wk_weights_proj.weight'\n") == 1
     assert (
         "in vllm/model_executor/models/deepseek_v2.py:774 _try_load_fp8_indexer_wk, handed model.layers.0.self_attn." in out
     )
     assert "PP=1 control  layers 0-11     loads\n" in out
-    assert out.endswith("PP=4: does not load: 4 of 4 stages fail although PP=1 loads\n")
+    assert "PP=4: does not load: 4 of 4 stages fail although PP=1 loads\n" in out
+    line = f"vllm serve {tiny.directory} --pipeline-parallel-size 4 --load-format glmpp"
+    assert f"with --load-format glmpp stages 0-3 load (glmpp has to be installed where vLLM runs):\n    {line}\n" in out
+    assert out.splitlines()[-1].startswith("known to load from vLLM 0.23.0 on (vLLM PR 42944")
+
+
+@affected
+def test_each_gives_every_stage_a_paragraph_of_its_own(tiny, capsys):
+    _, out, _ = command(capsys, "check", tiny.directory, "--pp", 4, "--each", "--layer-partition", "3,3,3,3")
+    assert out.count("    KeyError: 'layers.0.self_attn.indexer.wk_weights_proj.weight'\n") == 3
+    assert "\n    VLLM_PP_LAYER_PARTITION=3,3,3,3 vllm serve " in out
+
+
+def checked_by_command(fault: str, tmp_path, capsys) -> tuple[str, dict]:
+    model = faulty.write_faulty(fault, tmp_path)
+    code, text, _ = command(capsys, "check", model, "--pp", 3)
+    again, out, _ = command(capsys, "check", model, "--pp", 3, "--json")
+    report = json.loads(out)
+    jsonschema.validate(report, SCHEMA)
+    assert code == again == 1 and report["known_to_load_from"] is None
+    assert text.endswith(f"\n{cli.NO_RELEASE}\n")
+    return text, report
+
+
+def test_what_the_load_format_does_not_cure_is_said_with_where_it_still_dies(tmp_path, capsys):
+    text, report = checked_by_command("None for a placeholder", tmp_path, capsys)
+    assert "\n--load-format glmpp does not cure it: stage 1 dies\n    AttributeError: 'NoneType' object has no" in text
+    assert [stage["verdict"] for stage in report["with_load_format"]["stages"]] == ["dies", "dies"]
+
+
+def test_what_the_load_format_cures_is_said_where_no_release_is_known_to(tmp_path, capsys):
+    text, report = checked_by_command("attribute of a placeholder, loading", tmp_path, capsys)
+    assert "\nstages 1-2    layers 4-11     dies\n" in text  # of the same tensor
+    assert "with --load-format glmpp stages 0-2 load (" in text and report["with_load_format"]["verdict"] == "loads"
 
 
 def test_check_with_the_load_format_ends_with_0_and_prints_the_same_twice(tiny, capsys):
     first = command(capsys, "check", tiny.directory, "--pp", 3, "--guard", "loader", "--layer-partition", "1,9,2")
-    assert first[0] == 0 and first[1].endswith("PP=3: loads\n") and "stage 1       layers 1-9      loads\n" in first[1]
+    assert first[0] == 0 and first[1].endswith("PP=3: loads\n") and "stages 0-2    layers 0-11     loads\n" in first[1]
     assert command(capsys, "check", tiny.directory, "--pp", 3, "--guard", "loader", "--layer-partition", "1,9,2") == first
 
 
@@ -162,7 +196,7 @@ def test_an_architecture_that_vllm_does_not_know_cannot_be_told(tiny, tmp_path, 
     config = {**tiny.config, "architectures": ["NobodysForCausalLM"], "model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     code, out, _ = command(capsys, "check", tmp_path, "--pp", 2)
-    assert code == 2 and "stage 0       layers 0-5      cannot tell\n" in out and "NobodysForCausalLM" in out
+    assert code == 2 and "stages 0-1    layers 0-11     cannot tell\n" in out and "NobodysForCausalLM" in out
     assert " loads" not in out
 
 

@@ -20,11 +20,11 @@ os.environ.update(VLLM_CONFIGURE_LOGGING="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TR
 
 import torch
 from machine import processor
-from tqdm import tqdm
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import dequantize, quantize, spread
 from glmpp.notebook import DATA, GLM_CONFIG
+from glmpp.progress import progress_bar
 
 BLOCK = (128, 128)
 PASSES, RUNS = 3, 7
@@ -103,7 +103,7 @@ def main() -> int:
     times: dict[tuple[str, str], list[float]] = {}
     # Several passes over all shapes, the peers in turn: a slow stretch of the machine then meets every peer, and no
     # shape has all its runs in it.
-    for name, (height, width) in tqdm([*shapes().items()] * PASSES, "dequantisation"):
+    for name, (height, width) in progress_bar([*shapes().items()] * PASSES, "dequantisation"):
         weight, scale = quantize(torch.randn(height, width, generator=torch.Generator().manual_seed(0)) * 0.02, BLOCK)
         weight, scale = weight.to(device), scale.to(device)
         result = dequantize(weight, scale, BLOCK)

@@ -15,12 +15,12 @@ from importlib.metadata import version
 
 import torch
 from machine import processor
-from tqdm import tqdm
 
 from glmpp.checkpoint import read_shard
 from glmpp.load_time import FLOOR, GLMPP, STOCK, load_times
 from glmpp.notebook import DATA, all_names_checkpoint
 from glmpp.partition import OTHER_STAGE, make_stages
+from glmpp.progress import progress_bar
 
 PP_SIZE, RANK, RUNS = 8, 3, 5
 
@@ -103,7 +103,7 @@ def main() -> int:
     calls = {name: lambda read=read: copy_all(read(files, wanted), into) for name, read in READERS.items()}
     calls["copy of as many bytes, memory to memory"] = lambda: len(into.copy_(source))
     measured: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in tqdm(range(RUNS + 1), "readers"):
+    for _ in progress_bar(range(RUNS + 1), "readers"):
         for name, call in calls.items():
             started = time.perf_counter()
             moved = call()

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from tqdm import tqdm
 
 from glmpp.checkpoint import INDEX_FILE, Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.partition import balance, make_stages, stage_bytes
+from glmpp.progress import progress_bar
 
 SECONDS, BYTES = 2.0, 500_000_000
 HUGE = [2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**30]
@@ -136,7 +136,7 @@ def read(folder: Path) -> None:
     balance(checkpoint, 2)
 
 
-def run(runs: int, seed: int, progress: bool = True) -> Counter:
+def run(runs: int, seed: int, progress: bool | None = None) -> Counter:
     """Outcomes, by kind.
 
     Raises:
@@ -144,7 +144,7 @@ def run(runs: int, seed: int, progress: bool = True) -> Counter:
     """
     good, outcomes, before = valid(), Counter(), most_held()
     with tempfile.TemporaryDirectory() as folder:
-        for number in tqdm(range(runs), "fuzzing", disable=not progress, leave=False):
+        for number in progress_bar(range(runs), "fuzzing", show=progress):
             files = mutate(good, random.Random(f"{seed} {number}"))
             place = Path(folder, str(number))
             place.mkdir()

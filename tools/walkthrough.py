@@ -20,7 +20,6 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from pages import write_pages
 from PIL import Image
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
@@ -41,6 +40,11 @@ class Outcome:
     def ok(self) -> bool:
         """No cell failed. Verdicts that need vLLM are not run where it cannot be installed; the table shows how many."""
         return self.error is None and self.passed > 0
+
+    def row(self) -> str:
+        """A line of the table, and a second one that says what failed."""
+        line = f"{self.name:<36}{self.seconds:>8.1f}  {self.passed} of {max(self.passed, self.expected)}"
+        return line if self.ok else f"{line}\n    FAILED: {self.error or 'no verdict was reached'}"
 
 
 def execute(path: Path, on_cell=lambda: None) -> tuple[nbformat.NotebookNode, Outcome]:
@@ -135,26 +139,24 @@ def main() -> int:
 
     sys.path.insert(0, str(ROOT))
     from glmpp.notebook import tiny_checkpoint
+    from glmpp.progress import progress_bar
 
     checkpoint = tiny_checkpoint()
     print(f"synthetic checkpoint: {checkpoint.directory.relative_to(ROOT)}, {len(checkpoint)} tensors")
     cells = sum(cell.cell_type == "code" for path in paths for cell in nbformat.read(path, as_version=4).cells)
     outcomes = []
-    with tqdm(total=cells, unit="cell") as bar:
+    print(f"\n{'notebook':<36}{'seconds':>8}  verdicts passed")
+    with progress_bar(total=cells) as bar:
         for path in paths:
             bar.set_description(path.stem)
             notebook, outcome = execute(path, on_cell=bar.update)
             outcomes.append(outcome)
+            bar.write(outcome.row())
             if arguments.in_place and outcome.error is None:
                 nbformat.write(notebook, path)
             keep(notebook, outcome)
     index, *_ = write_pages([BUILD / path.name for path in NOTEBOOKS if (BUILD / path.name).exists()], BUILD)
 
-    print(f"\n{'notebook':<36}{'seconds':>8}  verdicts passed")
-    for outcome in outcomes:
-        print(f"{outcome.name:<36}{outcome.seconds:>8.1f}  {outcome.passed} of {max(outcome.passed, outcome.expected)}")
-        if not outcome.ok:
-            print(f"    FAILED: {outcome.error or 'no verdict was reached'}")
     print(f"\nHTML: {os.path.relpath(index)}")
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 

@@ -1,0 +1,71 @@
+"""What to do about a stage that does not load: does the load format cure it, and which release is known to load it?"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from glmpp.checkpoint import Checkpoint
+from glmpp.dry_run import DIES, LOADS, DryRunReport, StageReport, dry_run
+from glmpp.partition import PARTITION_VARIABLE
+
+
+@dataclass(frozen=True)
+class KnownFault:
+    """A fault of some releases of vLLM, and the first that loads what it broke.
+
+    Attributes:
+        exception, file, function: what a stage dies of, and where.
+        fixed_in: release.
+        source: where that is from.
+    """
+
+    exception: str
+    file: str
+    function: str
+    fixed_in: str
+    source: str
+
+
+KNOWN_FAULTS = [
+    KnownFault(
+        "KeyError",
+        "vllm/model_executor/models/deepseek_v2.py",
+        "_try_load_fp8_indexer_wk",
+        "0.23.0",
+        "vLLM PR 42944; every stage of PP = 2, 4, 8 was loaded with it",
+    )
+]
+
+
+def known_fault(stage: StageReport) -> KnownFault | None:
+    """What is known of the fault that a stage dies of, if anything is."""
+    if stage.verdict != DIES or stage.place is None:
+        return None
+    found = (stage.exception, stage.place.rpartition(":")[0], stage.function)
+    return next((known for known in KNOWN_FAULTS if (known.exception, known.file, known.function) == found), None)
+
+
+def fixed_in(report: DryRunReport) -> KnownFault | None:
+    """The fault, if every failing stage has the same one and it is known."""
+    faults = {known_fault(stage) for stage in report.stages if not stage.loads}
+    return faults.pop() if len(faults) == 1 else None
+
+
+def try_load_format(checkpoint: Checkpoint, report: DryRunReport, **options) -> DryRunReport | None:
+    """The stages that fail, once more with `--load-format glmpp`.
+
+    Returns:
+        None where that could change nothing: vLLM was not run as it is installed, no stage fails, or PP=1 fails, too.
+    """
+    failing = [stage.stage.rank for stage in report.stages if stage.verdict != LOADS]
+    sound = report.control is not None and report.control.loads
+    if report.guard != "installed" or not failing or not sound:
+        return None
+    return dry_run(checkpoint, report.pp_size, guard="loader", ranks=failing, control=False, **options)
+
+
+def serve_line(model: str, pp_size: int, layer_partition: str | None = None) -> str:
+    """The command that starts the server with the load format."""
+    split = f"{PARTITION_VARIABLE}={layer_partition} " if layer_partition else ""
+    return f"{split}vllm serve {shlex.quote(model)} --pipeline-parallel-size {pp_size} --load-format glmpp"
