@@ -161,12 +161,17 @@ class Bench:
 
 
 def measure(request: dict, send) -> None:
-    """Load every stage asked for, `repeats` times (warm: after one that is not counted), and send a message for each."""
+    """Load every stage asked for, `repeats` times, and send a message for each.
+
+    Warm: after one load that is not counted. It reads every shard (stock) or the stage's (the load format), so that stock
+    needs it for the first stage only.
+    """
     bench = Bench(request)
     for rank in request["ranks"]:
         bench.build(rank, request["size"])
         weights = bench.in_memory() if request["format"] == "in-memory list" else None
-        for repeat in range(-1 if request["cache"] == "warm" else 0, request["repeats"]):
+        warm = request["cache"] == "warm" and (request["format"] != "stock" or rank == request["ranks"][0])
+        for repeat in range(-1 if warm else 0, request["repeats"]):
             row = bench.load(request["cache"], weights)
             if repeat >= 0:
                 send({"kind": "load", "rank": rank, "format": request["format"], "cache": request["cache"], **row})

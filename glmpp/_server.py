@@ -41,35 +41,67 @@ main(int(sys.argv[2]))
 ELSEWHERE = "/"
 
 
+# Set for the processes that a process starts, to let them use its server: the socket's address and whose code it runs.
+SHARED = "GLMPP_SERVER"
+PACKAGE = Path(__file__).with_name("__init__.py")
+
+
 class Server:
-    """The process that has imported vLLM and forks for every request. One for each kernel, started on first use."""
+    """The process that has imported vLLM and forks for every request. One for each kernel, started on first use.
+
+    Attributes:
+        process: None for one that another process has started and shares.
+    """
 
     current: Server | None = None
 
-    def __init__(self) -> None:
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
-        package = Path(__file__).with_name("__init__.py")
-        # A session of its own: interrupting the notebook's kernel must not end it.
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", START, str(package), str(theirs.fileno())],
-            cwd=ELSEWHERE,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=self.log,
-            start_new_session=True,
-        )
-        theirs.close()
+    def __init__(self, address: bytes | None = None) -> None:
+        """Start one, or connect to the one at an address."""
+        self.process: subprocess.Popen | None = None
         self.owner = os.getpid()
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         atexit.register(self.socket.close)
+        if address is None:
+            self._start()
+        else:
+            self.socket.connect(address)
+
+    def _start(self) -> None:
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+            listening.bind("")  # Linux chooses a name that no file stands for
+            listening.listen()
+            self.socket.connect(listening.getsockname())
+            # A session of its own: interrupting the notebook's kernel must not end it.
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", START, str(PACKAGE), str(listening.fileno())],
+                cwd=ELSEWHERE,
+                pass_fds=[listening.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=self.log,
+                start_new_session=True,
+            )
 
     @classmethod
     def running(cls) -> Server:
         server = cls.current
-        if server is None or server.owner != os.getpid() or server.process.poll() is not None:
-            server = cls.current = cls()
+        if server is None or server.owner != os.getpid() or server.ended():
+            server = cls.current = cls._shared() or cls()
         return server
+
+    @classmethod
+    def _shared(cls) -> Server | None:
+        address, _, package = os.environ.get(SHARED, "").partition(" ")
+        if package != str(PACKAGE):
+            return None
+        with contextlib.suppress(OSError):  # it has ended
+            return cls(bytes.fromhex(address))
+
+    @classmethod
+    def share(cls) -> None:
+        """Start one now, for this process and those that it starts. It ends with the last of them."""
+        os.environ[SHARED] = f"{cls.running().socket.getpeername().hex()} {PACKAGE}"
 
     def ended(self) -> bool:
         """Whether the process is gone or on its way out. The socket tells it before anything else does."""
@@ -82,6 +114,8 @@ class Server:
 
     def last_words(self, lines: int) -> str:
         """The end of what it said, complete once it has ended."""
+        if self.process is None:
+            return "the process that imports vLLM, which another process had started, has ended"
         self.process.wait()
         self.log.seek(0)
         return "".join(self.log.readlines()[-lines:])

@@ -85,8 +85,8 @@ def load_times(
         checkpoint: from a folder.
         ranks: stages to load; default all.
         formats: of STOCK, GLMPP, FLOOR. STOCK has the kit's helper in the place of an affected release's.
-        cache: "warm": each load comes after one that is not counted; "cold": the shards are dropped from the page cache
-            before each load.
+        cache: "warm": a load that is not counted has read before what those that are read; "cold": the shards are
+            dropped from the page cache before each load.
         repeats: loads of each stage that are counted, for all formats or by format.
         reader: the load format's reader, see `glmpp.vllm_plugin.StageModelLoader`; GLMPP only.
         recorded: where to save to with GLMPP_RECORD=1, and what to return where vLLM is not installed.

@@ -38,7 +38,7 @@ def hostile(folder: Path) -> Path:
 
 @needs_vllm
 @pytest.mark.skipif(not GLMPP.exists(), reason="the command is not installed here")
-@pytest.mark.parametrize("path", ["", ".", ":"])
+@pytest.mark.parametrize("path", ["", ".:"])
 def test_nothing_is_imported_from_the_folder_that_is_checked(tiny, tmp_path, path):
     """With the folder as the working directory, and a PYTHONPATH that names it by accident."""
     folder = tmp_path / "downloaded"
@@ -122,6 +122,33 @@ def test_a_distribution_of_another_name_that_provides_the_module_counts(tmp_path
     )
     done = subprocess.run([sys.executable, "-c", finder + program, tmp_path], capture_output=True, text=True)
     assert done.stdout == "9.8\n", done.stderr
+
+
+# --- one process for several kernels ------------------------------------------------------------------------------
+
+ASKS = (
+    "import sys; from glmpp._server import Server; from glmpp.dry_run import ask_vllm\n"
+    "print(Server.running().process is None, len(ask_vllm({'kind': 'architectures'})['names']) > 100)"
+)
+
+
+@needs_vllm
+def test_a_process_that_shares_its_vllm_serves_those_that_it_starts(own_server, monkeypatch):
+    monkeypatch.setenv(_server.SHARED, "")
+    _server.Server.share()
+    done = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True)
+    assert done.stdout == "True True\n", done.stderr
+    assert not _server.Server.current.ended()  # it outlives them
+
+
+@needs_vllm
+@pytest.mark.parametrize("shared", ["", "00 {package}", "{address} another/glmpp/__init__.py"])
+def test_nobody_is_served_by_a_process_that_has_ended_or_runs_other_code(shared, monkeypatch):
+    address = _server.Server.running().socket.getpeername().hex()
+    monkeypatch.setenv(_server.SHARED, shared.format(package=_server.PACKAGE, address=address))
+    program = ASKS.partition("\n")[0] + "\nprint(Server._shared())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "None\n", done.stderr
 
 
 # --- stages side by side ------------------------------------------------------------------------------------------

@@ -138,8 +138,13 @@ def main() -> int:
     paths = [path.resolve() for path in arguments.notebooks] or NOTEBOOKS
 
     sys.path.insert(0, str(ROOT))
+    from glmpp._server import Server
+    from glmpp.dry_run import vllm_version
     from glmpp.notebook import tiny_checkpoint
     from glmpp.progress import progress_bar
+
+    if vllm_version() is not None:
+        Server.share()  # vLLM is imported once for all kernels
 
     checkpoint = tiny_checkpoint()
     print(f"synthetic checkpoint: {checkpoint.directory.relative_to(ROOT)}, {len(checkpoint)} tensors")
