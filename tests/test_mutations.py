@@ -605,7 +605,8 @@ MUTATIONS = {
 }
 
 
-PLAIN = ["torch", "numpy", "pandas", "matplotlib.pyplot", "hypothesis.strategies", "safetensors.torch", "pytest"]
+PLAIN = ["torch", "numpy", "pandas", "matplotlib.pyplot", "msgspec", "safetensors.torch", "huggingface_hub.hf_api", "pytest"]
+PLAIN += ["hypothesis.strategies", "xdist.plugin", "anyio.pytest_plugin", "transformers.models.glm_moe_dsa.modeling_glm_moe_dsa"]
 # Asked for as a helper of the dry run, so that it is imported in a fork of the server: tells what vLLM's import pulled in.
 IMPORTED = """import json, pathlib, sys
 from glmpp.loader import load_fp8_indexer_wk as helper
@@ -658,7 +659,7 @@ def with_vllm(tmp_path_factory, tiny):
 
 
 def copy_of_the_package(folder: Path) -> Path:
-    shutil.copytree(ROOT / "glmpp", folder / "glmpp", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "glmpp", folder / "glmpp")  # with the bytecode of what is not changed
     (folder / "data").symlink_to(ROOT / "data")
     return folder
 
