@@ -605,8 +605,10 @@ MUTATIONS = {
 }
 
 
-PLAIN = ["torch", "numpy", "pandas", "matplotlib.pyplot", "msgspec", "safetensors.torch", "huggingface_hub.hf_api", "pytest"]
-PLAIN += ["hypothesis.strategies", "xdist.plugin", "anyio.pytest_plugin", "transformers.models.glm_moe_dsa.modeling_glm_moe_dsa"]
+# What the tests and the package import, other than the package itself.
+PLAIN = ["torch", "numpy", "pandas", "matplotlib.pyplot", "msgspec", "safetensors.torch", "huggingface_hub.hf_api"]
+PLAIN += ["transformers.models.glm_moe_dsa.modeling_glm_moe_dsa", "hypothesis.strategies"]
+PLAIN += ["pytest", "xdist.plugin", "anyio.pytest_plugin"]
 # Asked for as a helper of the dry run, so that it is imported in a fork of the server: tells what vLLM's import pulled in.
 IMPORTED = """import json, pathlib, sys
 from glmpp.loader import load_fp8_indexer_wk as helper
