@@ -30,6 +30,7 @@ from glmpp.checkpoint import (
     write_checkpoint,
 )
 from glmpp.dry_run import vllm_version
+from glmpp.errors import GlmppError
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
@@ -115,17 +116,24 @@ def side_by_side(left: Callable, right: Callable, width: int = 58) -> str:
 
 def tiny_checkpoint():
     """The synthetic checkpoint under data/generated, written on first use."""
-    if TINY_CHECKPOINT.exists():
-        return Checkpoint.from_directory(TINY_CHECKPOINT)
-    return write_checkpoint(reduced_config(GLM_CONFIG), TINY_CHECKPOINT)
+    return _generated(TINY_CHECKPOINT, reduced_config(GLM_CONFIG))
 
 
 def all_names_checkpoint():
     """A checkpoint with all names of GLM-5.1 and small tensors, 1 GB in about as many shards as the real one; 20 s once."""
-    if ALL_NAMES_CHECKPOINT.exists():
-        return Checkpoint.from_directory(ALL_NAMES_CHECKPOINT)
     config = reduced_config(GLM_CONFIG, **ALL_NAMES)
-    return write_checkpoint(config, ALL_NAMES_CHECKPOINT, max_shard_bytes=7_000_000)
+    return _generated(ALL_NAMES_CHECKPOINT, config, max_shard_bytes=7_000_000)
+
+
+def _generated(directory: Path, config: dict, **options: Any) -> Checkpoint:
+    """A checkpoint under data/generated; of two notebooks that write it at the same time one is told that it is there."""
+    if not directory.exists():
+        try:
+            return write_checkpoint(config, directory, **options)
+        except GlmppError:
+            if not directory.exists():
+                raise
+    return Checkpoint.from_directory(directory)
 
 
 @contextlib.contextmanager

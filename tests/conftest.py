@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import glmpp
 from glmpp.checkpoint import Checkpoint, load_config, reduced_config, write_checkpoint
@@ -22,6 +26,46 @@ collect_ignore = [
 # test_mutations.py runs tests against a changed copy of the package: make sure that it is the copy that is imported.
 if expected := os.environ.get("GLMPP_MUTANT"):
     assert Path(glmpp.__file__).is_relative_to(expected), f"imported {glmpp.__file__}, expected the copy in {expected}"
+
+# No example fails for being slow: the machine may be busy with something else.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
+
+# What takes longest, in this order: begun first, so that in the end no worker waits long for another. `make test`.
+LONGEST = [
+    "test_vllm_plugin",
+    "mutants with vLLM",
+    "test_vllm_check",
+    "test_vllm_dry_run",
+    "notebooks that read all names",
+    "notebook",
+    "test_faults",
+    "mutants",
+    "test_vllm_sweep",
+    "test_vllm_contract",
+]
+
+
+def pytest_collection_modifyitems(config, items):
+    """With pytest-xdist a file's tests stay on one worker, with their fixtures; each notebook goes where there is room."""
+    if not hasattr(config, "workerinput"):
+        return
+
+    def kind(item) -> str:
+        marks = {mark.name for mark in item.iter_markers()}
+        if "mutation" in marks:
+            return "mutants with vLLM" if "vllm" in marks else "mutants"
+        if "notebooks" in marks:
+            return "notebooks that read all names" if "05_" in item.name else "notebook"
+        return item.path.stem
+
+    def place(item) -> int:
+        return LONGEST.index(kind(item)) if kind(item) in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+    for item in items:
+        if kind(item) != "notebook":
+            item.add_marker(pytest.mark.xdist_group(kind(item)))
 
 
 @pytest.fixture(autouse=True)

@@ -200,8 +200,8 @@ def test_all_names_in_one_eleven_or_a_thousand_shards_are_the_same_checkpoint(fu
         weight_map |= dict.fromkeys(held, file)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (tmp_path / "config.json").write_text(json.dumps(full.config))
-    started = time.perf_counter()
+    started = time.process_time()
     checkpoint = Checkpoint.from_directory(tmp_path)
     assert checkpoint.keys() == full.keys() and len({spec.file for spec in checkpoint.values()}) == -(-len(names) // size)
     assert sum(int(tensor) for _, tensor in checkpoint.read(names[::1000])) > 0
-    assert time.perf_counter() - started < 30
+    assert time.process_time() - started < 30

@@ -1,19 +1,23 @@
 """Take a guard away and the test that claims to watch it must fail.
 
-Each case changes one piece of source in a copy of the package and runs one test against the copy.
+Each case changes one piece of source in a copy of the package and runs one test against the copy, in a fork of a process
+that has imported the rest (`template.py`).
 """
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from glmpp.dry_run import dry_run
 
 SKIP = """    if name.startswith(tuple(pp_missing_layer_names)):
         return True
@@ -22,578 +26,578 @@ SKIP = """    if name.startswith(tuple(pp_missing_layer_names)):
 # file, source to replace, replacement, test that must fail
 MUTATIONS = {
     "the skip": (
-        "loader.py",
+        "loader.py::load_fp8_indexer_wk",
         SKIP,
         "    layer =",
         "test_loader.py::test_a_foreign_layer_leaves_buffer_parameters_and_loaded_untouched",
     ),
     "the skip moved behind the buffering": (
-        "loader.py",
+        "loader.py::load_fp8_indexer_wk",
         SKIP + ' name.rsplit(".wk.", 1)[0]\n    pending.setdefault(layer, {})[part] = tensor\n',
         '    layer = name.rsplit(".wk.", 1)[0]\n    pending.setdefault(layer, {})[part] = tensor\n'
         "    if name.startswith(tuple(pp_missing_layer_names)):\n        return True\n",
         "test_loader.py::test_a_foreign_layer_leaves_buffer_parameters_and_loaded_untouched",
     ),
     "the pair is forgotten once stored": (
-        "loader.py",
+        "loader.py::store_wk",
         "pending.pop(layer)",
         "pending[layer]",
         "test_loader.py::test_every_arrival_order_of_two_layers_gives_the_same_parameters",
     ),
     "the dot at the end of a layer prefix": (
-        "partition.py",
+        "partition.py::Stage.missing_prefixes",
         'f"{self.layer_list}.{index}."',
         'f"{self.layer_list}.{index}"',
         "test_partition.py::test_a_missing_layer_1_does_not_hide_layer_11",
     ),
     "all digits of a layer number": (
-        "partition.py",
+        "partition.py::Stage.layer_of",
         "return int(number)",
         "return int(number[:1] or 0)",
         "test_partition.py::test_stage_with_layer_1_does_not_own_layer_11",
     ),
     "the tied embedding on the last stage": (
-        "partition.py",
+        "partition.py::Stage.column",
         "self.is_first or (self.tied and self.is_last)",
         "self.is_first",
         "test_partition.py::test_every_tensor_of_the_model_has_an_owner",
     ),
     "more stages than layers": (
-        "partition.py",
+        "partition.py::make_stages",
         "if pp_size > num_layers:",
         "if False:",
         "test_partition.py::test_more_stages_than_layers_is_an_error_for_stages",
     ),
     "wrong number of layer counts": (
-        "partition.py",
+        "partition.py::_parse_counts",
         "if len(counts) != pp_size:",
         "if False:",
         "test_partition.py::test_bad_layer_counts_are_clear_errors",
     ),
     "wrong sum of layer counts": (
-        "partition.py",
+        "partition.py::_parse_counts",
         "if sum(counts) != num_layers or min(counts) < 0:",
         "if min(counts) < 0:",
         "test_partition.py::test_bad_layer_counts_are_clear_errors",
     ),
     "negative layer counts": (
-        "partition.py",
+        "partition.py::_parse_counts",
         "if sum(counts) != num_layers or min(counts) < 0:",
         "if sum(counts) != num_layers:",
         "test_partition.py::test_bad_layer_counts_are_clear_errors",
     ),
     "zero layers or stages": (
-        "partition.py",
+        "partition.py::partition_layers",
         "if pp_size < 1 or num_layers < 1:",
         "if False:",
         "test_partition.py::test_nothing_to_split_is_an_error",
     ),
     "a scale grid that does not fit": (
-        "dequant.py",
+        "dequant.py::_as_grid",
         "if shape == blocks:",
         "if len(shape) == 2:",
         "test_dequant.py::test_a_grid_that_does_not_fit_names_both_shapes",
     ),
     "bad scales": (
-        "dequant.py",
+        "dequant.py::dequantize",
         "if check and not",
         "if False and not",
         "test_dequant.py::test_a_bad_scale_is_an_error_unless_asked_for",
     ),
     "E8M0 code 255": (
-        "dequant.py",
+        "dequant.py::_as_grid",
         "codes == 255, math.nan",
         "codes == 256, math.nan",
         "test_dequant.py::test_e8m0_code_255_is_nan_and_refused",
     ),
     "dtype and rank of the weight": (
-        "dequant.py",
+        "dequant.py::dequantize",
         "if weight.dtype != FP8 or weight.ndim != 2:",
         "if False:",
         "test_dequant.py::test_a_weight_that_is_not_an_fp8_matrix_is_an_error",
     ),
     "the shape of out": (
-        "dequant.py",
+        "dequant.py::dequantize",
         "elif out.shape != weight.shape:",
         "elif False:",
         "test_dequant.py::test_out_is_written_in_place_and_nothing_else_is",
     ),
     "the scale of a block of zeros": (
-        "dequant.py",
+        "dequant.py::quantize",
         "torch.where(scale > 0, scale, 1.0)",
         "scale",
         "test_dequant.py::test_a_block_of_zeros_survives",
     ),
     "the ledger against ownership": (
-        "loader.py",
+        "loader.py::Ledger.check",
         "if column != expected:",
         "if False:",
         "test_loader.py::test_a_guard_that_is_one_layer_too_wide_is_caught",
     ),
     "the ledger against the checkpoint": (
-        "loader.py",
+        "loader.py::Ledger.check",
         "if self.tensors.keys() != checkpoint.keys():",
         "if False:",
         "test_loader.py::test_a_tensor_nobody_owns_is_unexpected_and_the_books_do_not_close",
     ),
     "parameters left at init": (
-        "loader.py",
+        "loader.py::Ledger.check",
         "if left := sorted(set(self.left_at_init) - set(may_stay_at_init)):",
         "if left := []:",
         "test_loader.py::test_a_parameter_left_at_init_is_caught_unless_accounted_for",
     ),
     "parameters written twice": (
-        "loader.py",
+        "loader.py::Ledger.check",
         "if self.written_twice:",
         "if False:",
         "test_loader.py::test_a_parameter_written_twice_is_caught",
     ),
     "pairs held back are not loaded": (
-        "loader.py",
+        "loader.py::load_stage",
         "for part in parts:",
         "for part in ():",
         "test_loader.py::test_the_books_do_not_close_when_half_of_a_pair_is_held_back",
     ),
     "the write under another name": (
-        "checkpoint.py",
+        "checkpoint.py::write_checkpoint",
         'partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))',
         "directory.mkdir(); partial = directory",
         "test_checkpoint.py::test_the_folder_appears_only_when_it_is_complete",
     ),
     "cleaning up after a failed write": (
-        "checkpoint.py",
+        "checkpoint.py::write_checkpoint",
         "shutil.rmtree(partial, ignore_errors=True)",
         "pass",
         "test_checkpoint.py::test_a_failed_write_leaves_nothing",
     ),
     "an existing folder": (
-        "checkpoint.py",
+        "checkpoint.py::write_checkpoint",
         "if directory.exists() and not overwrite:",
         "if False:",
         "test_checkpoint.py::test_an_existing_folder_is_not_overwritten_unasked",
     ),
     "a missing shard": (
-        "checkpoint.py",
+        "checkpoint.py::Checkpoint.from_directory",
         "            if not path.exists():",
         "            if False:",
         "test_checkpoint.py::test_a_missing_shard_is_named_with_a_tensor_it_should_hold",
     ),
     "index entries the shard lacks": (
-        "checkpoint.py",
+        "checkpoint.py::check_index",
         "if missing := sorted(listed - held):",
         "if missing := []:",
         "test_checkpoint.py::test_an_index_that_names_a_tensor_its_shard_does_not_hold",
     ),
     "tensors the index lacks": (
-        "checkpoint.py",
+        "checkpoint.py::check_index",
         "if extra := sorted(held - listed):",
         "if extra := []:",
         "test_checkpoint.py::test_a_tensor_that_the_index_does_not_name",
     ),
     "another model type": (
-        "checkpoint.py",
+        "checkpoint.py::Checkpoint.from_config",
         'if config.get("model_type") != "glm_moe_dsa":',
         "if False:",
         "test_checkpoint.py::test_from_config_of_another_model_is_an_error",
     ),
     "NaN codes take the slow path": (
-        "dequant.py",
+        "dequant.py::dequantize",
         "elif on_cpu and not nan_codes and",
         "elif on_cpu and",
         "test_dequant.py::test_nan_codes_stay_nan_and_are_reported",
     ),
     "NaN codes are reported": (
-        "dequant.py",
+        "dequant.py::dequantize",
         "    if nan_codes:",
         "    if False:",
         "test_dequant.py::test_nan_codes_stay_nan_and_are_reported",
     ),
     "negative NaN codes are counted": (
-        "dequant.py",
+        "dequant.py::_count_nan_codes",
         "codes.max() < 0xFF and",
         "",
         "test_dequant.py::test_nan_codes_stay_nan_and_are_reported",
     ),
     "large scales take the slow path": (
-        "dequant.py",
+        "dequant.py::_fits_shift",
         "and largest < 2.0**8",
         "",
         "test_dequant.py::test_scales_outside_the_fast_path_take_the_slow_one",
     ),
     "a scale of -0.0 takes the slow path": (
-        "dequant.py",
+        "dequant.py::_fits_shift",
         "or torch.signbit(grid).any()",
         "",
         "test_dequant.py::test_scales_outside_the_fast_path_take_the_slow_one",
     ),
     "flushed subnormals take the slow path": (
-        "dequant.py",
+        "dequant.py::_fits_shift",
         "bool(subnormal * _BIAS_GAP > 0)",
         "True",
         "test_dequant.py::test_flushed_subnormals_take_the_slow_path",
     ),
     "the sign of zeros": (
-        "dequant.py",
+        "dequant.py::_shift_and_scale",
         "torch.full((channels,), -0.0,",
         "torch.full((channels,), 0.0,",
         "test_dequant.py::test_fast_and_slow_path_agree_on_the_real_shapes_and_any_strides",
     ),
     "types and devices spelt out": (
-        "dequant.py",
+        "dequant.py::_shift_and_scale",
         'float32 = {"dtype": torch.float32, "device": "cpu"}',
         "float32 = {}",
         "test_dequant.py::test_the_default_dtype_and_device_of_the_caller_do_not_matter",
     ),
     "the band that bounds the memory": (
-        "dequant.py",
+        "dequant.py::_shift_and_scale",
         "min(_BAND_ELEMENTS, weight.numel() // 16)",
         "weight.numel()",
         "test_dequant.py::test_extra_memory_is_under_a_tenth_of_the_output",
     ),
     "CUDA tensors only for triton": (
-        "triton_dequant.py",
+        "triton_dequant.py::launch",
         "if not weight.is_cuda and",
         "if False and",
         "test_dequant.py::test_triton_refuses_a_cpu_tensor",
     ),
     "the mask of the kernel": (
-        "triton_dequant.py",
+        "triton_dequant.py::_dequantize_kernel",
         "inside = (row < rows) & (col < cols)",
         "inside = (row < rows) & (col < cols + 1)",
         "test_dequant.py::test_triton_kernel_in_the_cpu_interpreter_gives_the_same_float32_bits",
     ),
     "an unknown backend": (
-        "dequant.py",
+        "dequant.py::dequantize",
         'if backend not in ("auto", "torch", "triton"):',
         "if False:",
         "test_dequant.py::test_an_unknown_backend_is_an_error",
     ),
     "NaN in an error measure": (
-        "error.py",
+        "error.py::error_stats",
         "if math.isnan(norm) or math.isnan(size):",
         "if False:",
         "test_error.py::test_a_nan_is_an_error_not_an_error_measure",
     ),
     "more tokens picked than there are": (
-        "error.py",
+        "error.py::topk_overlap",
         "if not 0 < k <= scores.shape[-1]:",
         "if False:",
         "test_error.py::test_topk_overlap_counts_common_tokens",
     ),
     "an FP8 weight without a scale": (
-        "error.py",
+        "error.py::tensor_errors",
         "if scale is None:",
         "if False:",
         "test_error.py::test_an_fp8_weight_without_its_scale_is_named",
     ),
     "clearing vLLM's cache of missing layers between models": (
-        "_dry_run_child.py",
+        "_dry_run_child.py::Stages.build",
         "utils._model_to_pp_missing_layer_names.clear()",
         "pass",
         "test_vllm_dry_run.py::test_a_list_that_vllm_cached_under_a_reused_id_is_not_read",
     ),
     "crediting both halves of a buffered pair": (
-        "_dry_run_child.py",
+        "_dry_run_child.py::Stages.account.column",
         'or re.sub(r"_scale(_inv)?$", "", name) in stems',
         "",
         "test_vllm_dry_run.py::test_several_models_in_one_process_do_not_share_missing_layers",
     ),
     "counting parameters that were left at init": (
-        "dry_run.py",
+        "dry_run.py::_stage_report",
         "if report.verdict == LOADS and report.unaccounted:",
         "if False:",
         "test_vllm_dry_run.py::test_a_tensor_missing_from_the_checkpoint_is_found_although_vllm_says_nothing",
     ),
     "every caller follows the helper's signature": (
-        "_dry_run_child.py",
+        "_dry_run_child.py::Guard.install",
         "self.callers is None or name",
         "name",
         "test_vllm_dry_run.py::test_mtp_must_follow_the_new_signature",
     ),
     "the dot at the end of a missing prefix": (
-        "vllm_plugin.py",
+        "vllm_plugin.py::missing_prefixes",
         'return [f"{path}." for path',
         'return [f"{path}" for path',
         "test_vllm_plugin.py::test_layer_11_is_not_dropped_for_layer_1",
     ),
     "the check after loading": (
-        "vllm_plugin.py",
+        "vllm_plugin.py::StageModelLoader.check",
         "if unknown := [name for name in left if name not in known]:",
         "if unknown := []:",
         "test_vllm_plugin.py::test_a_filter_one_layer_too_wide_is_caught_by_the_books",
     ),
     "the check is made": (
-        "vllm_plugin.py",
+        "vllm_plugin.py::StageModelLoader.load_weights",
         "self.check(written.left_at_init(), model, model_config)",
         "pass",
         "test_vllm_plugin.py::test_a_filter_one_layer_too_wide_is_caught_by_the_books",
     ),
     "missing prefixes afresh": (
-        "vllm_plugin.py",
+        "vllm_plugin.py::missing_prefixes",
         'return [f"{path}." for path, module in model.named_modules() if isinstance(module, kinds)]',
         "return model_utils.get_pp_missing_layer_names(model)",
         "test_vllm_plugin.py::test_missing_prefixes_do_not_come_from_vllms_cache_by_id",
     ),
     "names are mapped before they are asked about": (
-        "vllm_plugin.py",
+        "vllm_plugin.py::mapped",
         "return rename if mappers else None",
         "return None",
         "test_vllm_plugin.py::test_the_mappers_of_parts_that_load_themselves_are_applied_after_the_outer_one",
     ),
     "tied embeddings pass": (
-        "vllm_plugin.py",
+        "vllm_plugin.py::Selection.__init__",
         'if getattr(text, "tie_word_embeddings", False) and',
         "if False and",
         "test_vllm_plugin.py::test_tied_embedding_and_head_pass_where_the_stage_has_one_of_them",
     ),
     "the drafter's rule is for its own numbering": (
-        "vllm_plugin.py",
+        "vllm_plugin.py::prefixes_before_drafter",
         "and min(map(int, keys)) == num_hidden_layers",
         "",
         "test_vllm_plugin.py::test_a_drafter_numbered_after_the_main_model_is_not_handed_the_main_layers",
     ),
     "files with nothing for the stage stay closed": (
-        "vllm_plugin.py",
+        "vllm_plugin.py::StageModelLoader.choose",
         "if os.path.basename(file) not in unneeded",
         "",
         "test_vllm_plugin.py::test_no_file_is_opened_that_holds_nothing_for_the_stage",
     ),
     "a name that no index lists is asked about": (
-        "vllm_plugin.py",
+        "vllm_plugin.py::StageModelLoader.choose.wants",
         "return name in known or (name not in weight_map and selection.wants(prefix + name))",
         "return name in known",
         "test_vllm_plugin.py::test_a_name_that_the_index_does_not_list_is_still_handed_over",
     ),
     "a folder of consolidated files is left to vLLM": (
-        "vllm_plugin.py",
+        "vllm_plugin.py::StageModelLoader.locate",
         " and not consolidated",
         "",
         "test_vllm_plugin.py::test_files_are_located_as_the_default_loader_does",
     ),
     "of nested prefixes the outer one is kept": (
-        "partition.py",
+        "partition.py::Prefixes.__init__",
         "if not (self._sorted and prefix.startswith(self._sorted[-1])):",
         "if True:",
         "test_partition.py::test_prefixes_cover_what_startswith_says",
     ),
     "the same region written twice is one": (
-        "loader.py",
+        "loader.py::WriteLog.left_at_init",
         "calls = calls[new]",
         "pass",
         "test_loader.py::test_the_log_of_writes_knows_what_is_left_at_init",
     ),
     "an expert that lacks a part": (
-        "loader.py",
+        "loader.py::_wholly",
         "return bool((each == each[0]).all() and each[0] > 0)",
         "return True",
         "test_loader.py::test_the_log_of_writes_knows_what_is_left_at_init",
     ),
     "a header that lists a name twice": (
-        "checkpoint.py",
+        "checkpoint.py::read_header",
         "if twin is not None:",
         "if False:",
         "test_shards.py::test_what_is_wrong_with_a_header_is_said",
     ),
     "a header longer than the file": (
-        "checkpoint.py",
+        "checkpoint.py::read_header",
         "if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):",
         "if False:",
         "test_shards.py::test_a_cut_header_is_refused_before_it_is_read",
     ),
     "tensors without holes": (
-        "checkpoint.py",
+        "checkpoint.py::read_header",
         "        if start != at:",
         "        if False:",
         "test_shards.py::test_what_is_wrong_with_a_header_is_said",
     ),
     "tensors to the end of the file": (
-        "checkpoint.py",
+        "checkpoint.py::read_header",
         "    if at != size:",
         "    if False:",
         "test_shards.py::test_what_is_wrong_with_a_header_is_said",
     ),
     "bytes that fit the shape": (
-        "checkpoint.py",
+        "checkpoint.py::read_header",
         "if end - start != nbytes[kind]",
         "if False and nbytes[kind]",
         "test_shards.py::test_what_is_wrong_with_a_header_is_said",
     ),
     "alignment of a tensor in its file": (
-        "checkpoint.py",
+        "checkpoint.py::read_shard",
         "            if start % itemsize == 0:",
         "            if True:",
         "test_shards.py::test_any_tensors_at_any_alignment_come_back",
     ),
     "no reading ahead in a shard that is wanted in part": (
-        "checkpoint.py",
+        "checkpoint.py::read_shard",
         "sparse = (len(names) < len(specs) or",
         "sparse = False and (len(names) < len(specs) or",
         "test_shards.py::test_of_a_shard_that_is_wanted_in_part_only_that_part_is_read",
     ),
     "the exercise looks at what is left behind": (
-        "exercise.py",
+        "exercise.py::ToyStage.hand_over",
         "if (self.loaded, self.pending) != before:",
         "if False:",
         "test_exercise.py::test_wrong_answers_differ_where_they_are_wrong",
     ),
     "the exercise asks for `loaded`": (
-        "exercise.py",
+        "exercise.py::ToyStage.hand_over",
         "return STORED if _fused(layer) in self.loaded else",
         "return STORED if True else",
         "test_exercise.py::test_wrong_answers_differ_where_they_are_wrong",
     ),
     "a parameter that a stage's forward pass lacks": (
-        "forward.py",
+        "forward.py::_restored",
         "if parameter not in params:",
         "if False:",
         "test_forward.py::test_a_parameter_that_was_not_loaded_is_named",
     ),
     "the second shard of a fused parameter": (
-        "forward.py",
+        "forward.py::_restored",
         "return weight[-rows:] if where.shard else weight[:rows]",
         "return weight[:rows]",
         "test_forward.py::test_logits_of_the_stages_are_those_of_the_unsplit_model_bit_for_bit",
     ),
     "a tensor that comes in two shards": (
-        "vllm_plugin.py",
+        "vllm_plugin.py::Selection.count",
         "self.twice += sorted(self.names.intersection(handed))",
         "pass",
         "test_vllm_plugin.py::test_a_shard_counted_at_once_is_counted_like_its_tensors",
     ),
     "a rank that does not exist": (
-        "dry_run.py",
+        "dry_run.py::dry_run",
         "if stray := [rank for rank in ranks if rank not in range(pp_size)]:",
         "if stray := []:",
         "test_vllm_dry_run.py::test_bad_arguments_are_refused_before_a_process_is_started",
     ),
     "an unknown guard": (
-        "dry_run.py",
+        "dry_run.py::dry_run",
         "if guard not in GUARDS:",
         "if False:",
         "test_vllm_dry_run.py::test_bad_arguments_are_refused_before_a_process_is_started",
     ),
     "every request names the commit": (
-        "hub.py",
+        "hub.py::_Repository._beginning.get",
         "revision=self.sha, endpoint",
         "revision=None, endpoint",
         "test_hub.py::test_one_commit_is_read_although_its_branch_moves",
     ),
     "the range of a request": (
-        "hub.py",
+        "hub.py::_Repository._beginning.get",
         'f"bytes=0-{end - 1}"',
         '"bytes=0-"',
         "test_hub.py::test_no_weight_is_downloaded",
     ),
     "hanging up on a server without ranges": (
-        "hub.py",
+        "hub.py::_Repository._beginning.get",
         "if len(data) >= end or self.stopped.is_set():",
         "if False:",
         "test_hub.py::test_a_server_that_ignores_the_range_is_hung_up_on",
     ),
     "a header longer than the first request": (
-        "hub.py",
+        "hub.py::_Repository.read_tensors",
         "if len(head) < end <= min(size, MAX_HEADER_BYTES):",
         "if False:",
         "test_hub.py::test_a_header_longer_than_the_first_request_takes_a_second_one",
     ),
     "a silent cut": (
-        "hub.py",
+        "hub.py::_Repository._beginning.get",
         "if len(data) < min(end, size):",
         "if False:",
         "test_hub.py::test_two_faults_of_the_connection_are_survived_and_three_are_not",
     ),
     "a folder without shards": (
-        "cli.py",
+        "cli.py::open_checkpoint",
         'or any(path.glob("*.safetensors"))',
         "",
         "test_cli.py::test_a_folder_without_shards_is_read_as_a_config_and_says_so",
     ),
     "control characters in the output": (
-        "checkpoint.py",
+        "checkpoint.py::printable",
         "char if char.isprintable() or char",
         "char if True or char",
         "test_checkpoint.py::test_control_characters_are_escaped_and_nothing_else",
     ),
     "a stage that cannot be built when PP=1 cannot either": (
-        "dry_run.py",
+        "dry_run.py::assemble",
         "report.verdict = CANNOT_TELL if",
         "report.verdict = report.verdict if",
         "test_vllm_check.py::test_strict_refuses_stand_ins_and_cannot_tell",
     ),
     "strict": (
-        "_stand_ins.py",
+        "_stand_ins.py::Builder.__init__",
         "[] if strict else CANDIDATES",
         "CANDIDATES",
         "test_vllm_check.py::test_strict_refuses_stand_ins_and_cannot_tell",
     ),
     "tensors held to the end": (
-        "_dry_run_child.py",
+        "_dry_run_child.py::StageLoad.until_exhausted",
         "self.held = {} if lists_all or",
         "self.held = {} if True or",
         "test_vllm_check.py::test_a_guard_after_buffering_loads_and_what_it_holds_is_named",
     ),
     "going on after a death": (
-        "_dry_run_child.py",
+        "_dry_run_child.py::StageLoad.run",
         "if self.survives(self.load_all) or not all_deaths:",
         "if self.survives(self.load_all) or True:",
         "test_vllm_check.py::test_all_goes_on_after_a_death_and_finds_every_one",
     ),
     "an exit code for what leaves parameters at init": (
-        "cli.py",
+        "cli.py::overall",
         "{DIES, CANNOT_BUILD, LEAVES_AT_INIT}",
         "{DIES, CANNOT_BUILD}",
         "test_vllm_check.py::test_a_tensor_that_the_checkpoint_lacks_is_not_called_a_pipeline_fault",
     ),
     "paths out of the folder": (
-        "checkpoint.py",
+        "checkpoint.py::shard_path",
         "    if leads_out:",
         "    if False:",
         "test_untrusted.py::test_an_index_cannot_lead_out_of_the_folder",
     ),
     "links out of the folder": (
-        "checkpoint.py",
+        "checkpoint.py::shard_path",
         "if not leads_out and (path.is_symlink()",
         "if False and (path.is_symlink()",
         "test_untrusted.py::test_an_index_cannot_lead_out_of_the_folder",
     ),
     "shards that the index does not name": (
-        "checkpoint.py",
+        "checkpoint.py::Checkpoint.from_directory",
         "        if stray := [",
         "        if False and [",
         "test_untrusted.py::test_a_shard_that_the_index_does_not_name_is_an_error_and_another_file_is_not",
     ),
     "shapes that overflow": (
-        "checkpoint.py",
+        "checkpoint.py::read_header",
         "if math.prod(filter(None, info.shape)) >= 2**63:",
         "if False:",
         "test_untrusted.py::test_a_shape_whose_product_overflows_is_an_error",
     ),
     "a shard that changes while it is read": (
-        "checkpoint.py",
+        "checkpoint.py::read_shard",
         "if after is None or any(",
         "if False and any(",
         "test_faults.py::test_a_shard_that_changes_while_it_is_read_is_an_error",
     ),
     "somebody else's checkpoint": (
-        "checkpoint.py",
+        "checkpoint.py::write_checkpoint",
         "        if overwrite:\n            shutil",
         "        if True:\n            shutil",
         "test_faults.py::test_of_two_runs_that_write_the_same_folder_one_wins_and_the_other_is_told",
     ),
     "halves that came alone, in the ledger": (
-        "loader.py",
+        "loader.py::Ledger.check",
         "for came, missing in self.unpaired.items():",
         "for came, missing in ():",
         "test_loader.py::test_the_books_do_not_close_when_half_of_a_pair_is_held_back",
     ),
     "a tensor that would be spread over its rows": (
-        "loader.py",
+        "loader.py::_row_writer.write",
         "if rows.shape != tensor.shape:",
         "if False:",
         "test_loader.py::test_a_tensor_of_another_shape_is_an_error_with_its_name",
     ),
     "names that vLLM has moved": (
-        "_contract.py",
+        "_contract.py::require",
         "if gone := missing(part):",
         "if gone := []:",
         "test_vllm_contract.py::test_a_name_that_has_moved_is_named_with_the_release_it_was_last_seen_in_and_what_still_works",
@@ -601,39 +605,127 @@ MUTATIONS = {
 }
 
 
-def mutant(guard: str, folder: Path) -> subprocess.CompletedProcess:
-    """Run the guard's test in a fresh interpreter that imports a copy of the package without the guard."""
-    file, old, new, node = MUTATIONS[guard]
-    shutil.copytree(ROOT / "glmpp", folder / "glmpp", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "data").symlink_to(ROOT / "data")
-    source = (folder / "glmpp" / file).read_text()
-    assert old in source, f"{file} has changed: bring the mutation {guard!r} up to date"
-    (folder / "glmpp" / file).write_text(source.replace(old, new))
-    environment = {**os.environ, "PYTHONPATH": str(folder), "GLMPP_MUTANT": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests" / node)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+# What the tests and the package import, other than the package itself.
+PLAIN = ["torch", "numpy", "pandas", "matplotlib.pyplot", "msgspec", "safetensors.torch", "huggingface_hub.hf_api"]
+PLAIN += ["transformers.models.glm_moe_dsa.modeling_glm_moe_dsa", "hypothesis.strategies"]
+PLAIN += ["pytest", "xdist.plugin", "anyio.pytest_plugin"]
+# Asked for as a helper of the dry run, so that it is imported in a fork of the server: tells what vLLM's import pulled in.
+IMPORTED = """import json, pathlib, sys
+from glmpp.loader import load_fp8_indexer_wk as helper
+pathlib.Path("imported.json").write_text(json.dumps([name for name in sys.modules if sys.modules[name]]))"""
+
+
+class Template:
+    """Where mutants are forked from."""
+
+    def __init__(self, modules: list[str]):
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+        # As in the dry run's server: some of it is read by what is imported here.
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        environment |= {"VLLM_CONFIGURE_LOGGING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        command = [sys.executable, ROOT / "tests" / "template.py"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        self.send(modules)
+
+    def send(self, content: list) -> None:
+        self.process.stdin.write(json.dumps(content) + "\n")
+        self.process.stdin.flush()
+
+    def run(self, folder: Path, node: str) -> tuple[int, str]:
+        """Exit code and output of a test, run with the package that lies in the folder."""
+        self.send([str(folder), str(ROOT / "tests" / node)])
+        return int(self.process.stdout.readline()), (folder / "said").read_text()
+
+    def close(self) -> None:
+        self.process.communicate()
 
 
 @pytest.fixture(scope="module")
-def results(request, tmp_path_factory):
-    """All selected mutants, started at once and run two at a time: each is mostly the import of torch."""
-    chosen = {
-        item.callspec.params["guard"]
-        for item in request.session.items
-        if item.path == request.path and hasattr(item, "callspec")
-    }
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        yield {
-            guard: pool.submit(mutant, guard, tmp_path_factory.mktemp("mutant")) for guard in MUTATIONS if guard in chosen
-        }
+def plain():
+    template = Template(PLAIN)
+    yield template
+    template.close()
+
+
+@pytest.fixture(scope="module")
+def with_vllm(tmp_path_factory, tiny):
+    folder = tmp_path_factory.mktemp("imported")
+    (folder / "imported.py").write_text(IMPORTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        dry_run(tiny, 1, guard="helper", helper="imported:helper", progress=False)
+    template = Template([*PLAIN, *json.loads((folder / "imported.json").read_text())])
+    yield template
+    template.close()
+
+
+def copy_of_the_package(folder: Path) -> Path:
+    shutil.copytree(ROOT / "glmpp", folder / "glmpp")  # with the bytecode of what is not changed
+    (folder / "data").symlink_to(ROOT / "data")
+    return folder
+
+
+def lines_of(source: str, name: str) -> slice:
+    """The lines of a function or class by its qualified name, decorators included; "": of the whole file."""
+    node = ast.parse(source)
+    if not name:
+        return slice(None)
+    for part in name.split("."):
+        (node,) = (one for one in ast.iter_child_nodes(node) if getattr(one, "name", None) == part)
+    return slice(min([node.lineno, *(one.lineno for one in node.decorator_list)]) - 1, node.end_lineno)
+
+
+def take_away(guard: str, package: Path) -> str:
+    """Change a copy of the package; returns the test that watches over the guard."""
+    place, old, new, node = MUTATIONS[guard]
+    file, _, name = place.partition("::")
+    source = (package / file).read_text()
+    lines = source.splitlines(keepends=True)
+    there = lines_of(source, name)
+    text = "".join(lines[there])
+    assert old in text, f"{place} has changed: bring the mutation {guard!r} up to date"
+    lines[there] = [text.replace(old, new)]
+    (package / file).write_text("".join(lines))
+    return node
+
+
+def cases(vllm: bool) -> list[str]:
+    return [guard for guard, case in MUTATIONS.items() if ("test_vllm" in case[3]) == vllm]
+
+
+def must_fail(template: Template, folder: Path, guard: str) -> None:
+    node = take_away(guard, copy_of_the_package(folder) / "glmpp")
+    code, said = template.run(folder, node)
+    assert code == 1, f"{node} still passes without {guard}\n{said[-3000:]}"
+    assert "1 failed" in said, said[-3000:]
 
 
 @pytest.mark.mutation
-@pytest.mark.parametrize(
-    "guard", [pytest.param(name, marks=[pytest.mark.vllm] * ("test_vllm" in case[3])) for name, case in MUTATIONS.items()]
-)
-def test_without_the_guard_its_test_fails(guard, results):
-    result = results[guard].result()
-    node = MUTATIONS[guard][3]
-    assert result.returncode == 1, f"{node} still passes without {guard}\n{result.stdout[-2000:]}{result.stderr[-1000:]}"
-    assert "1 failed" in result.stdout
+@pytest.mark.parametrize("guard", cases(vllm=False))
+def test_without_the_guard_its_test_fails(guard, plain, tmp_path):
+    must_fail(plain, tmp_path, guard)
+
+
+@pytest.mark.mutation
+@pytest.mark.vllm
+@pytest.mark.parametrize("guard", cases(vllm=True))
+def test_without_the_guard_its_test_on_vllm_fails(guard, with_vllm, tmp_path):
+    must_fail(with_vllm, tmp_path, guard)
+
+
+def must_pass(template: Template, folder: Path, node: str) -> None:
+    code, said = template.run(copy_of_the_package(folder), node)
+    assert code == 0 and " passed" in said, said[-3000:]
+
+
+@pytest.mark.mutation
+def test_with_every_guard_in_place_a_test_passes(plain, tmp_path):
+    """So that it is not the way of running them that makes the mutants fail."""
+    must_pass(plain, tmp_path, MUTATIONS["the skip"][3])
+
+
+@pytest.mark.mutation
+@pytest.mark.vllm
+def test_with_every_guard_in_place_a_test_on_vllm_passes(with_vllm, tmp_path):
+    must_pass(with_vllm, tmp_path, MUTATIONS["every caller follows the helper's signature"][3])
