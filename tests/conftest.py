@@ -12,7 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import glmpp
+from glmpp import _server
 from glmpp.checkpoint import Checkpoint, load_config, reduced_config, write_checkpoint
+from glmpp.dry_run import vllm_version
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where the vLLM process finds a plugin of the tests, as if it were installed; see plugins/faulty.py.
@@ -66,6 +68,22 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if kind(item) != "notebook":
             item.add_marker(pytest.mark.xdist_group(kind(item)))
+
+
+def pytest_configure(config):
+    """One process imports vLLM for all workers, and for the kernels of the notebooks that they run."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput") and vllm_version():
+        _server.Server.share()
+
+
+@pytest.fixture
+def own_server(monkeypatch):
+    """A process that imports vLLM for this test alone, and is ended with it."""
+    monkeypatch.setattr(_server.Server, "current", None)
+    monkeypatch.delenv(_server.SHARED, raising=False)
+    yield
+    if _server.Server.current is not None:
+        _server.Server.current.process.kill()
 
 
 @pytest.fixture(autouse=True)

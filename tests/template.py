@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 SERVER = "_dry_run_child"  # in the command that starts the dry run's server
 SECONDS = 900  # for a mutant that hangs; one that does not takes a few
@@ -88,6 +89,11 @@ class Spare:
             socket.send_fds(self.socket, [json.dumps(order).encode()], fds)
         self.socket.close()
         return self
+
+    def wait(self) -> int:
+        while self.poll() is None:
+            time.sleep(0.05)
+        return self.returncode
 
     def poll(self) -> int | None:
         if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:

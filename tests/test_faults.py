@@ -151,7 +151,7 @@ def test_an_interrupt_ends_the_child_and_the_next_run_works(needs_vllm, endless,
 
 
 @pytest.mark.vllm
-def test_no_process_stays_when_the_kernel_is_killed(needs_vllm, endless):
+def test_no_process_stays_when_the_kernel_is_killed(needs_vllm, own_server, endless):
     program = (
         "import glmpp, sys; from glmpp._server import Server\n"
         "checkpoint = glmpp.Checkpoint.from_config(sys.argv[1])\n"
@@ -170,7 +170,7 @@ def test_no_process_stays_when_the_kernel_is_killed(needs_vllm, endless):
 
 
 @pytest.mark.vllm
-def test_200_dry_runs_in_a_row_take_no_more_memory_and_no_more_files(needs_vllm, tiny):
+def test_200_dry_runs_in_a_row_take_no_more_memory_and_no_more_files(needs_vllm, own_server, tiny):
     def held() -> tuple[int, int, int]:
         """Resident bytes of this process and of the server, and open files of both."""
         pids = [os.getpid(), Server.current.process.pid]

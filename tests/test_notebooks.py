@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import os
 import re
-import threading
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -86,56 +82,9 @@ def test_progress_bars_leave_no_trace():
 @pytest.mark.notebooks
 @each
 def test_runs_top_to_bottom_in_a_fresh_kernel(path):
-    answer = "answer after"
-    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    spent = ProcessorTime()
-    with spent:
-        _, outcome = walkthrough.execute(path, on_cell=lambda: spent.at_end_of_cell.append(spent.seconds()))
+    _, outcome = walkthrough.execute(path)
     assert outcome.error is None, outcome.error
     assert outcome.ok and (VLLM is None or outcome.passed >= outcome.expected)
-    if VLLM and path.stem == "00_start_here":
-        (number,) = (number for number, source in enumerate(code) if answer in source)
-        assert len(spent.at_end_of_cell) == len(code) and 5 < spent.at_end_of_cell[number] < 60
-
-
-class ProcessorTime:
-    """Of all processes that are started from here while this is entered, and of theirs: what a busy machine does not change.
-
-    They are looked at often, because the forks of the dry run's server leave no trace when they end.
-    """
-
-    def __init__(self) -> None:
-        self.of: dict[int, float] = {}
-        self.at_end_of_cell: list[float] = []
-
-    def __enter__(self) -> None:
-        self.before, self.over = set(self.children(os.getpid())), threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-
-    def __exit__(self, *_) -> None:
-        self.over.set()
-        self.thread.join()
-
-    @staticmethod
-    def children(pid: int) -> list[int]:
-        with contextlib.suppress(OSError):
-            files = Path(f"/proc/{pid}/task").glob("*/children")
-            return [int(child) for file in files for child in file.read_text().split()]
-        return []
-
-    def watch(self) -> None:
-        ticks = os.sysconf("SC_CLK_TCK")
-        while not self.over.wait(0.1):
-            pids = [pid for pid in self.children(os.getpid()) if pid not in self.before]
-            for pid in pids:
-                pids += self.children(pid)  # the list grows while it is gone through
-                with contextlib.suppress(OSError):
-                    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                    self.of[pid] = (int(fields[11]) + int(fields[12])) / ticks
-
-    def seconds(self) -> float:
-        return sum(self.of.values())
 
 
 @pytest.mark.notebooks

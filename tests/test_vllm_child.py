@@ -64,15 +64,6 @@ def test_the_hostile_modules_would_show(tmp_path):
 # --- a child that cannot begin ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def own_server(monkeypatch):
-    """A server of the test's own, ended with it."""
-    monkeypatch.setattr(_server.Server, "current", None)
-    yield
-    if _server.Server.current is not None:
-        _server.Server.current.process.kill()
-
-
 def test_a_vllm_that_cannot_be_imported_is_named_every_time(tiny, tmp_path, monkeypatch, own_server):
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
