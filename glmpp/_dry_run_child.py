@@ -52,7 +52,7 @@ from torch.utils._device import _device_constructors
 from glmpp import _contract
 from glmpp._stand_ins import Builder, inspect_in_process, install_platform
 from glmpp.loader import WriteRecorder, digest
-from glmpp.partition import Prefixes
+from glmpp.partition import PARTITION_VARIABLE, Prefixes
 
 HELPER = "_try_load_fp8_indexer_wk"
 # What PyTorch says when code asks a meta tensor for its data. It is no verdict on the checkpoint.
@@ -80,6 +80,13 @@ def pretend_rank(rank: int, size: int) -> None:
 
     group = get_pp_group()
     group.ranks, group.rank, group.rank_in_group, group.world_size = list(range(size)), rank, rank, size
+
+
+def set_layer_counts(layer_counts: str | None) -> None:
+    """What vLLM will find in VLLM_PP_LAYER_PARTITION. The server's own environment is that of whoever started it."""
+    os.environ.pop(PARTITION_VARIABLE, None)
+    if layer_counts is not None:
+        os.environ[PARTITION_VARIABLE] = layer_counts
 
 
 # --- guards -------------------------------------------------------------------------------------------------------
@@ -182,9 +189,7 @@ class Stages:
     def vllm_config(self, rank: int, size: int, drafter: bool):
         from vllm.engine.arg_utils import EngineArgs
 
-        os.environ.pop("VLLM_PP_LAYER_PARTITION", None)
-        if self.request["layer_counts"] and size > 1:
-            os.environ["VLLM_PP_LAYER_PARTITION"] = self.request["layer_counts"]
+        set_layer_counts(self.request["layer_counts"] if size > 1 else None)
         config = EngineArgs(
             model=self.request["model"],
             skip_tokenizer_init=True,
@@ -553,6 +558,12 @@ def serve(request: dict, world: dict, turns: int, send) -> None:
         from vllm.model_executor.models.registry import ModelRegistry
 
         return send({"kind": "architectures", "names": sorted(ModelRegistry.get_supported_archs()), "versions": versions()})
+    if request["kind"] == "pp_indices":
+        from vllm.distributed.utils import get_pp_indices
+
+        set_layer_counts(request["layer_counts"])
+        indices = [[get_pp_indices(layers, rank, size) for rank in range(size)] for layers, size in request["cases"]]
+        return send({"kind": "pp_indices", "indices": indices})
     init_groups(world["rank"], world["size"], world["group"])
     send({"kind": "ready", "versions": versions()})
     if request["kind"] == "load_time":

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -377,17 +375,11 @@ def vllm_pp_indices(cases: list[tuple[int, int]]) -> list[list[tuple[int, int]]]
 
     Returns:
         For each pair the (start, end) of every stage. VLLM_PP_LAYER_PARTITION of this process applies.
+
+    Raises:
+        GlmppError: vLLM refuses a case; its words are in the message.
     """
     if vllm_version() is None:
         return None
-    program = (
-        "import json, sys; from vllm.distributed.utils import get_pp_indices as f;"
-        "print(json.dumps([[f(n, k, p) for k in range(p)] for n, p in json.load(sys.stdin)]))"
-    )
-    environment = {**os.environ, "VLLM_CONFIGURE_LOGGING": "0", "VLLM_NO_USAGE_STATS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", program], input=json.dumps(cases), capture_output=True, text=True, env=environment
-    )
-    if done.returncode != 0:
-        raise GlmppError(f"vLLM's get_pp_indices failed: {done.stderr.strip().splitlines()[-1]}")
-    return [[tuple(pair) for pair in case] for case in json.loads(done.stdout.splitlines()[-1])]
+    request = {"kind": "pp_indices", "cases": cases, "layer_counts": os.environ.get(PARTITION_VARIABLE)}
+    return [[tuple(pair) for pair in case] for case in ask_vllm(request)["indices"]]
