@@ -403,9 +403,9 @@ def stage_parameters(checkpoint: Checkpoint, stage: Stage) -> dict[str, torch.nn
         if ".indexer.wk.weight_scale" in spec.name:
             continue  # consumed by the helper, no parameter of its own
         where = place(spec.name)
-        shards.setdefault(where.parameter, {})[where.shard] = spec.shape[0]
-        dtype = torch.bfloat16 if ".indexer.wk." in spec.name else spec.torch_dtype
-        like[where.parameter] = (spec.shape[1:], dtype)
+        dtype, shape = spec.in_torch
+        shards.setdefault(where.parameter, {})[where.shard] = shape[0]
+        like[where.parameter] = (shape[1:], torch.bfloat16 if ".indexer.wk." in spec.name else dtype)
         if where.expert is not None:
             experts[where.parameter] = max(experts.get(where.parameter, 0), where.expert + 1)
 
