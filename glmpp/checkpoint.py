@@ -275,7 +275,14 @@ def load_config(source: dict | str | Path) -> dict:
     return parse_json(_read(path), str(path))
 
 
+# Where a config says how many layers it has, as a number or by naming the kind of each (Nemotron-H: a letter each).
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_LISTS = ("layers_block_type", "hybrid_override_pattern", "layer_types", "block_configs")
+# Model types of which one field decides, whatever the others say. Source: transformers' and vLLM's configuration classes.
+DECISIVE = {
+    "nemotron_h": ("layers_block_type", "layer_types", "hybrid_override_pattern"),
+    "longcat_flash": ("num_layers",),  # num_hidden_layers counts attention sublayers, two in each
+}
 
 
 def text_config(config: dict) -> dict:
@@ -284,18 +291,31 @@ def text_config(config: dict) -> dict:
     Raises:
         GlmppError: no part says how many layers it has.
     """
-    if any(isinstance(config.get(key), int) for key in LAYER_COUNTS):
+    if _layers(config) is not None:
         return config
     for key in ("text_config", "llm_config", "language_config", "thinker_config", "decoder"):
         if isinstance(config.get(key), dict):
             return text_config(config[key])
-    raise GlmppError(f"config.json says none of {', '.join(LAYER_COUNTS)}: the layers cannot be dealt out to stages")
+    raise GlmppError(
+        f"config.json says none of {', '.join(LAYER_COUNTS + LAYER_LISTS)}: the layers cannot be dealt out to stages"
+    )
 
 
 def layer_count(config: dict) -> int:
     """Main layers of the language model. Raises GlmppError if the config does not say."""
-    text = text_config(config)
-    return next(text[key] for key in LAYER_COUNTS if isinstance(text.get(key), int))
+    return _layers(text_config(config))
+
+
+def _layers(config: dict) -> int | None:
+    """Main layers that this part of a config itself speaks of."""
+    kind = config.get("model_type")
+    for key in (*(DECISIVE.get(kind, ()) if isinstance(kind, str) else ()), *LAYER_COUNTS, *LAYER_LISTS):
+        value = config.get(key)
+        if key in LAYER_COUNTS and isinstance(value, int):
+            return value
+        if key in LAYER_LISTS and isinstance(value, (list, str)) and value:
+            return len(value)
+    return None
 
 
 class _Index(msgspec.Struct):

@@ -568,6 +568,18 @@ MUTATIONS = {
         "if False:",
         "test_untrusted.py::test_a_shape_whose_product_overflows_is_an_error",
     ),
+    "layers given as a list": (
+        "checkpoint.py",
+        "if key in LAYER_LISTS and",
+        "if False and",
+        "test_checkpoint.py::test_layers_are_counted_by_number_or_by_list",
+    ),
+    "the field that decides how many layers": (
+        "checkpoint.py",
+        "DECISIVE.get(kind, ()) if",
+        "() if",
+        "test_checkpoint.py::test_layers_are_counted_by_number_or_by_list",
+    ),
     "bits that fill no byte": (
         "checkpoint.py",
         "if (end - start) * 8 != nbits[kind]:",
