@@ -439,7 +439,8 @@ def _row_writer(starts: dict[int, int]) -> Callable[..., None]:
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes, to compare what two loaders stored."""
     head = f"{tensor.dtype} {list(tensor.shape)} ".encode()
-    return hashlib.sha256(head + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)  # a scalar has no dimension to view as bytes
+    return hashlib.sha256(head + flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def load_stage(

@@ -568,6 +568,12 @@ MUTATIONS = {
         "if False:",
         "test_untrusted.py::test_a_shape_whose_product_overflows_is_an_error",
     ),
+    "bytes of a tensor without a dimension": (
+        "loader.py",
+        ".contiguous().view(-1)  # a scalar",
+        ".contiguous()  # a scalar",
+        "test_loader.py::test_two_digests_agree_exactly_if_dtype_shape_and_bytes_do",
+    ),
     "layers given as a list": (
         "checkpoint.py",
         "if key in LAYER_LISTS and",
