@@ -176,10 +176,10 @@ class Stages:
     """Builds and loads the stages that the request asks for."""
 
     def __init__(self, request: dict):
-        from glmpp.checkpoint import TORCH_DTYPES
+        from glmpp.checkpoint import TensorSpec
 
         self.request = request
-        self.specs = [(name, TORCH_DTYPES[dtype], shape) for name, dtype, shape in request["tensors"]]
+        self.specs = [(name, *TensorSpec(name, dtype, tuple(shape)).in_torch) for name, dtype, shape in request["tensors"]]
         self.guard = Guard(request["guard"], request["helper"], request["callers"])
         self.builder = Builder(request["strict"])
         self.real = request["weights"] == "real"
@@ -266,10 +266,12 @@ class Stages:
             while made:
                 yield made.popleft()
 
-    def empty_tensor(self, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+    def empty_tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         if self.device == "meta":
             return torch.empty(shape, dtype=dtype, device="meta")
-        return torch.ones((), dtype=torch.float32, device="cpu").to(dtype).expand(shape)
+        ones = torch.ones((), dtype=torch.float32, device="cpu")
+        packed = dtype is getattr(torch, "float4_e2m1fn_x2", None)  # torch has no conversion to it
+        return (ones.to(torch.uint8).view(dtype) if packed else ones.to(dtype)).expand(shape)
 
     def run(self, rank: int, size: int, drafter: bool = False) -> dict:
         """Build and load a stage; once more with data on the CPU if the model asks for some.

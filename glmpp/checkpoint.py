@@ -17,13 +17,14 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path, PurePath
 from typing import Annotated, BinaryIO
 
 import msgspec
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save_file
 
 from glmpp.dequant import quantize
@@ -32,27 +33,69 @@ from glmpp.progress import progress_bar
 
 INDEX_FILE = "model.safetensors.index.json"
 
-# safetensors' dtype name -> torch dtype. https://github.com/huggingface/safetensors, `Dtype` in tensor.rs.
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# safetensors' dtype name -> bits of an element, torch's name for it. https://github.com/huggingface/safetensors, `Dtype`
+# in tensor.rs.
+_DTYPES = {
+    "F64": (64, "float64"),
+    "F32": (32, "float32"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F4": (4, "float4_e2m1fn_x2"),  # an element of torch's holds two
+    "C64": (64, "complex64"),
+    "I64": (64, "int64"),
+    "I32": (32, "int32"),
+    "I16": (16, "int16"),
+    "I8": (8, "int8"),
+    "U64": (64, "uint64"),
+    "U32": (32, "uint32"),
+    "U16": (16, "uint16"),
+    "U8": (8, "uint8"),
+    "BOOL": (8, "bool"),
 }
+TORCH_DTYPES = {name: getattr(torch, kind) for name, (_, kind) in _DTYPES.items() if hasattr(torch, kind)}
+
+
+@cache
+def bits(dtype: str) -> int | None:
+    """Bits of an element of a safetensors dtype; None if neither the kit nor the installed library knows it.
+
+    One that the kit does not know the library is asked about: it accepts eight elements in the right number of bytes only.
+    """
+    if dtype in _DTYPES:
+        return _DTYPES[dtype][0]
+
+    def fits(elements: int, size: int) -> bool:
+        header = json.dumps({"a": {"dtype": dtype, "shape": [elements], "data_offsets": [0, size]}}).encode()
+        try:
+            deserialize(len(header).to_bytes(8, "little") + header + bytes(size))
+        except SafetensorError:
+            return False
+        return True
+
+    return next((size for size in range(1, 129) if fits(8, size)), None) if fits(0, 0) else None
+
+
+def in_torch(dtype: str, shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int, ...]] | None:
+    """torch's dtype and shape for a stored tensor; None if torch has none, and only the library can say more.
+
+    The shapes differ for F4 alone: it is stored with a shape in elements, and torch counts pairs along the last dimension.
+    """
+    kind = TORCH_DTYPES.get(dtype)
+    if kind is None:
+        return None
+    if dtype != "F4":
+        return kind, shape
+    return (kind, (*shape[:-1], shape[-1] // 2)) if shape and shape[-1] % 2 == 0 else None
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a checkpoint: its name, safetensors dtype, shape, and the shard file that holds it (None: no file)."""
+    """One tensor of a checkpoint: its name, safetensors dtype, stored shape, and the shard that holds it (None: no file)."""
 
     name: str
     dtype: str
@@ -60,8 +103,18 @@ class TensorSpec:
     file: str | None = None
 
     @property
+    def in_torch(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        """torch's dtype and shape for it. Raises GlmppError if torch has no type for it."""
+        if (found := in_torch(self.dtype, self.shape)) is None:
+            raise GlmppError(
+                f"{f'{self.file}: ' if self.file else ''}tensor {self.name!r}: torch {torch.__version__} has no type "
+                f"for {self.dtype} of shape {list(self.shape)}"
+            )
+        return found
+
+    @property
     def torch_dtype(self) -> torch.dtype:
-        return TORCH_DTYPES[self.dtype]
+        return self.in_torch[0]
 
     @property
     def numel(self) -> int:
@@ -70,7 +123,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Size on disk, in bytes."""
-        return self.numel * self.torch_dtype.itemsize
+        return self.numel * bits(self.dtype) // 8
 
     @property
     def is_scale(self) -> bool:
@@ -78,7 +131,8 @@ class TensorSpec:
 
     def meta(self) -> torch.Tensor:
         """The tensor without its data, on the meta device."""
-        return torch.empty(self.shape, dtype=self.torch_dtype, device="meta")
+        dtype, shape = self.in_torch
+        return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class Checkpoint(Mapping[str, TensorSpec]):
@@ -221,7 +275,14 @@ def load_config(source: dict | str | Path) -> dict:
     return parse_json(_read(path), str(path))
 
 
+# Where a config says how many layers it has, as a number or by naming the kind of each (Nemotron-H: a letter each).
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_LISTS = ("layers_block_type", "hybrid_override_pattern", "layer_types", "block_configs")
+# Model types of which one field decides, whatever the others say. Source: transformers' and vLLM's configuration classes.
+DECISIVE = {
+    "nemotron_h": ("layers_block_type", "layer_types", "hybrid_override_pattern"),
+    "longcat_flash": ("num_layers",),  # num_hidden_layers counts attention sublayers, two in each
+}
 
 
 def text_config(config: dict) -> dict:
@@ -230,18 +291,31 @@ def text_config(config: dict) -> dict:
     Raises:
         GlmppError: no part says how many layers it has.
     """
-    if any(isinstance(config.get(key), int) for key in LAYER_COUNTS):
+    if _layers(config) is not None:
         return config
     for key in ("text_config", "llm_config", "language_config", "thinker_config", "decoder"):
         if isinstance(config.get(key), dict):
             return text_config(config[key])
-    raise GlmppError(f"config.json says none of {', '.join(LAYER_COUNTS)}: the layers cannot be dealt out to stages")
+    raise GlmppError(
+        f"config.json says none of {', '.join(LAYER_COUNTS + LAYER_LISTS)}: the layers cannot be dealt out to stages"
+    )
 
 
 def layer_count(config: dict) -> int:
     """Main layers of the language model. Raises GlmppError if the config does not say."""
-    text = text_config(config)
-    return next(text[key] for key in LAYER_COUNTS if isinstance(text.get(key), int))
+    return _layers(text_config(config))
+
+
+def _layers(config: dict) -> int | None:
+    """Main layers that this part of a config itself speaks of."""
+    kind = config.get("model_type")
+    for key in (*(DECISIVE.get(kind, ()) if isinstance(kind, str) else ()), *LAYER_COUNTS, *LAYER_LISTS):
+        value = config.get(key)
+        if key in LAYER_COUNTS and isinstance(value, int):
+            return value
+        if key in LAYER_LISTS and isinstance(value, (list, str)) and value:
+            return len(value)
+    return None
 
 
 class _Index(msgspec.Struct):
@@ -355,20 +429,20 @@ def read_header(file: BinaryIO, size: int, label: str) -> Header:
             raise fail(f"the header lists {twin!r} twice")
 
     found, base = {}, 8 + length
-    nbytes: dict[tuple[str, tuple[int, ...]], int] = {}
+    nbits: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, entry in entries.items():
         try:
             info = _ENTRY.decode(entry)
         except (ValueError, msgspec.DecodeError, RecursionError) as error:
             raise fail(f"tensor {name!r} is not described by dtype, shape and data_offsets: {error}") from None
         (start, end), kind = info.data_offsets, (info.dtype, info.shape)
-        if kind not in nbytes:
-            if info.dtype not in TORCH_DTYPES:
-                raise GlmppError(f"{label}: tensor {name!r} has dtype {info.dtype!r}, which torch has no type for")
+        if kind not in nbits:
+            if (width := bits(info.dtype)) is None:
+                raise GlmppError(f"{label}: tensor {name!r} has dtype {info.dtype!r}, which the safetensors library rejects")
             if math.prod(filter(None, info.shape)) >= 2**63:  # strides are 64-bit, of an empty tensor too
                 raise fail(f"tensor {name!r}: the shape {info.shape} is too large")
-            nbytes[kind] = math.prod(info.shape) * TORCH_DTYPES[info.dtype].itemsize
-        if end - start != nbytes[kind]:
+            nbits[kind] = math.prod(info.shape) * width
+        if (end - start) * 8 != nbits[kind]:
             raise fail(f"tensor {name!r}: {info.dtype} of shape {info.shape} does not have {end - start} bytes")
         found[name] = (info.dtype, info.shape, base + start, base + end)
     at = base
@@ -415,8 +489,8 @@ def read_shard(
         announce: told the names that are going to be yielded, and the header, before the first of them is.
 
     Raises:
-        GlmppError: not a complete safetensors file, or one that changed before its last tensor was taken; the message
-            names it.
+        GlmppError: not a complete safetensors file, one that changed before its last tensor was taken, or a tensor of a
+            dtype that torch has no type for; the message names file and tensor.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -435,17 +509,24 @@ def read_shard(
     if sparse:
         mapping.madvise(mmap.MADV_RANDOM)
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
-    kinds: dict[tuple[str, tuple[int, ...]], tuple[torch.Tensor, int, tuple[int, ...]]] = {}
-    for stored, shape in {specs[name][:2] for name in names}:
-        dtype = TORCH_DTYPES[stored]
-        typed = whole[: size // dtype.itemsize * dtype.itemsize].view(dtype)
-        kinds[stored, shape] = typed, dtype.itemsize, torch.empty(shape, device="meta").stride()
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[torch.Tensor, int, tuple[int, ...], tuple[int, ...]]] = {}
+    for kind in {specs[name][:2] for name in names}:
+        if found := in_torch(*kind):
+            dtype, shape = found
+            typed = whole[: size // dtype.itemsize * dtype.itemsize].view(dtype)
+            kinds[kind] = typed, dtype.itemsize, shape, torch.empty(shape, device="meta").stride()
     step = 1 if sparse else _BATCH
     for first in range(0, len(names), step):
         views = []
         for name in names[first : first + step]:
             stored, shape, start, end = specs[name]
-            typed, itemsize, strides = kinds[stored, shape]
+            kind = kinds.get((stored, shape))
+            if kind is None:
+                yield from views
+                views = []
+                yield name, _by_library(path, name, stored)
+                continue
+            typed, itemsize, shape, strides = kind
             if sparse and end > start and name not in idle:
                 page = start // mmap.PAGESIZE * mmap.PAGESIZE
                 mapping.madvise(mmap.MADV_WILLNEED, page, end - page)
@@ -459,6 +540,17 @@ def read_shard(
     after = os.stat(path) if path.exists() else None
     if after is None or any(getattr(before, key) != getattr(after, key) for key in ("st_ino", "st_size", "st_mtime_ns")):
         raise GlmppError(f"{path}: was replaced or changed while it was read; wait for the download to end and load again")
+
+
+def _by_library(path: Path, name: str, dtype: str) -> torch.Tensor:
+    """A tensor of a dtype that the kit knows no torch type for: the library may."""
+    try:
+        with safe_open(path, "pt") as shard:
+            return shard.get_tensor(name)
+    except Exception as error:  # any: of a type that torch lacks the library makes AttributeError too
+        raise GlmppError(
+            f"{path}: tensor {name!r} of dtype {dtype!r} cannot be read by safetensors either: {error}"
+        ) from None
 
 
 def check_index(path: Path | str, listed: set[str], held: Set[str]) -> None:

@@ -403,9 +403,9 @@ def stage_parameters(checkpoint: Checkpoint, stage: Stage) -> dict[str, torch.nn
         if ".indexer.wk.weight_scale" in spec.name:
             continue  # consumed by the helper, no parameter of its own
         where = place(spec.name)
-        shards.setdefault(where.parameter, {})[where.shard] = spec.shape[0]
-        dtype = torch.bfloat16 if ".indexer.wk." in spec.name else spec.torch_dtype
-        like[where.parameter] = (spec.shape[1:], dtype)
+        dtype, shape = spec.in_torch
+        shards.setdefault(where.parameter, {})[where.shard] = shape[0]
+        like[where.parameter] = (shape[1:], torch.bfloat16 if ".indexer.wk." in spec.name else dtype)
         if where.expert is not None:
             experts[where.parameter] = max(experts.get(where.parameter, 0), where.expert + 1)
 
@@ -439,7 +439,8 @@ def _row_writer(starts: dict[int, int]) -> Callable[..., None]:
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes, to compare what two loaders stored."""
     head = f"{tensor.dtype} {list(tensor.shape)} ".encode()
-    return hashlib.sha256(head + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)  # a scalar has no dimension to view as bytes
+    return hashlib.sha256(head + flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def load_stage(

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import glmpp.checkpoint
-from glmpp.checkpoint import INDEX_FILE, Checkpoint, printable, reduced_config, synthetic_original, write_checkpoint
+from glmpp.checkpoint import (
+    INDEX_FILE,
+    Checkpoint,
+    layer_count,
+    printable,
+    reduced_config,
+    synthetic_original,
+    write_checkpoint,
+)
 from glmpp.dequant import dequantize, quantize
 from glmpp.errors import GlmppError
+from glmpp.partition import make_stages
 
 
 def test_glm_5_1_fp8_has_the_published_size(full):
@@ -76,6 +86,66 @@ def test_from_config_that_is_not_json(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(GlmppError, match=r"config\.json: not readable as JSON"):
         Checkpoint.from_config(tmp_path)
+
+
+# --- how many layers ---
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        ({"num_hidden_layers": 5}, 5),
+        ({"n_layer": 5}, 5),
+        ({"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe", "attention", "mlp"]}, 4),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-ME"}, 7),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-ME", "num_hidden_layers": 7}, 7),
+        ({"model_type": "nemotron_h", "hybrid_override_pattern": "M-M*-ME", "num_hidden_layers": 52}, 7),
+        ({"model_type": "nemotron_h", "layers_block_type": ["mamba"] * 3, "hybrid_override_pattern": "M-"}, 3),
+        ({"model_type": "nemotron_h", "num_hidden_layers": 6}, 6),
+        ({"layer_types": ["full_attention"] * 4}, 4),
+        ({"layer_types": ["full_attention"] * 4, "num_hidden_layers": 3}, 3),  # a list may go on with the MTP layers
+        ({"block_configs": [{}, {}]}, 2),
+        ({"model_type": "longcat_flash", "num_layers": 28, "num_hidden_layers": 56}, 28),
+        ({"model_type": "omni", "text_config": {"model_type": "nemotron_h", "layers_block_type": ["mlp"]}}, 1),
+        ({"num_hidden_layers": None, "model_type": ["x"], "layer_types": ["mlp"]}, 1),
+    ],
+    ids=str,
+)
+def test_layers_are_counted_by_number_or_by_list(config, layers):
+    assert layer_count(config) == layers
+    assert [stage.layers for stage in make_stages(config, 1)] == [range(layers)]
+
+
+@pytest.mark.parametrize("config", [{}, {"layers_block_type": []}, {"layer_types": 3}, {"num_hidden_layers": "3"}], ids=str)
+def test_a_config_that_does_not_say_how_many_layers_is_an_error(config):
+    with pytest.raises(GlmppError, match=r"says none of num_hidden_layers, .*layers_block_type.*cannot be dealt out"):
+        layer_count(config)
+
+
+@pytest.mark.vllm  # transformers comes with the vllm extra
+def test_layers_of_every_language_model_are_those_that_transformers_counts():
+    transformers = pytest.importorskip("transformers", minversion="5.6")
+    from transformers.models.auto import modeling_auto
+
+    kinds = {
+        **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    }
+    seen, wrong = 0, {}
+    for kind in sorted(kinds):
+        try:
+            config = transformers.CONFIG_MAPPING[kind]()
+        except Exception:  # not every class has defaults that it accepts
+            continue
+        expected = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+        stored = config.to_json_string(use_diff=False)
+        # Encoder-decoders count those of the decoder, under other names; vLLM does not split them into stages.
+        if not isinstance(expected, int) or re.search('"(num_)?decoder_layers"|"model_type": "kosmos', stored):
+            continue
+        seen += 1
+        if (found := layer_count(json.loads(stored))) != expected // (2 if kind == "longcat_flash" else 1):
+            wrong[kind] = found, expected
+    assert seen > 150 and wrong == {}
 
 
 # --- synthetic checkpoints ---

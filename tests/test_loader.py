@@ -8,8 +8,10 @@ from itertools import permutations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from glmpp.checkpoint import Checkpoint
+from glmpp.checkpoint import TORCH_DTYPES, Checkpoint
 from glmpp.dequant import dequantize, quantize
 from glmpp.errors import GlmppError
 from glmpp.loader import (
@@ -18,6 +20,7 @@ from glmpp.loader import (
     Ledger,
     WriteLog,
     WriteRecorder,
+    digest,
     first_foreign_pair,
     load_fp8_indexer_wk,
     load_fp8_indexer_wk_late_skip,
@@ -276,6 +279,42 @@ def test_first_foreign_pair_is_where_the_unguarded_helper_dies_in_any_order(tiny
                 load_stage(tiny, stage, helper=load_fp8_indexer_wk_unguarded, weights=weights)
             assert error.value.args[0] == first_foreign_pair(names, stage)
     assert first_foreign_pair(tiny, make_stages(tiny.config, 1)[0]) is None
+
+
+# --- digests ---
+
+
+@st.composite
+def stored(draw) -> torch.Tensor:
+    """A tensor of any dtype and rank up to 3, empty ones too, maybe as a view that is not contiguous."""
+    dtype = draw(st.sampled_from([*TORCH_DTYPES.values()]))
+    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+    size = torch.Size(shape).numel() * dtype.itemsize
+    data = torch.tensor([*draw(st.binary(min_size=size, max_size=size))], dtype=torch.uint8)
+    tensor = (data % 2 if dtype is torch.bool else data).view(dtype).view(shape)
+    return tensor.transpose(0, -1) if shape and draw(st.booleans()) else tensor
+
+
+def fresh(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8).clone()
+
+
+@settings(max_examples=300, deadline=None)
+@given(stored(), stored())
+def test_two_digests_agree_exactly_if_dtype_shape_and_bytes_do(one, other):
+    same = one.dtype == other.dtype and one.shape == other.shape and torch.equal(fresh(one), fresh(other))
+    assert (digest(one) == digest(other)) == same
+    assert digest(one) == digest(fresh(one).view(one.dtype).view(one.shape)) == digest(torch.nn.Parameter(one, False))
+    if one.numel():
+        changed = fresh(one)
+        changed[-1] ^= 1
+        assert digest(changed.view(one.dtype).view(one.shape)) != digest(one)
+
+
+def test_digests_of_conjugates_are_those_of_their_values():
+    values = torch.tensor([1 + 2j, 3 - 1j])
+    assert digest(values.conj()) == digest(torch.tensor([1 - 2j, 3 + 1j])) != digest(values)
+    assert digest(values.conj().imag) == digest(torch.tensor([-2.0, 1.0]))
 
 
 # --- which parameters were written --------------------------------------------------------------------------------

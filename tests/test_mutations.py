@@ -418,8 +418,8 @@ MUTATIONS = {
     ),
     "bytes that fit the shape": (
         "checkpoint.py::read_header",
-        "if end - start != nbytes[kind]",
-        "if False and nbytes[kind]",
+        "if (end - start) * 8 != nbits[kind]",
+        "if False and nbits[kind]",
         "test_shards.py::test_what_is_wrong_with_a_header_is_said",
     ),
     "alignment of a tensor in its file": (
@@ -571,6 +571,48 @@ MUTATIONS = {
         "if math.prod(filter(None, info.shape)) >= 2**63:",
         "if False:",
         "test_untrusted.py::test_a_shape_whose_product_overflows_is_an_error",
+    ),
+    "bytes of a tensor without a dimension": (
+        "loader.py::digest",
+        ".contiguous().view(-1)  # a scalar",
+        ".contiguous()  # a scalar",
+        "test_loader.py::test_two_digests_agree_exactly_if_dtype_shape_and_bytes_do",
+    ),
+    "layers given as a list": (
+        "checkpoint.py::_layers",
+        "if key in LAYER_LISTS and",
+        "if False and",
+        "test_checkpoint.py::test_layers_are_counted_by_number_or_by_list",
+    ),
+    "the field that decides how many layers": (
+        "checkpoint.py::_layers",
+        "DECISIVE.get(kind, ()) if",
+        "() if",
+        "test_checkpoint.py::test_layers_are_counted_by_number_or_by_list",
+    ),
+    "bits that fill no byte": (
+        "checkpoint.py::read_header",
+        "if (end - start) * 8 != nbits[kind]:",
+        "if end - start != nbits[kind] // 8:",
+        "test_shards.py::test_what_is_wrong_with_a_header_is_said",
+    ),
+    "two elements of F4 in one of torch's": (
+        "checkpoint.py::in_torch",
+        'if dtype != "F4":',
+        "if True:",
+        "test_shards.py::test_every_type_that_can_be_saved_comes_back_as_the_library_reads_it",
+    ),
+    "a dtype that only the library knows": (
+        "checkpoint.py::bits",
+        "for size in range(1, 129) if",
+        "for size in () if",
+        "test_shards.py::test_a_dtype_that_only_the_library_knows_goes_through_the_library",
+    ),
+    "a dtype that torch has no type for": (
+        "checkpoint.py::_by_library",
+        "    except Exception as error:  # any: of a type",
+        "    except ImportError as error:  # any: of a type",
+        "test_shards.py::test_a_header_of_any_dtype_is_read_or_refused_as_the_library_does",
     ),
     "a shard that changes while it is read": (
         "checkpoint.py::read_shard",

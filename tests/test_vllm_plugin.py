@@ -502,6 +502,33 @@ def test_other_architectures_load_the_same_bytes_as_at_pp_1(others, kind):
         assert merged == stock.digests
 
 
+@pytest.fixture
+def scaled(others, tmp_path):
+    """A Llama in FP8 with a scale for each tensor, and scales of the KV cache: all of them without a dimension."""
+    tensors = {name: tensor.clone() for name, tensor in others("llama").read()}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        stem = name.removesuffix(".weight")
+        scale = tensors[name].abs().max().float() / 448
+        tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        tensors |= {f"{stem}.weight_scale": scale, f"{stem}.input_scale": torch.tensor(0.5)}
+        if stem.endswith(("k_proj", "v_proj")):
+            tensors[f"{stem}.{stem[-6]}_scale"] = torch.tensor(0.25)
+    save_file(tensors, tmp_path / "model.safetensors")
+    quantization = {"quant_method": "fp8", "activation_scheme": "static"}
+    (tmp_path / "config.json").write_text(json.dumps({**others("llama").config, "quantization_config": quantization}))
+    return Checkpoint.from_directory(tmp_path)
+
+
+def test_scales_without_a_dimension_are_compared_like_any_other_parameter(scaled):
+    (alone,) = dry_run(scaled, 1, weights="real", progress=False).stages
+    assert alone.verdict == LOADS, alone.message
+    scales = {f"model.layers.{layer}.self_attn.attn.{kind}_scale" for layer in range(4) for kind in "kv"}
+    assert scales <= alone.digests.keys() and not scales & {*alone.ledger.left_at_init}
+    report = dry_run(scaled, 2, guard="loader", weights="real", control=False, progress=False)
+    assert [one.verdict for one in report.stages] == [LOADS] * 2, [one.message for one in report.stages]
+    assert {name: digest for one in report.stages for name, digest in one.digests.items()} == alone.digests
+
+
 def test_a_model_without_pipeline_support_is_refused_by_vllm_and_loads_alone(others):
     checkpoint = others("bert")
     report = dry_run(checkpoint, 2, guard="loader", weights="real", progress=False)
