@@ -8,7 +8,8 @@
 # make fuzz         20,000 mutated checkpoint folders
 # make bench        measure against the peers
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+EXTRAS ?= lab,vllm,readers,weights,test
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -72,9 +73,7 @@ constraints: $(READY)
 	$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable > constraints.txt
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e ".[lab,vllm,readers,weights,test]"
+	$(PYTHON) tools/environment.py make $(VENV) $(EXTRAS)
 	touch $(READY)
 
 clean:
