@@ -13,7 +13,7 @@ EXTRAS ?= lab,vllm,readers,weights,test
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: walkthrough lab test test-unit test-matrix test-engine test-lab fuzz sweep bench notebooks record lint constraints clean
+.PHONY: walkthrough lab test test-unit test-matrix test-engine test-lab fuzz sweep bench notebooks record lint lock test-python clean
 
 walkthrough: $(READY)
 	$(BIN)/python tools/walkthrough.py
@@ -71,6 +71,10 @@ lint: $(READY)
 # For committers: renew constraints.txt from the environment that the tests passed in.
 constraints: $(READY)
 	$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable > constraints.txt
+
+# For committers: renew constraints.txt, one lock for all Pythons and platforms; UPGRADE=--upgrade takes newer versions.
+lock: $(READY)
+	$(BIN)/python tools/environment.py lock $(VENV) $(UPGRADE)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) tools/environment.py make $(VENV) $(EXTRAS)

@@ -3,6 +3,8 @@
     python tools/environment.py make .venv lab,vllm,readers,weights,test
     python tools/environment.py other .venv         # the path of the newest Python that .venv is not made of
     python tools/environment.py other .venv 3.12    # the path of that one
+    python tools/environment.py lock .venv          # renew constraints.txt; what pyproject.toml still allows stays
+    python tools/environment.py lock .venv --upgrade
 
 Needs nothing but a Python, and an old one only to be told that it is too old.
 """
@@ -16,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = [(3, 10), (3, 11), (3, 12), (3, 13)]  # those that constraints.txt is made for
 VLLM_EXTRAS = ("vllm", "readers")
+# As uv names them; the oldest glibc for which all wheels exist. torch has none for Intel Macs.
+PLATFORMS = ["x86_64-manylinux_2_31", "aarch64-manylinux_2_34", "aarch64-apple-darwin"]
 
 
 def dotted(version) -> str:
@@ -55,6 +59,19 @@ def make(folder: Path, extras: str) -> None:
             f"recorded results: make ... EXTRAS={rest}"
         )
     run([*install, "-e", f".[{extras}]"], failed)
+
+
+def lock(folder: Path, *options: str) -> None:
+    """One resolution for all Pythons and platforms, then for each of them that its pins exist, and as wheels."""
+    compile_ = [folder / "bin" / "uv", "pip", "compile", "--quiet", "--all-extras", "--no-annotate", "--no-header"]
+    nowhere = ["--no-emit-index-url", "--no-emit-find-links"]
+    target = ["--universal", "--python-version", dotted(PYTHONS[0]), "--output-file", "constraints.txt"]
+    run([*compile_, *nowhere, *target, *options, "pyproject.toml"], "no versions satisfy pyproject.toml everywhere")
+    for version in PYTHONS:
+        for platform in PLATFORMS:
+            where = ["--python-version", dotted(version), "--python-platform", platform, "--no-build"]
+            check = [*compile_, *where, "-c", "constraints.txt", "--output-file", os.devnull, "pyproject.toml"]
+            run(check, f"constraints.txt cannot be installed on Python {dotted(version)}, {platform}")
 
 
 def run(command: list, failed: str) -> None:
@@ -103,10 +120,10 @@ def version_of(python):
 
 def main() -> None:
     what, folder, *rest = sys.argv[1:]
-    if what == "make":
-        make(Path(folder), *rest)
-    else:
+    if what == "other":
         print(other(ROOT / folder, *rest or [""]))
+    else:
+        {"make": make, "lock": lock}[what](ROOT / folder, *rest)
 
 
 if __name__ == "__main__":
