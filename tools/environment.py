@@ -49,7 +49,10 @@ def make(folder: Path, extras: str) -> None:
         raise SystemExit(f"{folder} is not an environment: left alone")
     run([sys.executable, "-m", "venv", "--clear", folder], f"{sys.executable} could not make {folder}")
     python, lock = folder / "bin" / "python", ["-c", "constraints.txt"]
-    run([python, "-m", "pip", "install", "--quiet", *lock, "uv"], "uv could not be installed: is the package index reachable?")
+    run(
+        [python, "-m", "pip", "install", "--quiet", *lock, "uv"],
+        "uv could not be installed: is the package index reachable?",
+    )
     install = [folder / "bin" / "uv", "pip", "install", "--python", python, "--compile-bytecode", *lock]
     failed = "The locked versions could not be installed: see the lines above."
     if "vllm" in extras.split(","):
