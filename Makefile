@@ -19,7 +19,7 @@ READY := $(VENV)/.ready
 # A Python that was named and is not the environment's.
 VERSION := -c "import sys; print(sys.version_info[:2])"
 ifneq ($(origin PYTHON),file)
-ifneq ($(shell $(PYTHON) $(VERSION) 2>&1),$(shell $(BIN)/python $(VERSION) 2>&1))
+ifneq ($(shell $(PYTHON) $(VERSION) 2>&1),$(shell $(BIN)/python $(VERSION) 2>&1 || echo none))
 STALE := stale
 endif
 endif
