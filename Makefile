@@ -1,5 +1,6 @@
 # make walkthrough  run every notebook in a fresh kernel, write HTML for reviewers: build/index.html
 # make test         run the tests, notebooks included
+# make test-python  the unit tests and the KeyError, live, on another Python: OTHER=3.12, else the newest there is
 # make test-matrix  load format, verdicts and contract on three vLLM releases
 # make test-engine  the load format in the real engine, two stages on the CPU
 # make test-lab     JupyterLab and the HTML pages in headless Chromium
@@ -7,12 +8,23 @@
 # make sweep        every architecture of the newest vLLM, as notebook 06 shows it
 # make fuzz         20,000 mutated checkpoint folders
 # make bench        measure against the peers
+#
+# make test PYTHON=python3.13                     makes .venv anew of that Python, if it is of another
+# make test PYTHON=python3.13 VENV=.venv-3.13     leaves .venv as it is
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+EXTRAS ?= lab,vllm,readers,weights,test
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A Python that was named and is not the environment's.
+VERSION := -c "import sys; print(sys.version_info[:2])"
+ifneq ($(origin PYTHON),file)
+ifneq ($(shell $(PYTHON) $(VERSION) 2>&1),$(shell $(BIN)/python $(VERSION) 2>&1 || echo none))
+STALE := stale
+endif
+endif
 
-.PHONY: walkthrough lab test test-unit test-matrix test-engine test-lab fuzz sweep bench notebooks record lint constraints clean
+.PHONY: walkthrough lab test test-unit test-live test-python test-matrix test-engine test-lab fuzz sweep bench notebooks record lint lock stale clean
 
 walkthrough: $(READY)
 	$(BIN)/python tools/walkthrough.py
@@ -29,6 +41,19 @@ test: $(READY)
 # The tests that need no vLLM and no kernel.
 test-unit: $(READY)
 	$(BIN)/python -m pytest -m "not vllm and not notebooks and not mutation"
+
+# The KeyError, live: fails where vLLM is not installed.
+LIVE := test_full_size_every_stage_of_pp_8_dies_at_the_reported_key_and_pp_1_loads
+test-live: $(READY)
+	$(BIN)/python -c "import vllm"
+	$(BIN)/python -m pytest "tests/test_vllm_dry_run.py::$(LIVE)"
+
+# On a Python that is not the one of .venv, in an environment of its own; fails if there is no other.
+test-python:
+	set -e; python=$$($(PYTHON) tools/environment.py other $(VENV) $(OTHER)); \
+	venv=.venv-$$($$python -c "import sys; print('{}.{}'.format(*sys.version_info))"); \
+	echo "== $$python in $$venv"; \
+	$(MAKE) test-unit test-live PYTHON="$$python" VENV="$$venv"
 
 # Load format, verdicts, contract and the test for vLLM itself on an affected, the first fixed and the newest release; each
 # in an environment of its own, kept in the user's cache directory.
@@ -71,11 +96,13 @@ lint: $(READY)
 constraints: $(READY)
 	$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable > constraints.txt
 
-$(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e ".[lab,vllm,readers,weights,test]"
+# For committers: renew constraints.txt, one lock for all Pythons and platforms; UPGRADE=--upgrade takes newer versions.
+lock: $(READY)
+	$(BIN)/python tools/environment.py lock $(VENV) $(UPGRADE)
+
+$(READY): pyproject.toml constraints.txt $(STALE)
+	$(PYTHON) tools/environment.py make $(VENV) $(EXTRAS)
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build data/generated
+	rm -rf .venv .venv-3.* build data/generated
