@@ -92,10 +92,6 @@ lint: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# For committers: renew constraints.txt from the environment that the tests passed in.
-constraints: $(READY)
-	$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable > constraints.txt
-
 # For committers: renew constraints.txt, one lock for all Pythons and platforms; UPGRADE=--upgrade takes newer versions.
 lock: $(READY)
 	$(BIN)/python tools/environment.py lock $(VENV) $(UPGRADE)

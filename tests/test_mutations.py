@@ -69,19 +69,19 @@ MUTATIONS = {
         "test_partition.py::test_more_stages_than_layers_is_an_error_for_stages",
     ),
     "wrong number of layer counts": (
-        "partition.py::_parse_counts",
+        "partition.py::parse_counts",
         "if len(counts) != pp_size:",
         "if False:",
         "test_partition.py::test_bad_layer_counts_are_clear_errors",
     ),
     "wrong sum of layer counts": (
-        "partition.py::_parse_counts",
+        "partition.py::partition_layers",
         "if sum(counts) != num_layers or min(counts) < 0:",
         "if min(counts) < 0:",
         "test_partition.py::test_bad_layer_counts_are_clear_errors",
     ),
     "negative layer counts": (
-        "partition.py::_parse_counts",
+        "partition.py::partition_layers",
         "if sum(counts) != num_layers or min(counts) < 0:",
         "if sum(counts) != num_layers:",
         "test_partition.py::test_bad_layer_counts_are_clear_errors",
