@@ -319,6 +319,7 @@ class Stages:
 
     def account(self, load: StageLoad, drafter: bool) -> dict:
         """What became of every tensor and parameter, from the writes that were seen."""
+        from glmpp.padding import padding
         from glmpp.vllm_plugin import accounted, mapped, missing_prefixes, speculative_prefixes
 
         model, recorder = load.model, load.recorder
@@ -353,14 +354,15 @@ class Stages:
                 runs[-1][1] += 1
             else:
                 runs.append([found, 1])
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        sizes, added = {name: p.numel() for name, p in model.named_parameters()}, padding(model)
         account = {
             "handed_over": len(recorder.order),
             "order": hashlib.sha256("\n".join(recorder.order).encode()).hexdigest(),
             "columns": runs,
             "parameters": {name: [recorder.written.get(name, size), size] for name, size in sizes.items()},
             "missing_prefixes": missing,
-            "accounted": accounted(recorder.left_at_init(), model, load.model_config),
+            "padding": added,
+            "accounted": accounted(recorder.left_at_init(added), model, load.model_config),
             "held": {name: size for name, size in load.held.items() if column(name) == "another stage's"},
         }
         if self.real:

@@ -364,7 +364,7 @@ def _stage_report(message: dict, checkpoint: Checkpoint, stages: list[Stage]) ->
     if "columns" in message:
         columns = (column for column, count in message["columns"] for _ in range(count))
         parameters = {name: tuple(counts) for name, counts in message["parameters"].items()}
-        report.ledger = Ledger(dict(zip(checkpoint, columns, strict=True)), parameters)
+        report.ledger = Ledger(dict(zip(checkpoint, columns, strict=True)), parameters, padding=message.get("padding", {}))
         if report.verdict == LOADS and report.unaccounted:
             report.verdict = LEAVES_AT_INIT
     return report

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from glmpp.errors import GlmppError
 from glmpp.partition import OTHER_STAGE, OWN, SPECULATIVE, Stage
 
 Pending = dict[str, dict[str, torch.Tensor]]
+NO_PADDING: Mapping[str, int] = MappingProxyType({})
 
 # --- the helper, before and after ---------------------------------------------------------------------------------
 
@@ -169,11 +171,13 @@ class Ledger:
             before it (a load that ends well has none).
         parameters: parameter -> (elements written, elements it has).
         unpaired: tensor that came -> its other half, FP8 weight or scale, that never did.
+        padding: parameter -> elements of it that no checkpoint fills.
     """
 
     tensors: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, tuple[int, int]] = field(default_factory=dict)
     unpaired: dict[str, str] = field(default_factory=dict)
+    padding: dict[str, int] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """Tensors per column; the columns add up to the checkpoint."""
@@ -182,8 +186,9 @@ class Ledger:
 
     @property
     def left_at_init(self) -> list[str]:
-        """Parameters of which not every element was written."""
-        return [name for name, (written, size) in self.parameters.items() if written < size]
+        """Parameters of which not every element was written, padding apart."""
+        padding = self.padding
+        return [name for name, (written, size) in self.parameters.items() if written < size - padding.get(name, 0)]
 
     @property
     def written_twice(self) -> list[str]:
@@ -241,10 +246,14 @@ class WriteRecorder(TorchDispatchMode):
             self.order.append(name)
             yield name, tensor
 
-    def left_at_init(self) -> list[str]:
-        """Parameters of which not every element was written; one that was replaced as a whole counts as written."""
+    def left_at_init(self, padding: Mapping[str, int] = NO_PADDING) -> list[str]:
+        """Parameters of which not every element was written; one that was replaced as a whole counts as written.
+
+        Args:
+            padding: parameter -> elements that no checkpoint fills.
+        """
         sizes = {name: p.numel() for name, p in self.model.named_parameters() if self.names.get(_storage(p)) == name}
-        return [name for name, size in sizes.items() if self.written[name] < size]
+        return [name for name, size in sizes.items() if self.written[name] < size - padding.get(name, 0)]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -311,8 +320,12 @@ class WriteLog:
         for name in self.originals:
             delattr(torch.Tensor, name)  # the method of the base class shows again
 
-    def left_at_init(self) -> list[str]:
-        """Parameters that were not written, or not wholly. One that was replaced as a whole counts as written."""
+    def left_at_init(self, padding: Mapping[str, int] = NO_PADDING) -> list[str]:
+        """Parameters that were not written, or not wholly. One that was replaced as a whole counts as written.
+
+        Args:
+            padding: parameter -> elements that no checkpoint fills, of stacked experts the same number in each.
+        """
         order = sorted(self.starts, key=self.starts.__getitem__)
         bounds = np.array([self.starts[name] for name in order] + [np.iinfo(np.int64).max])
         calls = np.array(self.calls, dtype=np.int64).reshape(-1, 2)
@@ -325,20 +338,19 @@ class WriteLog:
         for name, start, first, last in zip(order, bounds, cuts, cuts[1:]):
             param, regions = self.params[name], calls[first:last] - (start, 0)
             replaced = name not in now or now[name].data_ptr() != start
-            if not replaced and not _wholly(param, regions[regions[:, 0] < param.nbytes]):
+            if not replaced and not _wholly(param, regions[regions[:, 0] < param.nbytes], padding.get(name, 0)):
                 left.add(name)
         return [name for name in self.params if name in left]
 
 
-def _wholly(param: torch.nn.Parameter, regions: np.ndarray) -> bool:
-    """Whether regions, rows of (byte offset, elements), fill a parameter or leave the same padding in each expert."""
-    if regions[:, 1].sum() >= param.numel():
-        return True
-    if param.dim() != 3:
-        return False
+def _wholly(param: torch.nn.Parameter, regions: np.ndarray, padding: int) -> bool:
+    """Whether regions, rows of (byte offset, elements), fill a parameter apart from its padding."""
+    written = regions[:, 1].sum()
+    if written >= param.numel() or param.dim() < 3 or not padding:
+        return bool(written >= param.numel() - padding)
     expert = regions[:, 0] // (param.stride(0) * param.element_size())
     each = np.bincount(expert, weights=regions[:, 1], minlength=param.shape[0])
-    return bool((each == each[0]).all() and each[0] > 0)
+    return bool(each.min() >= (param.numel() - padding) / param.shape[0])
 
 
 _WRITES: dict[torch._ops.OpOverload, tuple[int, ...]] = {}  # operator -> positions of the arguments it writes

@@ -41,6 +41,7 @@ from glmpp.checkpoint import INDEX_FILE, Header, load_index, natural_key, read_s
 from glmpp.dequant import FP8
 from glmpp.errors import GlmppError
 from glmpp.loader import WriteLog
+from glmpp.padding import padding
 from glmpp.partition import Prefixes
 
 LOAD_FORMAT = "glmpp"
@@ -260,7 +261,7 @@ class StageModelLoader(DefaultModelLoader):
         if written is None:
             logger.warning("%s: quantised while loading, so it was not checked what was loaded", stage_name(model_config))
         else:
-            self.check(written.left_at_init(), model, model_config)
+            self.check(written.left_at_init(padding(model)), model, model_config)
 
     def check(self, left: list[str], model: torch.nn.Module, model_config: ModelConfig) -> None:
         """Account for the parameters that were not written.

@@ -113,7 +113,7 @@ def once_at_work(helper: str, then) -> threading.Thread:
 
 def gone(pid: int) -> bool:
     """Wait until a process has ended, which it does unless the test fails."""
-    for _ in range(2400):
+    for _ in range(600):
         if not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text():
             return True
         time.sleep(0.05)

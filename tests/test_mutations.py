@@ -328,7 +328,7 @@ MUTATIONS = {
     ),
     "the check is made": (
         "vllm_plugin.py::StageModelLoader.load_weights",
-        "self.check(written.left_at_init(), model, model_config)",
+        "self.check(written.left_at_init(padding(model)), model, model_config)",
         "pass",
         "test_vllm_plugin.py::test_a_filter_one_layer_too_wide_is_caught_by_the_books",
     ),
@@ -614,6 +614,84 @@ MUTATIONS = {
         "    except ImportError as error:  # any: of a type",
         "test_shards.py::test_a_header_of_any_dtype_is_read_or_refused_as_the_library_does",
     ),
+    "the child works elsewhere": (
+        "_server.py::Server._start",
+        "cwd=ELSEWHERE,",
+        "",
+        "test_vllm_child.py::test_the_child_imports_nothing_from_where_the_kernel_works",
+    ),
+    "only the same user is served": (
+        "_dry_run_child.py::is_same_user",
+        "return uid == os.getuid()",
+        "return True",
+        "test_vllm_child.py::test_only_the_same_user_is_served",
+    ),
+    "a server that has ended is asked for its last words": (
+        "_server.py::Fork.last_words",
+        "if self.server.ended() else",
+        "if False else",
+        "test_vllm_child.py::test_a_vllm_that_cannot_be_imported_is_named_every_time",
+    ),
+    "a process that runs other code is not asked": (
+        "_server.py::Server._shared",
+        "if package != str(PACKAGE):",
+        "if not package:",
+        "test_vllm_child.py::test_nobody_is_served_by_a_process_that_has_ended_or_runs_other_code",
+    ),
+    "a distribution of another name": (
+        "_contract.py::vllm_version",
+        'packages_distributions().get("vllm", ())',
+        "()",
+        "test_vllm_child.py::test_a_distribution_of_another_name_that_provides_the_module_counts",
+    ),
+    "padding is not all that may stay": (
+        "loader.py::_wholly",
+        "return bool(each.min() >= (param.numel() - padding) / param.shape[0])",
+        "return True",
+        "test_loader.py::test_the_log_of_writes_knows_what_is_left_at_init[an expert missing, the padding of others filled]",
+    ),
+    "rows of a vocabulary": (
+        "padding.py::_filled",
+        "rows = held.num_org_elements + held.num_added_elements",
+        "rows = held.num_org_elements // 2",
+        "test_vllm_check.py::test_rows_that_vllm_adds_to_a_vocabulary_may_stay_at_init_and_others_may_not",
+    ),
+    "stand-ins are taken away between runs": (
+        "_dry_run_child.py::Stages.attempt",
+        "self.builder.reset()",
+        "pass",
+        "test_vllm_check.py::test_what_stood_in_for_a_part_of_one_stage_is_gone_when_the_next_is_built",
+    ),
+    "the backend that vLLM remembers is forgotten": (
+        "_stand_ins.py::_sparse_mla_backend",
+        "selector._cached_get_attn_backend.cache_clear()",
+        "pass",
+        "test_vllm_child.py::test_stages_side_by_side_are_told_the_same_as_one_after_another",
+    ),
+    "forks end with the server": (
+        "_dry_run_child.py::end_with_parent",
+        "ctypes.CDLL(None).prctl(1, signal.SIGKILL)",
+        "pass",
+        "test_faults.py::test_no_process_stays_when_the_kernel_is_killed",
+    ),
+    "stages that end alike": (
+        "cli.py::as_text",
+        "id(stage) if alone else",
+        "id(stage) if True else",
+        "test_vllm_check.py::test_what_the_load_format_cures_is_said_where_no_release_is_known_to",
+    ),
+    "a fault that is known": (
+        "advice.py::known_fault",
+        "== found), None)",
+        "!= found), None)",
+        "test_vllm_check.py::test_what_the_load_format_does_not_cure_is_said_with_where_it_still_dies",
+    ),
+    "bars are for those who watch": (
+        "progress.py::progress_bar",
+        "is_watched() if show is None else show",
+        "show is not False",
+        "test_cli.py::test_bars_are_for_a_terminal_and_a_notebook_and_not_for_a_log",
+    ),
     "a shard that changes while it is read": (
         "checkpoint.py::read_shard",
         "if after is None or any(",
@@ -654,7 +732,7 @@ PLAIN += ["pytest", "xdist.plugin", "anyio.pytest_plugin"]
 # Asked for as a helper of the dry run, so that it is imported in a fork of the server: tells what vLLM's import pulled in.
 IMPORTED = """import json, pathlib, sys
 from glmpp.loader import load_fp8_indexer_wk as helper
-pathlib.Path("imported.json").write_text(json.dumps([name for name in sys.modules if sys.modules[name]]))"""
+pathlib.Path(__file__).with_suffix(".json").write_text(json.dumps([name for name in sys.modules if sys.modules[name]]))"""
 
 
 class Template:
@@ -694,9 +772,7 @@ def plain():
 def with_vllm(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("imported")
     (folder / "imported.py").write_text(IMPORTED)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        dry_run(tiny, 1, guard="helper", helper="imported:helper", progress=False)
+    dry_run(tiny, 1, guard="helper", helper=f"{folder / 'imported.py'}:helper", progress=False)
     template = Template([*PLAIN, *json.loads((folder / "imported.json").read_text())])
     yield template
     template.close()

@@ -66,6 +66,29 @@ def test_a_placeholders_attribute_while_building_is_told_from_a_model_that_canno
     assert report.stages[0].place.startswith("faulty.py:") and report.stages[0].ledger is None
 
 
+def test_what_stood_in_for_a_part_of_one_stage_is_gone_when_the_next_is_built(tmp_path):
+    model = faulty.write_faulty("an operator of the GPU library on the first stage", tmp_path)
+    report = dry_run(Checkpoint.from_directory(model), 2, workers=1, control=False, progress=False)
+    assert ["custom operators" in stage.stand_ins for stage in report.stages] == [True, False]
+
+
+@pytest.mark.parametrize("weights", ["meta", "real"])
+def test_rows_that_vllm_adds_to_a_vocabulary_may_stay_at_init_and_others_may_not(tmp_path, weights):
+    """The embedding has 96 rows for a vocabulary of 64, and is written slice by slice."""
+    for fault, guard, expected in (
+        ("padded vocabulary", "installed", LOADS),
+        ("padded vocabulary", "loader", LOADS),
+        ("padded vocabulary, a slice never written", "installed", LEAVES_AT_INIT),
+        ("padded vocabulary, a slice never written", "loader", DIES if weights == "real" else LEAVES_AT_INIT),
+    ):
+        (tmp_path / fault / guard).mkdir(parents=True)
+        checkpoint = Checkpoint.from_directory(faulty.write_faulty(fault, tmp_path / fault / guard))
+        report = dry_run(checkpoint, 2, guard=guard, weights=weights, control=False, progress=False)
+        assert [stage.verdict for stage in report.stages] == [expected, LOADS], (fault, guard)
+        if expected != LOADS:
+            assert report.stages[0].unaccounted == ["model.embed_tokens.weight"]
+
+
 def test_none_where_a_placeholder_belongs_is_a_death_and_the_load_format_does_not_cure_it(checked, tmp_path):
     report = checked("None for a placeholder")
     assert [stage.verdict for stage in report.stages] == [LOADS, DIES, DIES]

@@ -55,6 +55,26 @@ def test_nothing_is_imported_from_the_folder_that_is_checked(tiny, tmp_path, pat
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@needs_vllm
+def test_the_child_imports_nothing_from_where_the_kernel_works(tiny, tmp_path, monkeypatch, own_server):
+    marks = hostile(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert dry_run(tiny, 2, guard="loader", control=False, progress=False).loads
+    assert [file.name for file in marks.iterdir()] == []
+
+
+@needs_vllm
+def test_only_the_same_user_is_served():
+    program = (
+        "import os, socket; from glmpp._dry_run_child import is_same_user\n"
+        "one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+        "mine = is_same_user(one); me = os.getuid(); os.getuid = lambda: me + 1\n"
+        "print(mine, is_same_user(one))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "True False\n", done.stderr
+
+
 def test_the_hostile_modules_would_show(tmp_path):
     marks = hostile(tmp_path)
     subprocess.run([sys.executable, "-c", "import msgspec"], cwd=tmp_path, capture_output=True)

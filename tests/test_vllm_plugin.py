@@ -421,6 +421,26 @@ def test_one_line_says_what_a_stage_was_handed(plugin, stage_of, monkeypatch, fo
     assert re.fullmatch(r"glmpp: stage 1 of 4: 4 tensors, 0\.000 GB from 1 of 1 files, \d\.\d\d s", line)
 
 
+def test_padding_is_what_vllms_own_attributes_say():
+    from glmpp.padding import padding
+
+    model, moe = torch.nn.Module(), torch.nn.Module()
+    model.experts = moe
+    moe.moe_config = SimpleNamespace(
+        hidden_dim=256,
+        hidden_dim_unpadded=192,
+        intermediate_size_per_partition=128,
+        intermediate_size_per_partition_unpadded=96,
+    )
+    for name, shape in {"w13_weight": (4, 256, 256), "w13_bias": (4, 256), "a_scale": (4,)}.items():
+        moe.register_parameter(name, torch.nn.Parameter(torch.zeros(shape), requires_grad=False))
+    model.plain = torch.nn.Linear(4, 4, bias=False)
+    model.said = torch.nn.Linear(4, 4, bias=False)
+    model.said.weight.weight_loader_numel = 12
+    # Nine sixteenths of each expert's weight are filled; a scale for each expert is never padding.
+    assert padding(model) == {"experts.w13_weight": 4 * 28672, "experts.w13_bias": 4 * 112, "said.weight": 4}
+
+
 def test_kv_cache_scales_and_what_a_drafter_shares_are_accounted_for(plugin, stage_of):
     from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 

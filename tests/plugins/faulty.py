@@ -6,6 +6,7 @@ of the child processes.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ FAULTS = (
     "guard too wide",
     "guard after buffering",
     "dies twice",
+    "an operator of the GPU library on the first stage",
+    "padded vocabulary",
+    "padded vocabulary, a slice never written",
 )
 LAYERS, HIDDEN = 12, 16
 
@@ -64,6 +68,7 @@ def __getattr__(name: str):
     if name != "FaultyForCausalLM":
         raise AttributeError(name)
     from vllm.distributed import get_pp_group
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from vllm.model_executor.models.interfaces import SupportsPP
     from vllm.model_executor.models.utils import PPMissingLayer, is_pp_missing_parameter, make_layers
 
@@ -78,9 +83,12 @@ def __getattr__(name: str):
             super().__init__()
             group = get_pp_group()
             nothing = (lambda: None) if fault == "None for a placeholder" else PPMissingLayer
-            self.embed_tokens = torch.nn.Embedding(64, HIDDEN) if group.is_first_rank else nothing()
+            embedding = partial(VocabParallelEmbedding, padding_size=48) if "padded" in fault else torch.nn.Embedding
+            self.embed_tokens = embedding(64, HIDDEN) if group.is_first_rank else nothing()
             self.start, self.end, self.layers = make_layers(LAYERS, lambda prefix: Layer(), prefix="model.layers")
             self.norm = torch.nn.LayerNorm(HIDDEN, bias=False) if group.is_last_rank else PPMissingLayer()
+            if fault == "an operator of the GPU library on the first stage" and group.is_first_rank:
+                self.operator = torch.ops._C.an_operator
             if fault == "attribute of a placeholder, building":
                 self.total = sum(layer.scale for layer in self.layers)
 
@@ -111,6 +119,11 @@ def __getattr__(name: str):
                 if self.skips(name):
                     continue
                 stem, _, part = name.partition(".b." if ".b." in name else ".a.")
+                if not part and "padded" in self.fault and "embed" in name:  # 96 rows for 64, and no loader that fills them
+                    for start in (0,) if "never" in self.fault else (0, 32):
+                        params[name].data[start : start + 32] = tensor[start : start + 32]
+                    loaded.add(name)
+                    continue
                 if not part:
                     params[name].data.copy_(tensor)
                     loaded.add(name)

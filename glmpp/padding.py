@@ -1,0 +1,39 @@
+"""Elements of parameters that vLLM adds for its kernels and that no checkpoint fills, by vLLM's own attributes."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+
+def padding(model: torch.nn.Module) -> dict[str, int]:
+    """Parameter -> elements of padding; only of those that have some.
+
+    Three attributes tell: `weight_loader_numel` of a parameter (vLLM >= 0.32), the rows of a vocabulary beyond those of its
+    shard, and the sizes of stacked experts before they were rounded up.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        for name, param in module.named_parameters(recurse=False):
+            if added := param.numel() - _filled(module, param):
+                found[f"{path}.{name}" if path else name] = added
+    return found
+
+
+def _filled(module: torch.nn.Module, param: torch.nn.Parameter) -> int:
+    """Elements that a checkpoint fills at least."""
+    if (said := getattr(param, "weight_loader_numel", None)) is not None:
+        return said
+    if isinstance(module, VocabParallelEmbedding) and param.dim() and param.shape[0] == module.num_embeddings_per_partition:
+        held = module.shard_indices
+        rows = held.num_org_elements + held.num_added_elements
+        return param.numel() // param.shape[0] * rows
+    if (moe := getattr(module, "moe_config", None)) is not None and param.dim() > 1:
+        # Both dimensions of a weight may be rounded up, only one of a bias; scales have a grid of their own, rounded up too.
+        part = Fraction(moe.hidden_dim_unpadded, moe.hidden_dim) * Fraction(
+            moe.intermediate_size_per_partition_unpadded, moe.intermediate_size_per_partition
+        )
+        return param.shape[0] * int(param.numel() // param.shape[0] * part)
+    return param.numel()
