@@ -384,7 +384,9 @@ def test_the_log_of_writes_knows_what_is_left_at_init(case):
     model = Written()
     with WriteLog(model) as log:
         write(model)
-    assert log.left_at_init(PADDING.get(case, {})) == [name for name in ("matrix", "fused", "experts", "scale") if name != filled]
+    assert log.left_at_init(PADDING.get(case, {})) == [
+        name for name in ("matrix", "fused", "experts", "scale") if name != filled
+    ]
 
 
 @pytest.mark.parametrize("case", [case for case in WRITES if case not in TWICE])
