@@ -10,16 +10,16 @@ import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from glmpp.checkpoint import Checkpoint, TensorSpec, layer_count, text_config
+from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
+from glmpp.formats.config import layer_count, text_config
+from glmpp.formats.tensor import TensorSpec
 
 PARTITION_VARIABLE = "VLLM_PP_LAYER_PARTITION"
-
 OWN, OTHER_STAGE, SPECULATIVE, UNKNOWN = "own", "another stage's", "speculative layer", "unknown"
-
 LAYERS = "model.layers"  # what most checkpoints call the list of layers; `layer_list` finds the name in others
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "embedding", "embeddings"}
 _LAST = {"norm", "lm_head", "ln_f", "norm_f", "final_layernorm", "final_layer_norm", "embed_out"}
@@ -143,6 +143,10 @@ class Stage:
     tied: bool = False
     drafter: bool = False
     layer_list: str = LAYERS
+
+    def whole(self) -> Stage:
+        """The only stage of the same model without pipeline parallelism."""
+        return replace(self, rank=0, size=1, layers=range(self.num_layers), drafter=False)
 
     @property
     def is_first(self) -> bool:

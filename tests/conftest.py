@@ -12,9 +12,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import glmpp
-from glmpp import _server
-from glmpp.checkpoint import Checkpoint, load_config, reduced_config, write_checkpoint
-from glmpp.dry_run import vllm_version
+from glmpp.checkpoint import Checkpoint
+from glmpp.formats.config import load_config
+from glmpp.formats.glm5 import reduced_config
+from glmpp.synthetic import write_checkpoint
+from glmpp.verdict import forks, server
+from glmpp.verdict.installed import vllm_version
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where the vLLM process finds a plugin of the tests, as if it were installed; see plugins/faulty.py.
@@ -73,17 +76,23 @@ def pytest_collection_modifyitems(config, items):
 def pytest_configure(config):
     """One process imports vLLM for all workers, and for the kernels of the notebooks that they run."""
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput") and vllm_version():
-        _server.Server.share()
+        server.Server.share()
 
 
 @pytest.fixture
 def own_server(monkeypatch):
     """A process that imports vLLM for this test alone, and is ended with it."""
-    monkeypatch.setattr(_server.Server, "current", None)
-    monkeypatch.delenv(_server.SHARED, raising=False)
+    monkeypatch.setattr(server.Server, "current", None)
+    monkeypatch.delenv(server.SHARED, raising=False)
     yield
-    if _server.Server.current is not None:
-        _server.Server.current.process.kill()
+    if server.Server.current is not None:
+        server.Server.current.process.kill()
+
+
+@pytest.fixture
+def side_by_side(monkeypatch):
+    """How many forks share the stages of a dry run, whatever the number of cores."""
+    return lambda number: monkeypatch.setattr(forks, "cores", lambda: number)
 
 
 @pytest.fixture(autouse=True)

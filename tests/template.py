@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 
-SERVER = "_dry_run_child"  # in the command that starts the dry run's server
+SERVER = "glmpp.engine.child"  # in the command that starts the dry run's server
 SECONDS = 900  # for a mutant that hangs; one that does not takes a few
 
 

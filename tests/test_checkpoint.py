@@ -9,19 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import glmpp.checkpoint
-from glmpp.checkpoint import (
-    INDEX_FILE,
-    Checkpoint,
-    layer_count,
-    printable,
-    reduced_config,
-    synthetic_original,
-    write_checkpoint,
-)
+import glmpp.synthetic
+from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import dequantize, quantize
 from glmpp.errors import GlmppError
+from glmpp.formats.config import layer_count
+from glmpp.formats.files import printable
+from glmpp.formats.glm5 import reduced_config
+from glmpp.formats.index import INDEX_FILE
 from glmpp.partition import make_stages
+from glmpp.synthetic import synthetic_original, write_checkpoint
 
 
 def test_glm_5_1_fp8_has_the_published_size(full):
@@ -192,7 +189,7 @@ def test_a_failed_write_leaves_nothing(tiny_config, tmp_path, monkeypatch):
             raise OSError("No space left on device")
         save_file(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(glmpp.checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(glmpp.synthetic, "save_file", full_disk)
     with pytest.raises(GlmppError, match="nothing is left of it: No space left"):
         write_checkpoint(tiny_config, tmp_path / "half")
     assert len(calls) == 2 and list(tmp_path.iterdir()) == []
@@ -205,7 +202,7 @@ def test_the_folder_appears_only_when_it_is_complete(tiny_config, tmp_path, monk
         seen.append((tmp_path / "new").exists())
         save_file(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(glmpp.checkpoint, "save_file", watch)
+    monkeypatch.setattr(glmpp.synthetic, "save_file", watch)
     write_checkpoint(tiny_config, tmp_path / "new")
     assert seen and not any(seen) and (tmp_path / "new" / INDEX_FILE).exists()
 

@@ -10,10 +10,12 @@ import pytest
 from conftest import ROOT
 
 from glmpp import cli
-from glmpp.checkpoint import Checkpoint, TensorSpec
+from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
+from glmpp.formats.tensor import TensorSpec
 from glmpp.partition import make_stages, stage_bytes
 from glmpp.progress import progress_bar
+from glmpp.verdict.text import _spans
 
 CONFIG = ROOT / "data" / "glm-5.1-fp8"
 
@@ -68,7 +70,7 @@ def test_version_names_the_kit_and_the_vllm_that_it_runs(capsys, monkeypatch):
     ("numbers", "text"), [([3], "3"), ([0, 1, 2], "0-2"), ([0, 2, 3, 7], "0, 2-3, 7"), ([1, 5], "1, 5"), ([], "")]
 )
 def test_spans(numbers, text):
-    assert cli._spans(numbers) == text
+    assert _spans(numbers) == text
 
 
 def test_bars_are_for_a_terminal_and_a_notebook_and_not_for_a_log(tmp_path, monkeypatch):

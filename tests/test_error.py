@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmpp.checkpoint import Checkpoint, reduced_config, synthetic_original, write_checkpoint
+from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import FP8, dequantize, quantize
-from glmpp.error import (
+from glmpp.errors import GlmppError
+from glmpp.formats.glm5 import reduced_config
+from glmpp.lab.error import (
     WRONG,
     effect_in_transformers,
     error_by_magnitude,
@@ -26,8 +28,8 @@ from glmpp.error import (
     three_errors,
     topk_overlap,
 )
-from glmpp.errors import GlmppError
-from glmpp.notebook import measurements
+from glmpp.lab.notebook import measurements
+from glmpp.synthetic import synthetic_original, write_checkpoint
 
 
 def uneven(n: int = 576, seed: int = 0) -> torch.Tensor:

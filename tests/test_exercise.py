@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from glmpp.exercise import CASES, check, judge
+from glmpp.lab.exercise import CASES, check, judge
 from glmpp.loader import (
     WatchedBuffer,
     indexer_wk_part,

@@ -17,10 +17,14 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from glmpp._server import Server
-from glmpp.checkpoint import Checkpoint, read_shard, write_checkpoint
-from glmpp.dry_run import LOADS, dry_run
+from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
+from glmpp.formats.shard import read_shard
+from glmpp.synthetic import write_checkpoint
+from glmpp.verdict.deployment import Deployment, Helper
+from glmpp.verdict.dry_run import dry_run
+from glmpp.verdict.report import LOADS
+from glmpp.verdict.server import Server
 
 CONFIG = ROOT / "data" / "glm-5.1-fp8" / "config.json"
 
@@ -51,7 +55,7 @@ def test_a_shard_that_changes_while_it_is_read_is_an_error(tmp_path, how):
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path):
     """The file size limit stands in for the disk: the library's own write fails."""
     program = (
-        "import resource, sys; from glmpp.checkpoint import reduced_config, write_checkpoint\n"
+        "import resource, sys; from glmpp import reduced_config, write_checkpoint\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
         "write_checkpoint(reduced_config(sys.argv[1]), sys.argv[2])"
     )
@@ -126,12 +130,13 @@ def needs_vllm():
 
 
 @pytest.mark.vllm
-def test_a_child_that_is_killed_is_an_error_that_says_so_and_the_next_run_works(needs_vllm, endless, tiny):
+def test_a_child_that_is_killed_is_an_error_that_says_so_and_the_next_run_works(needs_vllm, endless, tiny, side_by_side):
+    side_by_side(1)
     killer = once_at_work(endless, lambda pid: os.kill(pid, signal.SIGKILL))
     with pytest.raises(GlmppError, match=r"was killed after .*by the system if memory ran out"):
-        dry_run(tiny, 2, guard="helper", helper=endless, workers=1, progress=False)
+        dry_run(tiny, Deployment(pp=2, guard=Helper(endless)), progress=False)
     killer.join()
-    assert dry_run(tiny, 2, guard="loader", progress=False).loads
+    assert dry_run(tiny, Deployment(pp=2, guard="loader"), progress=False).loads
 
 
 @pytest.mark.vllm
@@ -144,19 +149,20 @@ def test_an_interrupt_ends_the_child_and_the_next_run_works(needs_vllm, endless,
 
     watcher = once_at_work(endless, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        dry_run(tiny, 2, guard="helper", helper=endless, progress=False)
+        dry_run(tiny, Deployment(pp=2, guard=Helper(endless)), progress=False)
     watcher.join()
     assert gone(seen[0])
-    assert dry_run(tiny, 2, guard="loader", progress=False).stages[0].verdict == LOADS
+    assert dry_run(tiny, Deployment(pp=2, guard="loader"), progress=False).stages[0].verdict == LOADS
 
 
 @pytest.mark.vllm
 def test_no_process_stays_when_the_kernel_is_killed(needs_vllm, own_server, endless):
     program = (
-        "import glmpp, sys; from glmpp._server import Server\n"
+        "import glmpp, sys; from glmpp.verdict.server import Server\n"
+        "from glmpp.verdict.deployment import Deployment, Helper\n"
         "checkpoint = glmpp.Checkpoint.from_config(sys.argv[1])\n"
         "print(Server.running().process.pid, flush=True)\n"
-        "glmpp.dry_run(checkpoint, 8, guard='helper', helper=sys.argv[2], progress=False)"
+        "glmpp.dry_run(checkpoint, Deployment(8, guard=Helper(sys.argv[2])), progress=False)"
     )
     command = [sys.executable, "-c", program, CONFIG, endless]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as kernel:
@@ -178,10 +184,10 @@ def test_200_dry_runs_in_a_row_take_no_more_memory_and_no_more_files(needs_vllm,
         return *(n * os.sysconf("SC_PAGE_SIZE") for n in pages), sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
 
     for _ in range(20):
-        dry_run(tiny, 2, guard="loader", ranks=[1], control=False, progress=False)
+        dry_run(tiny, Deployment(pp=2, guard="loader"), ranks=[1], control=False, progress=False)
     mine, servers, files = held()
     for _ in range(180):
-        assert dry_run(tiny, 2, guard="loader", ranks=[1], control=False, progress=False).loads
+        assert dry_run(tiny, Deployment(pp=2, guard="loader"), ranks=[1], control=False, progress=False).loads
     mine_then, servers_then, files_then = held()
     assert files_then == files
     assert mine_then - mine < 20e6 and servers_then - servers < 5e6

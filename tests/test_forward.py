@@ -11,7 +11,7 @@ from glmpp.partition import make_stages
 
 transformers = pytest.importorskip("transformers", minversion="5.6")
 
-from glmpp.forward import run_stages, stage_model, unsplit_model  # noqa: E402
+from glmpp.lab.forward import run_stages, stage_model, unsplit_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")

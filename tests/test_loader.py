@@ -11,16 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmpp.checkpoint import TORCH_DTYPES, Checkpoint
+from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import dequantize, quantize
+from glmpp.engine.writes import WriteLog, WriteRecorder
 from glmpp.errors import GlmppError
+from glmpp.formats.tensor import TORCH_DTYPES
+from glmpp.ledger import LOADED, UNEXPECTED, Ledger, digest
 from glmpp.loader import (
-    LOADED,
-    UNEXPECTED,
-    Ledger,
-    WriteLog,
-    WriteRecorder,
-    digest,
     first_foreign_pair,
     load_fp8_indexer_wk,
     load_fp8_indexer_wk_late_skip,

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 import walkthrough
 
-from glmpp.dry_run import vllm_version
+from glmpp.verdict.installed import vllm_version
 
 NOTEBOOKS = walkthrough.NOTEBOOKS
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home|Users|work|tmp|opt|usr|var|private)/[\w.-]+|site-packages|[A-Z]:\\\\")
@@ -102,7 +102,7 @@ def test_runs_without_vllm_and_says_that_results_are_recorded(path, monkeypatch)
 @pytest.mark.notebooks
 def test_a_wrong_claim_fails_its_notebook(tmp_path):
     notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell('from glmpp import verdict\nverdict("two", expected=2, got=1 + 2)')]
+        cells=[nbformat.v4.new_code_cell('from glmpp import claim\nclaim("two", expected=2, got=1 + 2)')]
     )
     nbformat.write(notebook, tmp_path / "99_wrong.ipynb")
     _, outcome = walkthrough.execute(tmp_path / "99_wrong.ipynb")

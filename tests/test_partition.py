@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmpp.checkpoint import Checkpoint, TensorSpec
+from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
+from glmpp.formats.tensor import TensorSpec
 from glmpp.partition import (
     OTHER_STAGE,
     OWN,

@@ -218,6 +218,7 @@ def test_ci_runs_the_unit_tests_and_the_keyerror_on_another_python():
 
 def test_importing_the_kit_does_not_import_vllm():
     program = (
-        "import glmpp, glmpp.figures, glmpp.notebook, sys; sys.exit('vllm' in sys.modules or 'transformers' in sys.modules)"
+        "import glmpp, glmpp.lab.figures, glmpp.lab.notebook, sys; "
+        "sys.exit('vllm' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load_file, save_file
 
-import glmpp.checkpoint
-from glmpp.checkpoint import Checkpoint, TensorSpec, bits, in_torch, read_header, read_shard
+from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
+from glmpp.formats import tensor as types
+from glmpp.formats.header import read_header
+from glmpp.formats.shard import read_shard
+from glmpp.formats.tensor import TensorSpec, bits, in_torch
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
@@ -147,9 +150,9 @@ def test_a_dtype_that_only_the_library_knows_goes_through_the_library(tmp_path, 
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     before = Checkpoint.from_directory(tmp_path)
-    for table in ("_DTYPES", "TORCH_DTYPES"):
-        rest = {name: value for name, value in getattr(glmpp.checkpoint, table).items() if name != dtype}
-        monkeypatch.setattr(glmpp.checkpoint, table, rest)
+    for name in ("_DTYPES", "TORCH_DTYPES"):
+        rest = {known: value for known, value in getattr(types, name).items() if known != dtype}
+        monkeypatch.setattr(types, name, rest)
     bits.cache_clear()
     try:
         after = Checkpoint.from_directory(tmp_path)
@@ -169,7 +172,7 @@ def packable(dtype: str, shape: list[int]) -> list[int]:
 @given(
     st.dictionaries(
         st.text("abcx.0", min_size=1, max_size=6),
-        st.tuples(st.sampled_from(sorted(glmpp.checkpoint.TORCH_DTYPES)), st.lists(st.integers(0, 5), max_size=3)),
+        st.tuples(st.sampled_from(sorted(types.TORCH_DTYPES)), st.lists(st.integers(0, 5), max_size=3)),
         max_size=8,
     ),
     st.integers(0, 7),
@@ -268,7 +271,7 @@ def test_a_cut_header_is_refused_before_it_is_read(tmp_path, content):
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the page cache")
 def test_of_a_shard_that_is_wanted_in_part_only_that_part_is_read(tmp_path):
     """Cold: 2 tensors of 20, 3 MB each. The library's way of handing out all 20 reads the whole file."""
-    from glmpp._load_time_child import drop_from_cache, resident_bytes
+    from glmpp.engine.load_time import drop_from_cache, resident_bytes
 
     path = tmp_path / "a.safetensors"
     save_file({f"t{i:02}": torch.full((3, 1024, 1024), i, dtype=torch.int8) for i in range(20)}, path)

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from glmpp.checkpoint import INDEX_FILE, Checkpoint, shard_path
+from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
+from glmpp.formats.index import INDEX_FILE, shard_path
 
 spec = importlib.util.spec_from_file_location("fuzz", ROOT / "tools" / "fuzz.py")
 fuzz = importlib.util.module_from_spec(spec)

@@ -13,7 +13,10 @@ from conftest import ROOT
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
-from glmpp.dry_run import CANNOT_BUILD, DIES, LEAVES_AT_INIT, LOADS, dry_run, vllm_version
+from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.dry_run import dry_run
+from glmpp.verdict.installed import vllm_version
+from glmpp.verdict.report import CANNOT_BUILD, DIES, LEAVES_AT_INIT, LOADS
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -25,9 +28,9 @@ SCHEMA = json.loads((ROOT / "tests" / "check.schema.json").read_text())
 def checked(tmp_path):
     """Dry run of a faulty model at PP=3: stages hold layers 0-3, 4-7 and 8-11."""
 
-    def run(fault: str, **options):
+    def run(fault: str, guard: str = "installed", **options):
         model = faulty.write_faulty(fault, tmp_path)
-        report = dry_run(Checkpoint.from_directory(model), 3, progress=False, **options)
+        report = dry_run(Checkpoint.from_directory(model), Deployment(3, guard=guard), progress=False, **options)
         assert report.control.verdict == LOADS
         assert {stage.model_class for stage in report.stages} <= {"faulty.FaultyForCausalLM", None}
         return report
@@ -66,9 +69,10 @@ def test_a_placeholders_attribute_while_building_is_told_from_a_model_that_canno
     assert report.stages[0].place.startswith("faulty.py:") and report.stages[0].ledger is None
 
 
-def test_what_stood_in_for_a_part_of_one_stage_is_gone_when_the_next_is_built(tmp_path):
+def test_what_stood_in_for_a_part_of_one_stage_is_gone_when_the_next_is_built(tmp_path, side_by_side):
+    side_by_side(1)
     model = faulty.write_faulty("an operator of the GPU library on the first stage", tmp_path)
-    report = dry_run(Checkpoint.from_directory(model), 2, workers=1, control=False, progress=False)
+    report = dry_run(Checkpoint.from_directory(model), 2, control=False, progress=False)
     assert ["custom operators" in stage.stand_ins for stage in report.stages] == [True, False]
 
 
@@ -83,7 +87,7 @@ def test_rows_that_vllm_adds_to_a_vocabulary_may_stay_at_init_and_others_may_not
     ):
         (tmp_path / fault / guard).mkdir(parents=True)
         checkpoint = Checkpoint.from_directory(faulty.write_faulty(fault, tmp_path / fault / guard))
-        report = dry_run(checkpoint, 2, guard=guard, weights=weights, control=False, progress=False)
+        report = dry_run(checkpoint, Deployment(pp=2, guard=guard), weights=weights, control=False, progress=False)
         assert [stage.verdict for stage in report.stages] == [expected, LOADS], (fault, guard)
         if expected != LOADS:
             assert report.stages[0].unaccounted == ["model.embed_tokens.weight"]
@@ -93,7 +97,9 @@ def test_none_where_a_placeholder_belongs_is_a_death_and_the_load_format_does_no
     report = checked("None for a placeholder")
     assert [stage.verdict for stage in report.stages] == [LOADS, DIES, DIES]
     assert "'NoneType' object has no attribute 'weight'" in report.stages[1].message
-    again = dry_run(Checkpoint.from_directory(tmp_path / "model"), 3, guard="loader", control=False, progress=False)
+    again = dry_run(
+        Checkpoint.from_directory(tmp_path / "model"), Deployment(pp=3, guard="loader"), control=False, progress=False
+    )
     assert [stage.verdict for stage in again.stages] == [LOADS, DIES, DIES]
 
 

@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from glmpp import _contract, _server
 from glmpp.checkpoint import Checkpoint
-from glmpp.dry_run import LOADS, DryRunReport, dry_run, vllm_version
+from glmpp.engine import contract
 from glmpp.errors import GlmppError
+from glmpp.verdict import forks, server
+from glmpp.verdict.deployment import Deployment, Helper
+from glmpp.verdict.dry_run import dry_run
+from glmpp.verdict.installed import vllm_version
+from glmpp.verdict.report import LOADS, DryRunReport
 
 pytestmark = pytest.mark.vllm
 needs_vllm = pytest.mark.skipif(vllm_version() is None, reason="builds the installed vLLM's classes")
@@ -59,14 +63,14 @@ def test_nothing_is_imported_from_the_folder_that_is_checked(tiny, tmp_path, pat
 def test_the_child_imports_nothing_from_where_the_kernel_works(tiny, tmp_path, monkeypatch, own_server):
     marks = hostile(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert dry_run(tiny, 2, guard="loader", control=False, progress=False).loads
+    assert dry_run(tiny, Deployment(pp=2, guard="loader"), control=False, progress=False).loads
     assert [file.name for file in marks.iterdir()] == []
 
 
 @needs_vllm
 def test_only_the_same_user_is_served():
     program = (
-        "import os, socket; from glmpp._dry_run_child import is_same_user\n"
+        "import os, socket; from glmpp.engine.child import is_same_user\n"
         "one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
         "mine = is_same_user(one); me = os.getuid(); os.getuid = lambda: me + 1\n"
         "print(mine, is_same_user(one))"
@@ -89,7 +93,7 @@ def test_a_vllm_that_cannot_be_imported_is_named_every_time(tiny, tmp_path, monk
     (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
     monkeypatch.delenv("GLMPP_WITHOUT_VLLM", raising=False)
-    monkeypatch.setattr(_contract, "vllm_version", lambda: "broken")
+    monkeypatch.setattr(contract, "vllm_version", lambda: "broken")
     for _ in range(8):  # the request comes before the process fails, or after
         with pytest.raises(GlmppError, match=r"broke off after 0 messages(.|\n)*ImportError: libcudart\.so\.13"):
             dry_run(tiny, 2, progress=False)
@@ -97,18 +101,18 @@ def test_a_vllm_that_cannot_be_imported_is_named_every_time(tiny, tmp_path, monk
 
 @needs_vllm
 def test_a_server_that_was_killed_before_it_answered_is_told_from_a_fork(tiny, own_server):
-    server = _server.Server.running()
-    server.process.kill()
+    running = server.Server.running()
+    running.process.kill()
     with pytest.raises(GlmppError, match="was killed after 0 messages"):
-        _server.collect([fork(server, tiny)])
+        forks.collect([fork(running, tiny)])
 
 
-def fork(server: _server.Server, tiny: Checkpoint) -> _server.Fork:
+def fork(running: server.Server, tiny: Checkpoint) -> forks.Fork:
     path = tiny.directory.parent / "request.json"
     path.write_text("{}")
-    turns = _server._turns([])
+    turns = forks._turns([])
     try:
-        return _server.Fork(path, 0, (0, 1), turns, server)
+        return forks.Fork(path, 0, (0, 1), turns, running)
     finally:
         os.close(turns)
 
@@ -121,7 +125,9 @@ def test_a_distribution_of_another_name_that_provides_the_module_counts(tmp_path
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-abacus\nVersion: 9.8\n")
     (info / "top_level.txt").write_text("vllm\n")
-    program = "import sys; sys.path.insert(0, sys.argv[1]); from glmpp import _contract; print(_contract.vllm_version())"
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from glmpp.engine import contract; print(contract.vllm_version())"
+    )
     base = subprocess.run([sys.executable, "-S", "-c", "import sys; print(sys.path)"], capture_output=True, text=True)
     assert base.returncode == 0
     finder = (
@@ -138,25 +144,25 @@ def test_a_distribution_of_another_name_that_provides_the_module_counts(tmp_path
 # --- one process for several kernels ------------------------------------------------------------------------------
 
 ASKS = (
-    "import sys; from glmpp._server import Server; from glmpp.dry_run import ask_vllm\n"
+    "import sys; from glmpp.verdict.server import Server; from glmpp.verdict.installed import ask_vllm\n"
     "print(Server.running().process is None, len(ask_vllm({'kind': 'architectures'})['names']) > 100)"
 )
 
 
 @needs_vllm
 def test_a_process_that_shares_its_vllm_serves_those_that_it_starts(own_server, monkeypatch):
-    monkeypatch.setenv(_server.SHARED, "")
-    _server.Server.share()
+    monkeypatch.setenv(server.SHARED, "")
+    server.Server.share()
     done = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True)
     assert done.stdout == "True True\n", done.stderr
-    assert not _server.Server.current.ended()  # it outlives them
+    assert not server.Server.current.ended()  # it outlives them
 
 
 @needs_vllm
 @pytest.mark.parametrize("shared", ["", "00 {package}", "{address} another/glmpp/__init__.py"])
 def test_nobody_is_served_by_a_process_that_has_ended_or_runs_other_code(shared, monkeypatch):
-    address = _server.Server.running().socket.getpeername().hex()
-    monkeypatch.setenv(_server.SHARED, shared.format(package=_server.PACKAGE, address=address))
+    address = server.Server.running().socket.getpeername().hex()
+    monkeypatch.setenv(server.SHARED, shared.format(package=server.PACKAGE, address=address))
     program = ASKS.partition("\n")[0] + "\nprint(Server._shared())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "None\n", done.stderr
@@ -174,25 +180,32 @@ def content(report: DryRunReport) -> list[tuple]:
 
 
 @needs_vllm
-@pytest.mark.parametrize("options", [{}, {"guard": "helper", "drafter": True}, {"guard": "loader", "weights": "real"}])
-def test_stages_side_by_side_are_told_the_same_as_one_after_another(tiny, options):
-    alone, together = (dry_run(tiny, 5, progress=False, workers=workers, **options) for workers in (1, 3))
+@pytest.mark.parametrize(
+    ("options", "weights"), [({}, "meta"), ({"guard": "helper", "drafter": True}, "meta"), ({"guard": "loader"}, "real")]
+)
+def test_stages_side_by_side_are_told_the_same_as_one_after_another(tiny, options, weights, side_by_side):
+    reports = []
+    for number in (1, 3):
+        side_by_side(number)
+        reports.append(dry_run(tiny, Deployment(5, **options), weights=weights, progress=False))
+    alone, together = reports
     assert content(alone) == content(together)
     assert [one.stage.rank for one in together.stages] == [0, 1, 2, 3, 4] and together.control.verdict == LOADS
 
 
 @needs_vllm
-def test_every_fork_is_ended_when_one_of_them_breaks_down(tiny, tmp_path):
+def test_every_fork_is_ended_when_one_of_them_breaks_down(tiny, tmp_path, side_by_side):
+    side_by_side(3)
     (tmp_path / "breaks.py").write_text("import os, time\nos.kill(os.getpid(), 9)\n")
     with pytest.raises(GlmppError, match="was killed after"):
-        dry_run(tiny, 4, guard="helper", helper=f"{tmp_path / 'breaks.py'}:helper", workers=3, progress=False)
-    assert dry_run(tiny, 4, guard="loader", progress=False).loads
+        dry_run(tiny, Deployment(pp=4, guard=Helper(f"{tmp_path / 'breaks.py'}:helper")), progress=False)
+    assert dry_run(tiny, Deployment(pp=4, guard="loader"), progress=False).loads
 
 
 @needs_vllm
 def test_runs_that_take_too_long_are_ended_and_said_to_be(tiny, full):
-    from glmpp.dry_run import stage_request
+    from glmpp.verdict.dry_run import stage_request
 
     runs = [{"rank": rank, "size": 8, "drafter": False, "control": False} for rank in range(8)]
     with pytest.raises(GlmppError, match="was not done after 0 s"):
-        _server.run_stages(full, stage_request(full, "helper"), runs, timeout=0.01)
+        forks.run_stages(full, stage_request(full, Deployment(8, guard="helper")), runs, timeout=0.01)

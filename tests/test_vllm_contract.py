@@ -11,22 +11,22 @@ import pytest
 import torch
 
 import glmpp
-from glmpp import _contract
+from glmpp.engine import contract
 from glmpp.errors import GlmppError
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 
-@pytest.mark.parametrize("name", _contract.NAMES)
+@pytest.mark.parametrize("name", contract.NAMES)
 def test_the_installed_vllm_has(name):
-    assert _contract._is_there(name)
+    assert contract._is_there(name)
 
 
 def imported() -> set[str]:
     """What the kit's source imports from vLLM."""
     found = set()
-    for path in Path(glmpp.__file__).parent.glob("*.py"):
+    for path in Path(glmpp.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] == "vllm":
                 found |= {f"{node.module}:{alias.name}" for alias in node.names}
@@ -34,31 +34,32 @@ def imported() -> set[str]:
 
 
 def test_the_list_holds_everything_that_the_source_imports_by_name():
-    listed = {name.partition(":")[0] + ":" + name.partition(":")[2].split(".")[0] for name in _contract.NAMES}
-    modules = {name.partition(":")[0] for name in _contract.NAMES}
+    listed = {name.partition(":")[0] + ":" + name.partition(":")[2].split(".")[0] for name in contract.NAMES}
+    modules = {name.partition(":")[0] for name in contract.NAMES}
     absent = {name for name in imported() - listed if name.replace(":", ".") not in modules}
     assert absent == set()
 
 
 def test_a_name_that_has_moved_is_named_with_the_release_it_was_last_seen_in_and_what_still_works(monkeypatch):
-    monkeypatch.setitem(_contract.NAMES, "vllm.config:NoLongerThere.at_all", _contract.LOAD_FORMAT)
+    monkeypatch.setitem(contract.NAMES, "vllm.config:NoLongerThere.at_all", contract.LOAD_FORMAT)
     with pytest.raises(GlmppError) as error:
-        _contract.require(_contract.LOAD_FORMAT)
+        contract.require(contract.LOAD_FORMAT)
     for part in ("has no vllm.config:NoLongerThere.at_all", "the load format", "0.33.0", "What still works: vLLM's own"):
         assert part in str(error.value)
-    _contract.require(_contract.DRY_RUN)  # the other part does not rely on it
+    contract.require(contract.DRY_RUN)  # the other part does not rely on it
 
 
 def test_the_load_format_and_the_dry_run_ask_before_they_use_anything():
     program = (
-        "from glmpp import _contract; _contract.NAMES['vllm.config:Gone'] = _contract.LOAD_FORMAT\nimport glmpp.vllm_plugin"
+        "from glmpp.engine import contract; contract.NAMES['vllm.config:Gone'] = contract.LOAD_FORMAT\n"
+        "import glmpp.engine.load_format"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode != 0 and "has no vllm.config:Gone" in done.stderr
     program = (
         "import sys; sys.argv = ['child', '0']\n"
-        "from glmpp import _contract, _dry_run_child; _contract.NAMES['vllm.config:Gone'] = _contract.DRY_RUN\n"
-        "_dry_run_child.preload()"
+        "from glmpp.engine import contract, child; contract.NAMES['vllm.config:Gone'] = contract.DRY_RUN\n"
+        "child.preload()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode != 0 and "has no vllm.config:Gone" in done.stderr
@@ -68,7 +69,7 @@ def test_missing_layer_names_have_the_form_that_the_fix_leans_on():
     """Module paths with a dot at the end: what `name.startswith` needs, so that layer 1 is not taken for layer 11."""
     from vllm.model_executor.models.utils import PPMissingLayer, get_pp_missing_layer_names
 
-    from glmpp.vllm_plugin import missing_prefixes
+    from glmpp.engine.selection import missing_prefixes
 
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList(

@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.dry_run import CANNOT_BUILD, DIES, LEAVES_AT_INIT, LOADS, DryRunReport, dry_run, vllm_version
 from glmpp.errors import GlmppError
-from glmpp.loader import LOADED, NOT_REACHED, SPECULATIVE, UNEXPECTED, load_stage, stage_parameters
+from glmpp.ledger import LOADED, NOT_REACHED, UNEXPECTED
+from glmpp.loader import SPECULATIVE, load_stage, stage_parameters
 from glmpp.partition import OTHER_STAGE, make_stages
+from glmpp.verdict.deployment import Deployment, Helper
+from glmpp.verdict.dry_run import dry_run
+from glmpp.verdict.installed import vllm_version
+from glmpp.verdict.report import CANNOT_BUILD, DIES, LEAVES_AT_INIT, LOADS, DryRunReport
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -39,7 +43,7 @@ def test_full_size_every_stage_of_pp_8_dies_at_the_reported_key_and_pp_1_loads(f
 
 
 def test_full_size_with_the_kits_helper_a_stage_loads_and_its_ledger_closes(full):
-    report = dry_run(full, 8, guard="helper", ranks=[0, 7], control=False, progress=False)
+    report = dry_run(full, Deployment(pp=8, guard="helper"), ranks=[0, 7], control=False, progress=False)
     for one in report.stages:
         assert one.verdict == LOADS and one.held == {}
         one.ledger.check(full, one.stage)
@@ -48,7 +52,9 @@ def test_full_size_with_the_kits_helper_a_stage_loads_and_its_ledger_closes(full
 
 @pytest.mark.parametrize(("pp_size", "counts"), [(2, None), (3, None), (4, None), (8, None), (3, [1, 9, 2])])
 def test_every_parameter_of_every_stage_is_bit_identical_to_pp_1(tiny, whole, pp_size, counts):
-    report = dry_run(tiny, pp_size, guard="helper", layer_counts=counts, weights="real", control=False, progress=False)
+    report = dry_run(
+        tiny, Deployment(pp=pp_size, layer_counts=counts, guard="helper"), weights="real", control=False, progress=False
+    )
     found: dict[str, str] = {}
     for one in report.stages:
         assert one.verdict == LOADS, one.message
@@ -75,16 +81,16 @@ def test_the_kits_own_loader_stores_the_same_bytes_as_vllm(tiny, whole):
 @affected
 def test_taking_the_skip_out_flips_every_verdict(tiny):
     """The mutation check of the cure: same patch, same vLLM, only the skip is gone."""
-    with_skip = dry_run(tiny, 4, guard="helper", control=False, progress=False)
-    without = dry_run(tiny, 4, guard="helper", helper=UNGUARDED, control=False, progress=False)
-    off = dry_run(tiny, 4, guard="off", control=False, progress=False)
+    with_skip = dry_run(tiny, Deployment(pp=4, guard="helper"), control=False, progress=False)
+    without = dry_run(tiny, Deployment(pp=4, guard=Helper(UNGUARDED)), control=False, progress=False)
+    off = dry_run(tiny, Deployment(pp=4, guard="off"), control=False, progress=False)
     assert [one.verdict for one in with_skip.stages] == [LOADS] * 4
     for report in (without, off):
         assert [one.key for one in report.stages] == [KEY.format(3)] + [KEY.format(0)] * 3
 
 
 def test_a_skip_after_the_buffering_loads_but_keeps_foreign_tensors(tiny):
-    report = dry_run(tiny, 4, guard="helper", helper=LATE, ranks=[1], control=False, progress=False)
+    report = dry_run(tiny, Deployment(pp=4, guard=Helper(LATE)), ranks=[1], control=False, progress=False)
     (one,) = report.stages
     foreign = [layer for layer in range(12) if layer not in one.stage.layers]
     assert one.verdict == LOADS
@@ -97,12 +103,12 @@ def test_a_skip_after_the_buffering_loads_but_keeps_foreign_tensors(tiny):
 
 @affected
 def test_mtp_must_follow_the_new_signature(tiny):
-    half = dry_run(tiny, 1, guard="helper", callers=["deepseek_v2"], drafter=True, progress=False)
+    half = dry_run(tiny, Deployment(pp=1, drafter=True, guard=Helper(callers=("deepseek_v2",))), progress=False)
     assert half.stages[0].verdict == LOADS
     assert (half.drafter.verdict, half.drafter.exception) == (DIES, "TypeError")
     assert "missing 1 required positional argument: 'pp_missing_layer_names'" in half.drafter.message
     assert half.drafter.place.startswith("vllm/model_executor/models/deepseek_mtp.py:")
-    both = dry_run(tiny, 1, guard="helper", drafter=True, progress=False)
+    both = dry_run(tiny, Deployment(pp=1, drafter=True, guard="helper"), progress=False)
     assert both.drafter.verdict == LOADS
     assert sorted(both.drafter.accounted) == ["model.embed_tokens.weight", "model.layers.12.shared_head.head.weight"]
     mtp = {name for name in tiny if name.startswith("model.layers.12.")}
@@ -113,13 +119,13 @@ def test_mtp_must_follow_the_new_signature(tiny):
 
 @affected
 def test_this_release_refuses_mtp_under_pipeline_parallelism(tiny):
-    report = dry_run(tiny, 2, guard="helper", drafter=True, control=False, progress=False)
+    report = dry_run(tiny, Deployment(pp=2, drafter=True, guard="helper"), control=False, progress=False)
     assert report.drafter.verdict == CANNOT_BUILD and "Pipeline parallelism is not supported" in report.drafter.message
     assert [one.verdict for one in report.stages] == [LOADS, LOADS]
 
 
 def test_pp_1_is_untouched_by_the_helper(tiny, whole):
-    patched = dry_run(tiny, 1, guard="helper", weights="real", progress=False)
+    patched = dry_run(tiny, Deployment(pp=1, guard="helper"), weights="real", progress=False)
     assert patched.stages[0].verdict == LOADS
     assert patched.stages[0].digests == whole.stages[0].digests
 
@@ -135,7 +141,7 @@ def without_indexer(tiny: Checkpoint) -> Checkpoint:
 def test_a_model_without_an_indexer_is_untouched(tiny):
     checkpoint = without_indexer(tiny)
     for guard in ("installed", "helper"):
-        report = dry_run(checkpoint, 3, guard=guard, progress=False)
+        report = dry_run(checkpoint, Deployment(pp=3, guard=guard), progress=False)
         assert report.loads, [one.message for one in report.stages]
         for one in report.stages:
             one.ledger.check(checkpoint, one.stage)
@@ -155,14 +161,15 @@ def test_four_real_processes_in_a_gloo_pipeline_group_give_the_same_verdicts(tin
 
 def test_several_models_in_one_process_do_not_share_missing_layers(tiny):
     """Eight stages one after another in one child, ids of dead models reused: vLLM's cache must not leak."""
-    report = dry_run(tiny, 8, guard="helper", ranks=[5, 2, 7, 0, 2, 5], progress=False)
+    report = dry_run(tiny, Deployment(pp=8, guard="helper"), ranks=[5, 2, 7, 0, 2, 5], progress=False)
     for one in report.stages:
         assert one.verdict == LOADS and one.missing_prefixes == one.stage.missing_prefixes()
         one.ledger.check(tiny, one.stage)
 
 
-def test_a_list_that_vllm_cached_under_a_reused_id_is_not_read(tiny, tmp_path):
+def test_a_list_that_vllm_cached_under_a_reused_id_is_not_read(tiny, tmp_path, side_by_side):
     """`get_pp_missing_layer_names` caches by id(model). Here every model has the id of the first one."""
+    side_by_side(1)
     (tmp_path / "every_id_is_reused.py").write_text(
         "from vllm.model_executor.models import utils\n"
         "from glmpp.loader import load_fp8_indexer_wk as helper\n"
@@ -172,7 +179,7 @@ def test_a_list_that_vllm_cached_under_a_reused_id_is_not_read(tiny, tmp_path):
         "utils._model_to_pp_missing_layer_names = OneId()\n"
     )
     helper = f"{tmp_path / 'every_id_is_reused.py'}:helper"
-    report = dry_run(tiny, 4, guard="helper", helper=helper, workers=1, progress=False)
+    report = dry_run(tiny, Deployment(pp=4, guard=Helper(helper)), progress=False)
     for one in report.stages:
         assert one.verdict == LOADS, one.message
         one.ledger.check(tiny, one.stage)
@@ -182,7 +189,7 @@ def test_a_tensor_missing_from_the_checkpoint_is_found_although_vllm_says_nothin
     """Quantised models skip vLLM's own check for parameters that were never loaded."""
     lost = "model.layers.2.mlp.down_proj.weight"
     checkpoint = Checkpoint([spec for spec in tiny.values() if spec.name != lost], tiny.config)
-    report = dry_run(checkpoint, 2, guard="helper", progress=False)
+    report = dry_run(checkpoint, Deployment(pp=2, guard="helper"), progress=False)
     assert report.stages[0].verdict == report.control.verdict == LEAVES_AT_INIT
     assert report.stages[0].ledger.left_at_init == [lost] and report.stages[1].verdict == LOADS
     assert not report.loads
@@ -191,7 +198,7 @@ def test_a_tensor_missing_from_the_checkpoint_is_found_although_vllm_says_nothin
 def test_half_of_a_fused_parameter_counts_as_left_at_init(tiny):
     lost = "model.layers.5.mlp.experts.2.up_proj.weight"
     checkpoint = Checkpoint([spec for spec in tiny.values() if spec.name != lost], tiny.config)
-    report = dry_run(checkpoint, 1, guard="helper", progress=False)
+    report = dry_run(checkpoint, Deployment(pp=1, guard="helper"), progress=False)
     assert report.stages[0].ledger.left_at_init == ["model.layers.5.mlp.experts.w13_weight"]
 
 
@@ -220,15 +227,20 @@ def test_without_vllm_and_without_a_record_the_error_says_what_to_install(tiny, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pp_size": 13}, "13 stages for 12 layers"),
-        ({"pp_size": 2, "guard": "on"}, "guard 'on' is unknown"),
-        ({"pp_size": 2, "ranks": [2]}, "no stage 2 of 2"),
-        ({"pp_size": 2, "layer_counts": [1, 2]}, "adds up to 3 layers"),
+        ({"pp": 13}, "13 stages for 12 layers"),
+        ({"pp": 2, "guard": "on"}, "guard 'on' is unknown"),
+        ({"pp": 2, "layer_counts": [1, 2]}, "adds up to 3 layers"),
+        ({"pp": 2, "layer_counts": "1,2,9"}, "names 3 stages, there are 2"),
     ],
 )
 def test_bad_arguments_are_refused_before_a_process_is_started(tiny, arguments, message):
     with pytest.raises(GlmppError, match=message):
-        dry_run(tiny, **arguments)
+        dry_run(tiny, Deployment(**arguments))
+
+
+def test_a_stage_that_does_not_exist_is_refused(tiny):
+    with pytest.raises(GlmppError, match="no stage 2 of 2"):
+        dry_run(tiny, 2, ranks=[2])
 
 
 def test_real_weights_need_files(full):
@@ -238,4 +250,4 @@ def test_real_weights_need_files(full):
 
 def test_a_child_that_breaks_down_is_an_error_with_its_last_words(tiny):
     with pytest.raises(GlmppError, match=r"broke off(.|\n)*no_such_module"):
-        dry_run(tiny, 2, guard="helper", helper="no_such_module:helper", progress=False)
+        dry_run(tiny, Deployment(pp=2, guard=Helper("no_such_module:helper")), progress=False)

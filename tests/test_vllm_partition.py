@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.dry_run import LOADS, dry_run, vllm_pp_indices
 from glmpp.errors import GlmppError
-from glmpp.loader import LOADED
+from glmpp.ledger import LOADED
 from glmpp.partition import make_stages, partition_layers
+from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.dry_run import dry_run
+from glmpp.verdict.installed import vllm_pp_indices
+from glmpp.verdict.report import LOADS
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -38,7 +41,7 @@ def test_what_get_pp_indices_refuses_we_refuse(monkeypatch, value):
 
 @pytest.mark.parametrize("counts", [None, [1, 4, 2, 5]])
 def test_missing_prefixes_are_vllms_placeholders(tiny, counts):
-    report = dry_run(tiny, 4, layer_counts=counts, control=False, progress=False)
+    report = dry_run(tiny, Deployment(pp=4, layer_counts=counts), control=False, progress=False)
     for one, stage in zip(report.stages, make_stages(tiny.config, 4, counts), strict=True):
         assert one.missing_prefixes == stage.missing_prefixes()
 

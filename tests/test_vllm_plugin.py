@@ -18,12 +18,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from glmpp.checkpoint import INDEX_FILE, Checkpoint, read_shard
-from glmpp.dry_run import CANNOT_BUILD, DIES, LEAVES_AT_INIT, LOADS, dry_run, vllm_version
+from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
-from glmpp.loader import LOADED, SPECULATIVE, UNEXPECTED
-from glmpp.notebook import checkpoint_without
+from glmpp.formats.index import INDEX_FILE
+from glmpp.formats.shard import read_shard
+from glmpp.lab.notebook import checkpoint_without
+from glmpp.ledger import LOADED, UNEXPECTED
+from glmpp.loader import SPECULATIVE
 from glmpp.partition import OTHER_STAGE, make_stages
+from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.dry_run import dry_run
+from glmpp.verdict.installed import vllm_version
+from glmpp.verdict.report import CANNOT_BUILD, DIES, LEAVES_AT_INIT, LOADS
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -32,9 +38,9 @@ affected = pytest.mark.skipif(vllm_version() != "0.22.1", reason="pins what the 
 
 @pytest.fixture(scope="module")
 def plugin():
-    from glmpp import vllm_plugin
+    from glmpp.engine import load_format
 
-    return vllm_plugin
+    return load_format
 
 
 @pytest.fixture
@@ -422,7 +428,7 @@ def test_one_line_says_what_a_stage_was_handed(plugin, stage_of, monkeypatch, fo
 
 
 def test_padding_is_what_vllms_own_attributes_say():
-    from glmpp.padding import padding
+    from glmpp.engine.padding import padding
 
     model, moe = torch.nn.Module(), torch.nn.Module()
     model.experts = moe
@@ -462,7 +468,7 @@ def whole(tiny):
 
 @pytest.mark.parametrize("pp_size", [2, 4, 8])
 def test_every_stage_of_glm_is_bit_identical_to_pp_1(tiny, whole, pp_size):
-    report = dry_run(tiny, pp_size, guard="loader", weights="real", control=False, progress=False)
+    report = dry_run(tiny, Deployment(pp=pp_size, guard="loader"), weights="real", control=False, progress=False)
     found: dict[str, str] = {}
     for one in report.stages:
         assert one.verdict == LOADS, one.message
@@ -481,14 +487,14 @@ def test_the_stock_format_dies_where_this_one_loads(tiny, pp_size):
 
 
 def test_at_full_size_every_stage_loads_and_its_ledger_closes(full):
-    report = dry_run(full, 8, guard="loader", ranks=[0, 3, 7], control=False, progress=False)
+    report = dry_run(full, Deployment(pp=8, guard="loader"), ranks=[0, 3, 7], control=False, progress=False)
     for one in report.stages:
         assert one.verdict == LOADS, one.message
         one.ledger.check(full, one.stage)
 
 
 def test_without_pipeline_parallelism_it_hands_over_exactly_what_stock_does(tiny, whole):
-    (one,) = dry_run(tiny, 1, guard="loader", weights="real", progress=False).stages
+    (one,) = dry_run(tiny, Deployment(pp=1, guard="loader"), weights="real", progress=False).stages
     assert (one.handed_over, one.order) == (whole.handed_over, whole.order)
     assert one.ledger == whole.ledger and one.digests == whole.digests
 
@@ -509,10 +515,10 @@ def test_other_architectures_load_the_same_bytes_as_at_pp_1(others, kind):
     checkpoint = others(kind)
     (stock,) = dry_run(checkpoint, 1, weights="real", progress=False).stages
     assert stock.verdict == LOADS, stock.message
-    (alone,) = dry_run(checkpoint, 1, guard="loader", weights="real", progress=False).stages
+    (alone,) = dry_run(checkpoint, Deployment(pp=1, guard="loader"), weights="real", progress=False).stages
     assert (alone.order, alone.digests) == (stock.order, stock.digests)
     for pp_size in (2, 4):
-        report = dry_run(checkpoint, pp_size, guard="loader", weights="real", control=False, progress=False)
+        report = dry_run(checkpoint, Deployment(pp=pp_size, guard="loader"), weights="real", control=False, progress=False)
         installed = dry_run(checkpoint, pp_size, weights="real", control=False, progress=False)
         for one, other in zip(report.stages, installed.stages):
             assert one.verdict == other.verdict == LOADS, one.message
@@ -544,21 +550,21 @@ def test_scales_without_a_dimension_are_compared_like_any_other_parameter(scaled
     assert alone.verdict == LOADS, alone.message
     scales = {f"model.layers.{layer}.self_attn.attn.{kind}_scale" for layer in range(4) for kind in "kv"}
     assert scales <= alone.digests.keys() and not scales & {*alone.ledger.left_at_init}
-    report = dry_run(scaled, 2, guard="loader", weights="real", control=False, progress=False)
+    report = dry_run(scaled, Deployment(pp=2, guard="loader"), weights="real", control=False, progress=False)
     assert [one.verdict for one in report.stages] == [LOADS] * 2, [one.message for one in report.stages]
     assert {name: digest for one in report.stages for name, digest in one.digests.items()} == alone.digests
 
 
 def test_a_model_without_pipeline_support_is_refused_by_vllm_and_loads_alone(others):
     checkpoint = others("bert")
-    report = dry_run(checkpoint, 2, guard="loader", weights="real", progress=False)
+    report = dry_run(checkpoint, Deployment(pp=2, guard="loader"), weights="real", progress=False)
     assert {one.verdict for one in report.stages} == {CANNOT_BUILD}
     assert "Pipeline parallelism is not supported" in report.stages[0].message
     assert report.control.verdict == LOADS and report.control.handed_over == len(checkpoint)
 
 
 def test_under_pp_the_drafter_on_the_last_stage_is_handed_its_own_layer_where_the_release_runs_one(tiny):
-    report = dry_run(tiny, 2, guard="loader", drafter=True, control=False, progress=False)
+    report = dry_run(tiny, Deployment(pp=2, drafter=True, guard="loader"), control=False, progress=False)
     assert [stage.verdict for stage in report.stages] == [LOADS, LOADS]
     if tuple(map(int, vllm_version().split(".")[:2])) < (0, 32):
         assert report.drafter.verdict == CANNOT_BUILD and "Pipeline parallelism is not supported" in report.drafter.message
@@ -572,8 +578,8 @@ def test_under_pp_the_drafter_on_the_last_stage_is_handed_its_own_layer_where_th
 @affected
 def test_the_mtp_drafter_is_handed_its_own_layer_and_loads_the_same_as_stock(tiny):
     """At PP=1, the only size at which this release runs a drafter."""
-    stock = dry_run(tiny, 1, guard="installed", weights="real", drafter=True, progress=False).drafter
-    ours = dry_run(tiny, 1, guard="loader", weights="real", drafter=True, progress=False).drafter
+    stock = dry_run(tiny, Deployment(pp=1, drafter=True, guard="installed"), weights="real", progress=False).drafter
+    ours = dry_run(tiny, Deployment(pp=1, drafter=True, guard="loader"), weights="real", progress=False).drafter
     assert (stock.verdict, ours.verdict) == (LOADS, LOADS), ours.message
     own = [name for name in tiny if name.startswith("model.layers.12.")]
     assert (stock.handed_over, ours.handed_over) == (len(tiny), len(own) + 3)  # embedding, norm and lm_head
@@ -595,17 +601,19 @@ def test_the_mtp_drafter_is_handed_its_own_layer_and_loads_the_same_as_stock(tin
 def test_a_tensor_that_is_missing_ends_the_load_with_its_parameters_name(tiny, lost, parameter):
     """vLLM's stock load says nothing: on a quantised model it does not check, and it counts half a parameter as loaded."""
     with checkpoint_without(tiny, lost) as checkpoint:
-        report = dry_run(checkpoint, 4, guard="loader", weights="real", ranks=[0, 1], control=False, progress=False)
+        report = dry_run(
+            checkpoint, Deployment(pp=4, guard="loader"), weights="real", ranks=[0, 1], control=False, progress=False
+        )
     assert report.stages[0].verdict == LOADS
     (_, one) = report.stages
     assert (one.verdict, one.exception) == (DIES, "GlmppError")
     assert "stage 1 of 4: 1 parameters were left at init, or partly" in one.message and parameter in one.message
-    assert one.place.startswith("glmpp/vllm_plugin.py:")
+    assert one.place.startswith("glmpp/engine/load_format.py:")
     assert [name for name in one.ledger.left_at_init] == [n for n in one.ledger.parameters if n in one.message]
 
 
 def test_the_books_name_the_mtp_layer_and_nothing_unexpected(tiny):
-    (one,) = dry_run(tiny, 4, guard="loader", ranks=[2], control=False, progress=False).stages
+    (one,) = dry_run(tiny, Deployment(pp=4, guard="loader"), ranks=[2], control=False, progress=False).stages
     assert one.ledger.counts()[UNEXPECTED] == 0
     assert set(one.ledger.in_column(SPECULATIVE)) == {name for name in tiny if name.startswith("model.layers.12.")}
 
@@ -617,7 +625,7 @@ def test_the_books_name_the_mtp_layer_and_nothing_unexpected(tiny):
 def test_a_tensor_that_is_lost_is_reported_on_its_stage_with_its_parameter(tiny, seed):
     lost = random.Random(seed).choice([name for name in tiny if not name.startswith("model.layers.12.")])
     checkpoint = Checkpoint([spec for spec in tiny.values() if spec.name != lost], tiny.config)
-    report = dry_run(checkpoint, 3, guard="loader", control=False, progress=False)
+    report = dry_run(checkpoint, Deployment(pp=3, guard="loader"), control=False, progress=False)
     (stage,) = (stage for stage in report.stages if not stage.loads)
     assert stage.verdict == LEAVES_AT_INIT and stage.stage.owns(lost)
     (parameter,) = stage.unaccounted
@@ -633,7 +641,7 @@ def test_two_tensors_of_different_shape_that_are_swapped_are_reported_by_name(ti
     one, other = next(pair for _ in names for pair in [rng.sample(names, 2)] if tiny[pair[0]].shape != tiny[pair[1]].shape)
     swapped = {one: tiny[other].shape, other: tiny[one].shape}
     specs = [replace(spec, shape=swapped.get(spec.name, spec.shape)) for spec in tiny.values()]
-    report = dry_run(Checkpoint(specs, tiny.config), 3, guard="loader", control=False, progress=False)
+    report = dry_run(Checkpoint(specs, tiny.config), Deployment(pp=3, guard="loader"), control=False, progress=False)
     (stage,) = (stage for stage in report.stages if not stage.loads)
     assert stage.verdict == DIES and stage.tensor in swapped and stage.stage.owns(one)
 
@@ -660,7 +668,9 @@ def test_halves_of_a_pair_that_came_alone_are_named_with_what_is_missing(plugin,
 def test_the_error_at_the_end_names_both_halves(tiny, lost):
     stem = "model.layers.4.self_attn.indexer.wk"
     with checkpoint_without(tiny, f"{stem}.{lost}") as checkpoint:
-        report = dry_run(checkpoint, 4, guard="loader", weights="real", ranks=[1], control=False, progress=False)
+        report = dry_run(
+            checkpoint, Deployment(pp=4, guard="loader"), weights="real", ranks=[1], control=False, progress=False
+        )
     message = report.stages[0].message
     assert report.stages[0].exception == "GlmppError"
     assert f"{stem}.weight" in message and f"{stem}.weight_scale_inv" in message and f"{stem}.{lost} did not" in message

@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-from glmpp.checkpoint import Checkpoint, TensorSpec
+from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import quantize
-from glmpp.dry_run import CANNOT_BUILD, DIES, LOADS, vllm_version
 from glmpp.errors import GlmppError
-from glmpp.sweep import Sweep, block_fp8, sweep
+from glmpp.formats.tensor import TensorSpec
+from glmpp.verdict.installed import vllm_version
+from glmpp.verdict.report import CANNOT_BUILD, DIES, LOADS
+from glmpp.verdict.sweep import Sweep, block_fp8, sweep
 
 affected = pytest.mark.skipif(vllm_version() != "0.22.1", reason="pins what the last affected release does")
 

@@ -23,7 +23,7 @@ from machine import processor
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import dequantize, quantize, spread
-from glmpp.notebook import DATA, GLM_CONFIG
+from glmpp.lab.notebook import DATA, GLM_CONFIG
 from glmpp.progress import progress_bar
 
 BLOCK = (128, 128)

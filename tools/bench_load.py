@@ -16,11 +16,11 @@ from importlib.metadata import version
 import torch
 from machine import processor
 
-from glmpp.checkpoint import read_shard
-from glmpp.load_time import FLOOR, GLMPP, STOCK, load_times
-from glmpp.notebook import DATA, all_names_checkpoint
+from glmpp.formats.shard import read_shard
+from glmpp.lab.notebook import DATA, all_names_checkpoint
 from glmpp.partition import OTHER_STAGE, make_stages
 from glmpp.progress import progress_bar
+from glmpp.verdict.load_time import FLOOR, GLMPP, STOCK, load_times
 
 PP_SIZE, RANK, RUNS = 8, 3, 5
 

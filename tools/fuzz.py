@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from glmpp.checkpoint import INDEX_FILE, Checkpoint
+from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
+from glmpp.formats.index import INDEX_FILE
 from glmpp.partition import balance, make_stages, stage_bytes
 from glmpp.progress import progress_bar
 

@@ -1,8 +1,8 @@
 """Draw the README's figure from the recorded dry run of the full config: `python tools/readme_figure.py`."""
 
 from glmpp import Checkpoint, DryRunReport
-from glmpp.figures import layers_and_stages
-from glmpp.notebook import DATA, GLM_CONFIG, RECORDED
+from glmpp.lab.figures import layers_and_stages
+from glmpp.lab.notebook import DATA, GLM_CONFIG, RECORDED
 
 report = DryRunReport.load(RECORDED / "pp8_installed.json", Checkpoint.from_config(GLM_CONFIG))
 target = DATA / "figures" / "layers_and_stages.png"

@@ -154,7 +154,7 @@ def sweep() -> int:
     """Try all architectures of the newest release and renew what notebook 06 shows of it."""
     with installed(NEWEST) as folder, tempfile.TemporaryDirectory() as elsewhere:
         target = ROOT / "data" / "recorded" / f"sweep-{NEWEST.name}.json"
-        program = "import sys; from glmpp.sweep import sweep; sweep().save(sys.argv[1])"
+        program = "import sys; from glmpp.verdict.sweep import sweep; sweep().save(sys.argv[1])"
         return subprocess.run([str(folder / "bin" / "python"), "-c", program, str(target)], cwd=elsewhere).returncode
 
 

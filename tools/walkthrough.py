@@ -113,11 +113,11 @@ def palette(png: str) -> str:
 
 
 def count_verdicts(notebook: nbformat.NotebookNode) -> tuple[int, int]:
-    """Verdict lines printed, and calls of verdict() in the source (a loop prints more than one)."""
+    """Verdict lines printed, and calls of claim() in the source (a loop prints more than one)."""
     printed = calls = 0
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            calls += len(re.findall(r"^\s*(?:claims\.)?verdict\(", cell.source, flags=re.M))
+            calls += len(re.findall(r"^\s*(?:claims\.|glmpp\.)?claim\(", cell.source, flags=re.M))
             text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
             printed += len(re.findall(r"match: True$", text, flags=re.M))
     return printed, calls
@@ -138,10 +138,10 @@ def main() -> int:
     paths = [path.resolve() for path in arguments.notebooks] or NOTEBOOKS
 
     sys.path.insert(0, str(ROOT))
-    from glmpp._server import Server
-    from glmpp.dry_run import vllm_version
-    from glmpp.notebook import tiny_checkpoint
+    from glmpp.lab.notebook import tiny_checkpoint
     from glmpp.progress import progress_bar
+    from glmpp.verdict.installed import vllm_version
+    from glmpp.verdict.server import Server
 
     if vllm_version() is not None:
         Server.share()  # vLLM is imported once for all kernels

@@ -1,4 +1,4 @@
-"""What every notebook needs: where it runs, a verdict line that can fail, and source code shown side by side."""
+"""What every notebook needs: where it runs, a line that states a claim and can fail, and source code shown side by side."""
 
 from __future__ import annotations
 
@@ -21,18 +21,16 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from glmpp.checkpoint import (
-    ALL_NAMES,
-    INDEX_FILE,
-    Checkpoint,
-    read_shard,
-    reduced_config,
-    write_checkpoint,
-)
-from glmpp.dry_run import vllm_version
+from glmpp.checkpoint import Checkpoint
+from glmpp.dequant import dequantize, quantize
 from glmpp.errors import GlmppError
+from glmpp.formats.glm5 import ALL_NAMES, reduced_config
+from glmpp.formats.index import INDEX_FILE
+from glmpp.formats.shard import read_shard
+from glmpp.synthetic import write_checkpoint
+from glmpp.verdict.installed import vllm_version
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
 GLM_CONFIG = DATA / "glm-5.1-fp8" / "config.json"
 TINY_CHECKPOINT = DATA / "generated" / "glm-5.1-tiny"
@@ -63,10 +61,10 @@ def environment() -> pd.DataFrame:
     return pd.DataFrame({"here": rows})
 
 
-def verdict(claim: str, *, expected: Any, got: Any) -> None:
-    """Print `claim: expected …, got …, match: True`, or fail the cell with the same line."""
+def claim(what: str, *, expected: Any, got: Any) -> None:
+    """Print `what: expected …, got …, match: True`, or fail the cell with the same line."""
     match = expected == got
-    line = f"{claim}: expected {_short(expected)}, got {_short(got)}, match: {match}"
+    line = f"{what}: expected {_short(expected)}, got {_short(got)}, match: {match}"
     assert match, line
     print(line)
 
@@ -77,10 +75,10 @@ class Claims:
     def __init__(self) -> None:
         self.rows: dict[str, tuple[str, str]] = {}
 
-    def verdict(self, claim: str, evidence: str, *, expected: Any, got: Any) -> None:
-        """A verdict line that can fail, as the function `verdict`; the row stays in the table either way."""
-        self.rows[claim] = (evidence, "holds" if expected == got else "FAILS")
-        verdict(claim, expected=expected, got=got)
+    def claim(self, what: str, evidence: str, *, expected: Any, got: Any) -> None:
+        """A line that can fail, as the function `claim`; the row stays in the table either way."""
+        self.rows[what] = (evidence, "holds" if expected == got else "FAILS")
+        claim(what, expected=expected, got=got)
 
     def table(self) -> pd.DataFrame:
         return pd.DataFrame.from_dict(self.rows, orient="index", columns=["evidence", "verdict"]).rename_axis("claim")
@@ -171,8 +169,6 @@ def gpu_bandwidth(weight: torch.Tensor, runs: int = 20) -> str | None:
     """
     if not torch.cuda.is_available():
         return None
-    from glmpp.dequant import dequantize, quantize
-
     codes, scale = (tensor.cuda() for tensor in quantize(weight))
     out = torch.empty(codes.shape, dtype=torch.bfloat16, device="cuda")
     source = torch.ones_like(out)

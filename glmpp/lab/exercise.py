@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 from glmpp.dequant import FP8
-from glmpp.figures import ORANGE, PALE, RED, STYLE, ink, stage_colour, stage_ticks
+from glmpp.lab.figures import ORANGE, PALE, RED, STYLE, ink, stage_colour, stage_ticks
 from glmpp.partition import partition_layers
 
 STORED, DROPPED, KEPT, LEFT = "stored", "dropped", "kept in the buffer", "left to the other branches"

@@ -1,6 +1,6 @@
 """In the child process: what a machine without a GPU lacks, and what stands in for it while a model is built.
 
-Two are always there (`ALWAYS`). The others are for parts shaped like kernels; `Builder` adds one only when construction
+Two are always there (`ALWAYS`). The others are for parts shaped like kernels; `StandIns` adds one only when construction
 fails without it, so that a report lists what this model needed.
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
 ALWAYS = {
     "platform": "vLLM's CpuPlatform: without a GPU vLLM knows no platform, and with one verdicts must not depend on it",
     "class inspection": "in this process instead of a subprocess: the subprocess would miss the platform",
@@ -145,7 +146,7 @@ CANDIDATES = [
 ]
 
 
-class Builder:
+class StandIns:
     """Builds a model, adding stand-ins where it fails without; those that helped stay until `reset`."""
 
     def __init__(self, strict: bool = False):
@@ -159,11 +160,11 @@ class Builder:
         self.active = {}
 
     @property
-    def stand_ins(self) -> dict[str, str]:
+    def reasons(self) -> dict[str, str]:
         """Name -> why, of those that are there now."""
         return ALWAYS | {one.name: one.why for one in CANDIDATES if one.name in self.active}
 
-    def build(self, construct: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    def build(self, construct: Callable[[], T]) -> T:
         """The model, or the error that it fails with when no stand-in helps; its cause is the one that is left with them."""
         try:
             return construct()

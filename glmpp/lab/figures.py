@@ -14,14 +14,15 @@ from matplotlib.colors import SymLogNorm, to_rgb
 from matplotlib.figure import Figure
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.dry_run import CANNOT_BUILD, CANNOT_TELL, DIES, LEAVES_AT_INIT, LOADS, DryRunReport
-from glmpp.error import ErrorStats
-from glmpp.loader import IGNORED, LOADED, NOT_REACHED, UNEXPECTED
+from glmpp.lab.error import ErrorStats
+from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, Stage, partition_layers, stage_bytes
+from glmpp.verdict.report import CANNOT_BUILD, CANNOT_TELL, DIES, LEAVES_AT_INIT, LOADS, DryRunReport
 
 STYLE = Path(__file__).with_name("glmpp.mplstyle")
 BLUE, ORANGE, RED, PURPLE, GREY, VIOLET = "#5790fc", "#f89c20", "#e42536", "#964a8b", "#9c9ca1", "#7a21dd"
 PALE = "#e8e8ea"
+
 
 # One colour for each stage in every figure: Paul Tol's "muted" set without its rose, which is near the RED of what dies.
 # https://sronpersonalpages.nl/~pault
@@ -309,6 +310,8 @@ def dequantisation_bench(rows: pd.DataFrame, tensor: str) -> Figure:
 
 
 PART_COLOURS = {"choosing": VIOLET, "reading": BLUE, "dequantising": RED, "vllm": ORANGE}
+
+
 PART_NAMES = {
     "choosing": "choosing tensors",
     "reading": "opening shards, making tensors",

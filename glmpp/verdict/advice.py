@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.dry_run import DIES, LOADS, DryRunReport, StageReport, dry_run
 from glmpp.partition import PARTITION_VARIABLE
+from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.dry_run import dry_run
+from glmpp.verdict.report import DIES, LOADS, DryRunReport, StageReport
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def fixed_in(report: DryRunReport) -> KnownFault | None:
     return faults.pop() if len(faults) == 1 else None
 
 
-def try_load_format(checkpoint: Checkpoint, report: DryRunReport, **options) -> DryRunReport | None:
+def try_load_format(checkpoint: Checkpoint, report: DryRunReport, strict: bool = False) -> DryRunReport | None:
     """The stages that fail, once more with `--load-format glmpp`.
 
     Returns:
@@ -62,10 +64,10 @@ def try_load_format(checkpoint: Checkpoint, report: DryRunReport, **options) -> 
     sound = report.control is not None and report.control.loads
     if report.guard != "installed" or not failing or not sound:
         return None
-    return dry_run(checkpoint, report.pp_size, guard="loader", ranks=failing, control=False, **options)
+    return dry_run(checkpoint, replace(report.deployment, guard="loader"), ranks=failing, control=False, strict=strict)
 
 
-def serve_line(model: str, pp_size: int, layer_partition: str | None = None) -> str:
+def serve_line(model: str, deployment: Deployment) -> str:
     """The command that starts the server with the load format."""
-    split = f"{PARTITION_VARIABLE}={layer_partition} " if layer_partition else ""
-    return f"{split}vllm serve {shlex.quote(model)} --pipeline-parallel-size {pp_size} --load-format glmpp"
+    split = f"{PARTITION_VARIABLE}={deployment.partition} " if deployment.partition else ""
+    return f"{split}vllm serve {shlex.quote(model)} --pipeline-parallel-size {deployment.pp} --load-format glmpp"

@@ -23,6 +23,7 @@ from glmpp.partition import Stage, make_stages
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+
 # transformers stacks the experts as vLLM does, under other names.
 STACKED = {"mlp.experts.gate_up_proj": "mlp.experts.w13_weight", "mlp.experts.down_proj": "mlp.experts.w2_weight"}
 

@@ -1,4 +1,4 @@
-"""In the child process: tiny checkpoints of other architectures, from transformers' own classes. Used by `glmpp.sweep`.
+"""Tiny checkpoints of other architectures, from transformers' own classes, for `glmpp.verdict.sweep`.
 
 The sizes below replace those of a default config, wherever a field of that name occurs, in nested configs too. They are
 multiples of 128, so that a block-FP8 variant has whole blocks, and six layers hold every kind of layer of the patterns in
@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 LAYERS = 6
+
+
 SIZES = {
     "num_hidden_layers": LAYERS,
     "num_layers": LAYERS,
@@ -80,8 +82,12 @@ SIZES = {
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
 }
+
+
 # Model type -> what transformers saves where the hub's configs, and vLLM, say something else.
 RENAMED = {"granitemoehybrid": {"full_attention": "attention", "linear_attention": "mamba"}}
+
+
 # Model type -> fields of the hub's configs that transformers' classes do not keep.
 ADDED = {
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
@@ -102,6 +108,7 @@ ADDED = {
     },
     "lfm2": {"block_dim": 256, "block_ff_dim": 256},
 }
+
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
@@ -23,38 +23,29 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from glmpp import _contract
+from glmpp.engine import contract
 
-_contract.require(_contract.LOAD_FORMAT)  # before the imports, which would not say what has moved
+contract.require(contract.LOAD_FORMAT)  # before the imports, which would not say what has moved
 
 from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
-from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm, runai_safetensors_weights_iterator
-from vllm.model_executor.models import utils as model_utils
 
-from glmpp.checkpoint import INDEX_FILE, Header, load_index, natural_key, read_shard, shard_path
-from glmpp.dequant import FP8
+from glmpp.engine.left_at_init import accounted, quantises_online
+from glmpp.engine.padding import padding
+from glmpp.engine.selection import Selection, is_drafter
+from glmpp.engine.writes import WriteLog
 from glmpp.errors import GlmppError
-from glmpp.loader import WriteLog
-from glmpp.padding import padding
-from glmpp.partition import Prefixes
+from glmpp.formats.index import INDEX_FILE, load_index, natural_key, shard_path
+from glmpp.formats.shard import READERS, read_shard
 
 LOAD_FORMAT = "glmpp"
-READERS = ("safetensors", "runai_streamer", "fastsafetensors")
 
 logger = init_logger(f"vllm.{__name__}")
-
-# Parameters of an MTP drafter that its checkpoint need not hold, and where vLLM takes them from after loading
-# (`vllm/v1/spec_decode/llm_base_proposer.py` in 0.22.1).
-SHARED_BY_DRAFTER = {
-    "shared_head.head.weight": "the main model's lm_head, shared after loading",
-    "model.embed_tokens.weight": "the main model's embedding, shared after loading",
-}
 
 
 def register() -> None:
@@ -63,170 +54,6 @@ def register() -> None:
         if isinstance(get_model_loader(LoadConfig(load_format=LOAD_FORMAT)), StageModelLoader):
             return
     register_model_loader(LOAD_FORMAT)(StageModelLoader)
-
-
-# --- what the model can hold --------------------------------------------------------------------------------------
-
-
-def missing_prefixes(model: torch.nn.Module) -> list[str]:
-    """Prefixes of the model's placeholders, each ending in a dot, computed afresh.
-
-    vLLM's own `get_pp_missing_layer_names` caches by id(model), and ids are reused.
-    """
-    kinds = tuple(
-        getattr(model_utils, kind) for kind in ("PPMissingLayer", "StageMissingLayer") if hasattr(model_utils, kind)
-    )
-    return [f"{path}." for path, module in model.named_modules() if isinstance(module, kinds)]
-
-
-def prefixes_before_drafter(model: torch.nn.Module, num_hidden_layers: int) -> list[str]:
-    """The main model's layers, for a drafter whose own layers are numbered after them, as DeepSeek's MTP layers are."""
-    found = []
-    for path, module in model.named_modules():
-        keys = list(module) if isinstance(module, torch.nn.ModuleDict) else []
-        if keys and all(key.isdigit() for key in keys) and min(map(int, keys)) == num_hidden_layers:
-            found += [f"{path}.{index}." for index in range(num_hidden_layers)]
-    return found
-
-
-def speculative_prefixes(model: torch.nn.Module, config) -> list[str]:
-    """The MTP layers, numbered after the main model's, which has no module for them and skips their tensors."""
-    layers, more = getattr(config, "num_hidden_layers", 0), getattr(config, "num_nextn_predict_layers", 0) or 0
-    lists = [p for p, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
-    return [f"{path}.{layers + index}." for path in lists for index in range(more)]
-
-
-def mapped(model: torch.nn.Module) -> Callable[[str], str | None] | None:
-    """How the model renames a checkpoint tensor: by its `hf_to_vllm_mapper`, then by those of parts that load themselves.
-
-    Returns:
-        name -> name in the model, or None for one that a mapper says to ignore; None if the model has no mapper.
-    """
-    mappers = [
-        (f"{path}." if path else "", module.hf_to_vllm_mapper)
-        for path, module in model.named_modules()  # outer before inner
-        if getattr(module, "hf_to_vllm_mapper", None) is not None and callable(getattr(module, "load_weights", None))
-    ]
-
-    def rename(name: str) -> str | None:
-        for path, mapper in mappers:
-            if name.startswith(path):
-                rest = mapper.apply_list([name[len(path) :]])
-                if not rest:
-                    return None
-                name = path + rest[0]
-        return name
-
-    return rename if mappers else None
-
-
-class Selection:
-    """Which tensors of a checkpoint a model is handed, and the count of what it was handed.
-
-    Attributes:
-        prefixes: what is dropped, under the model's names.
-        offered: tensors that the sources' indexes list; None when a source has no index.
-        nbytes, files: bytes and shards handed over.
-        names, twice, quantised: of the tensors handed over, those that came more than once, the FP8 weights.
-    """
-
-    def __init__(self, model: torch.nn.Module, model_config: ModelConfig):
-        prefixes = missing_prefixes(model)
-        group, text = get_pp_group(), model_config.hf_text_config
-        if getattr(text, "tie_word_embeddings", False) and (group.is_first_rank or group.is_last_rank):
-            # One tensor for embedding and head: a model may load the one that it has from the name of the other.
-            prefixes = [prefix for prefix in prefixes if any(part.isdigit() for part in prefix.split("."))]
-        self.unused: Callable[[str], bool] | None = None
-        if is_drafter(model_config):
-            prefixes += prefixes_before_drafter(model, getattr(text, "num_hidden_layers", 0))
-            self.unused = getattr(model, "is_unused_checkpoint_weight", None)  # vLLM >= 0.32: the model says so itself
-        self.prefixes = prefixes
-        self._speculative = Prefixes(speculative_prefixes(model, text))
-        self._missing, self._mapped = Prefixes(prefixes), mapped(model)
-        self.offered: int | None = 0
-        self.nbytes = self.files = self.files_offered = 0
-        self.names: set[str] = set()
-        self.twice: list[str] = []
-        self.quantised: list[str] = []
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing is dropped, as without pipeline parallelism."""
-        return not self.prefixes and self.unused is None
-
-    def wants(self, name: str) -> bool:
-        """False only for a tensor whose mapped name lies under one of the prefixes, or that a drafter says it ignores."""
-        place = self._mapped(name) if self._mapped else name
-        if place is not None and self._missing.cover(place):
-            return False
-        return self.unused is None or not self.unused(name)
-
-    def idle(self, names: list[str]) -> set[str]:
-        """Of names that are handed over those that the model is not expected to use: MTP layers are handed to the main
-        model too, in case it knows better, but not read ahead."""
-        if self._mapped is None:
-            return set(self._speculative.cut(names)[1])
-        return {name for name in names if (place := self._mapped(name)) is None or self._speculative.cover(place)}
-
-    def among(self, names: Iterable[str]) -> list[str]:
-        """Those of many names that are wanted."""
-        if self._mapped is None and self.unused is None:
-            return self._missing.cut(names)[0]
-        return list(filter(self.wants, names))
-
-    def saw(self, weight_map: dict[str, str], files: list[str], chosen: list[str]) -> None:
-        """Count a source: the tensors that its index lists (unknown without one) and its files."""
-        self.offered = self.offered + len(weight_map) if weight_map and self.offered is not None else None
-        self.files += len(chosen)
-        self.files_offered += len(files)
-
-    def count(self, names: list[str], header: Header, prefix: str = "") -> None:
-        """Count the tensors of a shard that are handed over, all at once: one by one it would cost 10 ms a stage."""
-        self.nbytes += sum(end - start for _, _, start, end in map(header.__getitem__, names))
-        handed = [prefix + name for name in names] if prefix else names
-        self.quantised += [name for name, read in zip(handed, names) if header[read][0] == "F8_E4M3"]
-        self.twice += sorted(self.names.intersection(handed))
-        self.names.update(handed)
-
-    def counted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in weights:
-            self.nbytes += tensor.nbytes
-            if name in self.names:
-                self.twice.append(name)
-            self.names.add(name)
-            if tensor.dtype is FP8:
-                self.quantised.append(name)
-            yield name, tensor
-
-    @property
-    def handed(self) -> int:
-        """Tensors handed over so far."""
-        return len(self.names) + len(self.twice)
-
-    def unpaired(self) -> list[str]:
-        """FP8 weights that came without a scale and scales that came without a weight, each with what is missing."""
-        names = self.names
-        found = [
-            f"{name!r} came, {name}_scale_inv did not"
-            for name in self.quantised
-            if f"{name}_scale_inv" not in names and f"{name}_scale" not in names
-        ]
-        scales = (name for name in names if name.endswith((".weight_scale_inv", ".weight_scale")))
-        weights = ((name, name.rpartition("_scale")[0]) for name in scales)
-        return found + sorted(f"{name!r} came, {weight} did not" for name, weight in weights if weight not in names)
-
-    def __str__(self) -> str:
-        of = f" of {self.offered:,}" if self.offered else ""
-        files = f" from {self.files} of {self.files_offered} files" if self.files_offered else ""
-        twice = f", {len(self.twice)} of them twice, e.g. {self.twice[0]!r}" if self.twice else ""
-        return f"{self.handed:,}{of} tensors{twice}, {self.nbytes / 1e9:.3f} GB{files}"
-
-
-def is_drafter(model_config: ModelConfig) -> bool:
-    return model_config.runner_type == "draft"
-
-
-# --- the loader ---------------------------------------------------------------------------------------------------
 
 
 class StageModelLoader(DefaultModelLoader):
@@ -392,31 +219,6 @@ def read_fast(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         with fastsafe_open(filenames=[file], nogds=device == "cpu", device=device) as shard:
             for name in shard.keys():  # noqa: SIM118  not a dict
                 yield name, shard.get_tensor(name).clone()
-
-
-# --- what may stay at init ----------------------------------------------------------------------------------------
-
-
-def accounted(left: Iterable[str], model: torch.nn.Module, model_config: ModelConfig) -> dict[str, str]:
-    """Of the parameters left at init those that no checkpoint has to hold -> why."""
-    why = {}
-    scales = {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod)
-        for name, _ in module.named_parameters()
-    }
-    for name in left:
-        if name in scales:
-            why[name] = "a scale of the KV cache, 1 unless the checkpoint has one"
-        elif is_drafter(model_config):
-            why.update((name, reason) for suffix, reason in SHARED_BY_DRAFTER.items() if name.endswith(suffix))
-    return why
-
-
-def quantises_online(model: torch.nn.Module) -> bool:
-    """Whether vLLM replaces parameters while it loads (`--quantization fp8` on a BF16 checkpoint)."""
-    return any(getattr(getattr(m, "quant_method", None), "uses_meta_device", False) for m in model.modules())
 
 
 def stage_name(model_config: ModelConfig) -> str:

@@ -13,28 +13,22 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from glmpp.checkpoint import (
-    INDEX_FILE,
-    MAX_HEADER_BYTES,
-    Checkpoint,
-    TensorSpec,
-    check_index,
-    natural_key,
-    parse_index,
-    parse_json,
-    read_header,
-)
 from glmpp.errors import GlmppError
+from glmpp.formats.files import parse_json
+from glmpp.formats.header import MAX_HEADER_BYTES, read_header
+from glmpp.formats.index import INDEX_FILE, check_index, natural_key, parse_index
+from glmpp.formats.tensor import TensorSpec
 from glmpp.progress import progress_bar
 
 FIRST_BYTES = 150_000  # of each shard; of GLM-5.1-FP8's 119,000 tensors a 142nd makes a header of 111 kB
 CONNECTIONS = 8
 PAUSES = (0.5, 1.0)  # seconds before the second and the third attempt
-
 T = TypeVar("T")
 
 
-def from_hub(repo_id: str, revision: str | None = None, progress: bool | None = None) -> Checkpoint:
+def read_repository(
+    repo_id: str, revision: str | None = None, progress: bool | None = None
+) -> tuple[list[TensorSpec], dict, str]:
     """Read config.json, the index and the safetensors headers of a model repository; no weight is downloaded.
 
     Args:
@@ -43,7 +37,7 @@ def from_hub(repo_id: str, revision: str | None = None, progress: bool | None = 
         progress: show a progress bar over the shards.
 
     Returns:
-        What `Checkpoint.from_directory` gives for the downloaded folder, with `directory` None and `source`
+        What `Checkpoint.from_directory` finds in the downloaded folder: its tensors and its config; and the source,
         `owner/name@commit`. 150 kB of each shard are transferred, and the whole header where that is longer.
 
     Raises:
@@ -79,7 +73,7 @@ def from_hub(repo_id: str, revision: str | None = None, progress: bool | None = 
         if listed:
             check_index(f"{repo.source}/{file}", listed[file], held.keys())
         specs += [TensorSpec(name, *held[name][:2], file) for name in sorted(held)]
-    return Checkpoint(specs, config, source=repo.source)
+    return specs, config, repo.source
 
 
 class _Repository:

@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from glmpp.checkpoint import Checkpoint, TensorSpec
+from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import dequantize, quantize, spread
 from glmpp.errors import GlmppError
-from glmpp.forward import transformers_model
+from glmpp.formats.tensor import TensorSpec
+from glmpp.lab.forward import transformers_model
 from glmpp.progress import progress_bar
 
 
@@ -170,9 +171,6 @@ def error_by_magnitude(original: torch.Tensor, block_size: tuple[int, int] = (12
     return table.dropna()
 
 
-# --- wrong dequantisations, to recognise them by ------------------------------------------------------------------
-
-
 def _floor_blocks(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """The block size inferred as shape // grid: on a ragged edge the grid is stretched over too small blocks."""
     rows, cols = (size // parts for size, parts in zip(codes.shape, scale.shape))
@@ -206,9 +204,6 @@ def gallery(original: torch.Tensor, block_size: tuple[int, int] = (128, 128)) ->
     results = {"right": dequantize(codes, scale, block_size, dtype=torch.float32)}
     results |= {name: wrong(codes, scale, block_size) for name, wrong in WRONG.items()}
     return {name: (values, error_stats(original, values)) for name, values in results.items()}
-
-
-# --- what it does to the indexer ----------------------------------------------------------------------------------
 
 
 def indexer_scores(

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from glmpp._server import ask
 from glmpp.checkpoint import Checkpoint
-from glmpp.dry_run import vllm_version
 from glmpp.errors import GlmppError
 from glmpp.partition import make_stages, stage_bytes
 from glmpp.progress import progress_bar
+from glmpp.verdict.forks import ask
+from glmpp.verdict.installed import vllm_version
 
 STOCK, GLMPP, FLOOR = "stock", "glmpp", "in-memory list"
 PARTS = ("choosing", "reading", "dequantising", "vllm")
@@ -88,7 +88,7 @@ def load_times(
         cache: "warm": a load that is not counted has read before what those that are read; "cold": the shards are
             dropped from the page cache before each load.
         repeats: loads of each stage that are counted, for all formats or by format.
-        reader: the load format's reader, see `glmpp.vllm_plugin.StageModelLoader`; GLMPP only.
+        reader: the load format's reader, see `glmpp.engine.load_format.StageModelLoader`; GLMPP only.
         recorded: where to save to with GLMPP_RECORD=1, and what to return where vLLM is not installed.
 
     Raises:

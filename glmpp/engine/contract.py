@@ -6,7 +6,6 @@ with `hasattr` where they are used and are not listed.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from functools import cache, reduce
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -15,17 +14,23 @@ from glmpp.errors import GlmppError
 
 LAST_SEEN = "0.33.0"
 LOAD_FORMAT, DRY_RUN = "the load format", "the dry run"
+
+
 STILL_WORKS = {
     LOAD_FORMAT: "vLLM's own load formats, and everything of the kit that does not import vLLM",
     DRY_RUN: "the load format, and everything of the kit that does not import vLLM",
 }
+
 LOADER = "vllm.model_executor.model_loader"
+
+
 NAMES = {
     "vllm.config:ModelConfig": LOAD_FORMAT,
     "vllm.config.load:LoadConfig": LOAD_FORMAT,
     "vllm.distributed.parallel_state:get_pp_group": LOAD_FORMAT,
     "vllm.logger:init_logger": LOAD_FORMAT,
     "vllm.model_executor.layers.quantization.kv_cache:BaseKVCacheMethod": LOAD_FORMAT,
+    "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding": LOAD_FORMAT,
     f"{LOADER}:get_model_loader": LOAD_FORMAT,
     f"{LOADER}:register_model_loader": LOAD_FORMAT,
     f"{LOADER}.default_loader:DefaultModelLoader.Source": LOAD_FORMAT,

@@ -1,4 +1,4 @@
-"""In the child process: load pipeline stages for real, with a clock in each part. Answers `glmpp.load_time`."""
+"""In the child process: load pipeline stages for real, with a clock in each part. Answers `glmpp.verdict.load_time`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.utils.torch_utils import set_default_torch_dtype
 
-from glmpp._dry_run_child import HELPER, Stages, pretend_rank
+from glmpp.engine.build import Place
+from glmpp.engine.groups import pretend_rank
+from glmpp.engine.guards import HELPER
+from glmpp.engine.load_format import StageModelLoader
+from glmpp.engine.stage import Stages
 
 
 class Clock:
@@ -111,7 +118,8 @@ class Bench:
     def build(self, rank: int, size: int) -> None:
         self.model = None  # the stage before it goes first
         pretend_rank(rank, size)
-        self.model, self.config, _ = self.stages.build(rank, size)
+        built = self.stages.builder.build(Place(rank, size), "cpu")
+        self.model, self.config = built.model, built.config
         self.config.load_config.use_tqdm_on_load = False
         if self.request["reader"]:
             self.config.load_config.model_loader_extra_config = {"reader": self.request["reader"]}
@@ -121,10 +129,6 @@ class Bench:
 
     def load(self, cache: str, weights: list | None = None) -> dict:
         """One load; from a list in memory if one is given, otherwise by the loader that vLLM chooses."""
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader import get_model_loader
-        from vllm.utils.torch_utils import set_default_torch_dtype
-
         self.stages.guard.reset()
         clock = Clock()
         clock.wrap_helpers()
@@ -154,8 +158,6 @@ class Bench:
 
     def in_memory(self) -> list[tuple[str, torch.Tensor]]:
         """What the load format hands this stage, copied into memory: the floor that no reading can go under."""
-        from glmpp.vllm_plugin import StageModelLoader
-
         loader = StageModelLoader(self.config.load_config)
         return [(n, tensor.clone()) for n, tensor in loader.get_all_weights(self.config.model_config, self.model)]
 

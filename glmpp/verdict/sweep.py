@@ -18,14 +18,20 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from glmpp._server import run_stages
-from glmpp.checkpoint import Checkpoint, TensorSpec
-from glmpp.dry_run import CANNOT_TELL, LOADS, DryRunReport, StageReport, ask_vllm, assemble, stage_request
+from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
+from glmpp.formats.tensor import TensorSpec
 from glmpp.progress import progress_bar
+from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.dry_run import stage_request
+from glmpp.verdict.forks import run_stages
+from glmpp.verdict.installed import ask_vllm
+from glmpp.verdict.report import CANNOT_TELL, LOADS, DryRunReport, StageReport, assemble
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
 
 SIZES = (1, 2, 3)
 VARIANTS = ("plain", "tied", "fp8")
@@ -33,6 +39,8 @@ BLOCK = 128
 SECONDS_PER_CASE = 120
 FOLDER = re.compile(r"/[^\s'\"]*glmpp-\w+(/model)?")
 LINEAR = re.compile(r"\.layers\..+(_proj|_proj_with_mqa|\.wq_b|\.wk)\.weight$")
+
+
 # Kept in BF16 by the hub's block-FP8 checkpoints: the indexer's head weights, small projections of Mamba, other towers;
 # and Kimi's delta attention (known by its f_a_proj), whose projections vLLM fuses into one BF16 parameter.
 NOT_QUANTISED = re.compile(r"\.(weights_proj|dt_proj|x_proj)\.|visual|vision|audio|mtp")
@@ -117,8 +125,10 @@ class Sweep:
         """vLLM's own classes that have a verdict."""
         return {case.model_class for case in self.counted if case.model_class}
 
-    def findings(self) -> pd.DataFrame:
+    def findings(self) -> DataFrame:
         """One row per case and pipeline size that fails although PP=1 loads."""
+        from pandas import DataFrame
+
         rows = [
             {
                 "architecture": case.architecture,
@@ -134,12 +144,14 @@ class Sweep:
             for case in self.counted
             for found in case.findings
         ]
-        return pd.DataFrame(rows)
+        return DataFrame(rows)
 
-    def uncounted(self) -> pd.Series:
+    def uncounted(self) -> Series:
         """Why cases do not count, and how many of each reason."""
+        from pandas import Series
+
         reasons = Counter(case.why.split(":")[0] for case in self.cases if not case.counts)
-        return pd.Series(dict(reasons.most_common()), name="cases", dtype=int)
+        return Series(dict(reasons.most_common()), name="cases", dtype=int)
 
     def save(self, path: str | Path) -> None:
         head = {"recorded": f"on {time.strftime('%Y-%m-%d')}", "versions": self.versions, "machine": self.machine}
@@ -257,21 +269,15 @@ def block_fp8(checkpoint: Checkpoint) -> Checkpoint:
 def dry_runs(checkpoint: Checkpoint, guard: str, sizes: tuple[int, ...] = SIZES) -> list[DryRunReport]:
     """`dry_run` for several pipeline sizes in one fork, which imports the model's module once."""
     runs = [{"rank": rank, "size": size, "drafter": False, "control": False} for size in sizes for rank in range(size)]
-    messages = run_stages(checkpoint, stage_request(checkpoint, guard), runs, workers=1, timeout=SECONDS_PER_CASE)
-    return [
-        assemble(
-            {
-                "pp_size": size,
-                "guard": guard,
-                "layer_counts": None,
-                "real_group": False,
-                "seconds": 0.0,
-                "messages": [message for message in messages if message.get("size", size) == size],
-            },
-            checkpoint,
-        )
-        for size in sizes
-    ]
+    request = stage_request(checkpoint, Deployment(guard=guard))
+    messages = run_stages(checkpoint, request, runs, workers=1, timeout=SECONDS_PER_CASE)
+    reports = []
+    for size in sizes:
+        of_size = [message for message in messages if message.get("size", size) == size]
+        evidence = {"real_group": False, "seconds": 0.0, "messages": of_size}
+        deployment = Deployment(size, guard=guard)
+        reports.append(assemble(evidence, checkpoint, deployment, deployment.stages(checkpoint.config)))
+    return reports
 
 
 def judge(case: Case, reports: list[DryRunReport]) -> None:

@@ -1,0 +1,1 @@
+"""What runs inside a process that has vLLM. Of this only `contract` is imported where vLLM may be missing."""

@@ -1,0 +1,71 @@
+"""What became of every tensor and every parameter in a stage's load, from the writes that were seen."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from itertools import groupby
+
+from glmpp.engine.left_at_init import accounted
+from glmpp.engine.padding import padding
+from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
+from glmpp.engine.stage_load import StageLoad
+from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, UNEXPECTED
+from glmpp.partition import OTHER_STAGE, SPECULATIVE, Prefixes
+
+SCALE = re.compile(r"_scale(_inv)?$")
+
+
+class Account:
+    """The columns of one load's ledger.
+
+    Attributes:
+        missing: vLLM's placeholders on this stage, as prefixes.
+    """
+
+    def __init__(self, load: StageLoad, names: list[str], drafted: list[str] | None):
+        """Args:
+        names: all tensors of the checkpoint, in its order.
+        drafted: for a drafter the prefixes of its own layers under the checkpoint's names, otherwise None.
+        """
+        self.load, self.names, model = load, names, load.built.model
+        self.missing, self._rename = missing_prefixes(model), mapped(model) or (lambda name: name)
+        self._elsewhere = Prefixes(self.missing)
+        self._speculative = Prefixes(speculative_prefixes(model, load.built.model_config.hf_text_config))
+        self._drafted = None if drafted is None else Prefixes(drafted)
+        stored = load.recorder.stored
+        # A buffered pair is stored when its second half arrives: the write credits both.
+        self._stems = {SCALE.sub("", name) for name in stored if re.search(r"\.weight(_scale)?", name)}
+        self._reached = set(load.recorder.order)
+        selection = getattr(load.loader, "selection", None)
+        self._dropped = set() if selection is None else {name for name in names if not selection.wants(name)}
+
+    def column(self, name: str) -> str:
+        """Where a tensor belongs in the ledger."""
+        if name not in self._reached and name not in self._dropped:
+            return NOT_REACHED
+        if name in self.load.recorder.stored or SCALE.sub("", name) in self._stems:
+            return LOADED
+        if self._drafted is not None:
+            return UNEXPECTED if self._drafted.cover(name) else OTHER_STAGE
+        place = self._rename(name)
+        if place is None:
+            return IGNORED
+        if self._speculative.cover(place):
+            return SPECULATIVE
+        return OTHER_STAGE if self._elsewhere.cover(place) else UNEXPECTED
+
+    def message(self) -> dict:
+        """The account as plain values; neighbours in the same column are one entry."""
+        load, recorder, model = self.load, self.load.recorder, self.load.built.model
+        sizes, added = {name: p.numel() for name, p in model.named_parameters()}, padding(model)
+        return {
+            "handed_over": len(recorder.order),
+            "order": hashlib.sha256("\n".join(recorder.order).encode()).hexdigest(),
+            "columns": [[column, len(list(run))] for column, run in groupby(map(self.column, self.names))],
+            "parameters": {name: [recorder.written.get(name, size), size] for name, size in sizes.items()},
+            "missing_prefixes": self.missing,
+            "padding": added,
+            "accounted": accounted(recorder.left_at_init(added), model, load.built.model_config),
+            "held": {name: size for name, size in load.held.items() if self.column(name) == OTHER_STAGE},
+        }

@@ -1,0 +1,57 @@
+"""What a fork answers to each kind of request."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from vllm.distributed.utils import get_pp_indices
+from vllm.model_executor.models.registry import ModelRegistry
+
+from glmpp.engine import contract, load_time
+from glmpp.engine.build import Place
+from glmpp.engine.groups import init_groups, pretend_rank, set_layer_counts
+from glmpp.engine.stage import Stages
+from glmpp.engine.tiny_models import make
+
+
+def serve(request: dict, world: dict, turns: int, send: Callable[[dict], None]) -> None:
+    """Answer one request: those of its runs that are this fork's turn, one message each.
+
+    Args:
+        request: its `kind` and what that needs.
+        world: rank, size and the file of the process group that this fork is in.
+        turns: where the numbers of the runs come from, two bytes each.
+    """
+    kind = request["kind"]
+    if kind == "tiny_model":
+        return send({"kind": kind, **make(request["architecture"], Path(request["directory"]), request["tied"])})
+    if kind == "architectures":
+        return send({"kind": kind, "names": sorted(ModelRegistry.get_supported_archs()), "versions": versions()})
+    if kind == "pp_indices":
+        set_layer_counts(request["layer_counts"])
+        indices = [[get_pp_indices(layers, rank, size) for rank in range(size)] for layers, size in request["cases"]]
+        return send({"kind": kind, "indices": indices})
+    init_groups(world["rank"], world["size"], world["group"])
+    send({"kind": "ready", "versions": versions()})
+    if kind == "load_time":
+        return load_time.measure(request, send)
+    stages = Stages(request)
+    while number := os.read(turns, 2):
+        at = int.from_bytes(number, sys.byteorder)
+        run = request["runs"][at]
+        if world["size"] == 1:
+            pretend_rank(run["rank"], run["size"])
+        send({"kind": "stage", "run": at, **run, **stages.run(Place(run["rank"], run["size"], run["drafter"]))})
+
+
+def versions() -> dict[str, str | None]:
+    return {
+        "python": platform.python_version(),
+        "vllm": contract.vllm_version(),
+        **{name: version(name) for name in ("torch", "transformers")},
+    }

@@ -1,0 +1,81 @@
+"""A stage's model, built as vLLM builds it: its own config checks, model class and placeholders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import utils
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from glmpp.engine.groups import set_layer_counts
+from glmpp.engine.stand_ins import StandIns
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is built: a rank of a pipeline, or the drafter that runs on it."""
+
+    rank: int
+    size: int
+    drafter: bool = False
+
+
+@dataclass
+class Built:
+    """A model with the configs that it was built from. `model_config` is the drafter's own if it is one."""
+
+    model: torch.nn.Module
+    config: VllmConfig
+    model_config: ModelConfig
+
+
+class ModelBuilder:
+    """Builds the models of a request's stages.
+
+    Attributes:
+        stand_ins: what stands in for parts that cannot be built here.
+        num_layers: main layers, as vLLM counts them; None before the first config is made.
+    """
+
+    def __init__(self, request: dict):
+        self.request, self.stand_ins, self.num_layers = request, StandIns(request["strict"]), None
+
+    def vllm_config(self, place: Place) -> VllmConfig:
+        """The config that `vllm serve` would make, after all its checks. Raises whatever vLLM refuses it with."""
+        set_layer_counts(self.request["layer_counts"] if place.size > 1 else None)
+        config = EngineArgs(
+            model=self.request["model"],
+            skip_tokenizer_init=True,
+            load_format="glmpp" if self.request["guard"] == "loader" else "safetensors",
+            enforce_eager=True,
+            enable_prefix_caching=False,  # the CPU platform turns it off halfway, and then other checks fail
+            max_model_len=512,  # nominal: nothing is generated
+            pipeline_parallel_size=place.size,
+            distributed_executor_backend="mp",
+            speculative_config={"method": "mtp", "num_speculative_tokens": 1} if place.drafter else None,
+        ).create_engine_config()
+        config.parallel_config.rank = place.rank
+        self.num_layers = config.model_config.get_total_num_hidden_layers()
+        return config
+
+    def build(self, place: Place, device: str) -> Built:
+        """A stage's model with its parameters on a device.
+
+        Raises:
+            Exception: of whatever kind the config checks or the model's class end with.
+        """
+        utils._model_to_pp_missing_layer_names.clear()  # keyed by id(model), and ids are reused: see missing_prefixes
+        config = self.vllm_config(place)  # what fails here no stand-in is for
+
+        def construct() -> Built:
+            nonlocal config
+            mine, config = config or self.vllm_config(place), None  # layers register in it: another attempt needs another
+            model_config = mine.speculative_config.draft_model_config if place.drafter else mine.model_config
+            with set_current_vllm_config(mine), set_default_torch_dtype(model_config.dtype), torch.device(device):
+                return Built(initialize_model(vllm_config=mine, model_config=model_config), mine, model_config)
+
+        return self.stand_ins.build(construct)

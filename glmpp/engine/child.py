@@ -1,0 +1,150 @@
+"""The process that has imported vLLM: it forks for every request, so that patches and process groups stay in the fork.
+
+Real: EngineArgs and every config check, the model class and its `__init__`, `make_layers`, the placeholders, the default
+loader, `load_weights`, every parameter's `weight_loader`. Stand-ins, and why each is needed, are in `stand_ins`. Nothing
+here is imported by the parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib.util
+import json
+import os
+import resource
+import selectors
+import signal
+import socket
+import struct
+import sys
+import traceback
+
+from glmpp.engine import contract
+from glmpp.engine.stand_ins import inspect_in_process, install_platform
+
+# Before torch and vLLM are imported. The GPU, if there is one, stays unseen: verdicts must not depend on the machine.
+os.environ.update(
+    CUDA_VISIBLE_DEVICES="",
+    VLLM_CONFIGURE_LOGGING="0",
+    VLLM_NO_USAGE_STATS="1",
+    DO_NOT_TRACK="1",
+    HF_HUB_OFFLINE="1",
+    HUMMING_DISABLE_PARALLEL_BUILD="1",  # vLLM >= 0.32 starts background compiles from an import
+    TQDM_DISABLE="1",
+    VLLM_ALLOW_LONG_MAX_MODEL_LEN="1",  # the length asked for is nominal: nothing is generated
+)
+
+
+# jsonschema imports it where it is installed (JupyterLab brings it) and builds a grammar for 3.6 s; vLLM never uses it.
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
+
+
+def preload() -> None:
+    """Everything slow and common to all requests: half a minute of imports the first time, a second once forked."""
+    install_platform()
+    contract.require(contract.DRY_RUN)
+    import glmpp.engine.answers  # noqa: F401  imports vLLM, which has to find the platform
+
+    inspect_in_process()
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    get_quantization_config("fp8")
+    for module in ("deepseek_v2", "deepseek_mtp"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"vllm.model_executor.models.{module}")
+
+
+def peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def end_with_parent() -> None:
+    """Let the kernel of the system end this process with the server, which ends with the kernel of the notebook."""
+    with contextlib.suppress(AttributeError):  # Linux has it
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def answer(names: dict, pipe: int, turns: int) -> None:
+    """In a fork of its own: read the request, write messages into the pipe and everything else into the log.
+
+    Args:
+        names: request, log, group: files in a folder of the request's own; rank and size in the process group.
+        turns: where the numbers of the runs come from, two bytes each.
+    """
+    end_with_parent()
+    log = os.open(names["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    shared = resident_bytes()
+    with os.fdopen(pipe, "w") as channel:
+
+        def send(message: dict) -> None:
+            channel.write(json.dumps(message) + "\n")
+            channel.flush()
+
+        send({"kind": "pid", "pid": os.getpid()})
+        try:
+            with open(names["request"]) as file:
+                request = json.load(file)
+            os.chdir(os.path.dirname(names["request"]))
+            from glmpp.engine.answers import serve
+
+            serve(request, names, turns, send)
+            send({"kind": "end", "peak_rss_bytes": peak_rss_bytes(), "shared_bytes": shared})
+        except BaseException:
+            traceback.print_exc()  # before the pipe closes: the parent reads the log then
+            sys.stderr.flush()
+            raise
+
+
+def main(descriptor: int) -> None:
+    """Import vLLM once, then fork for every message on a connection, so that no request sees another's patches.
+
+    A message is a JSON object, see `answer`, and with it come the pipe to answer into and the one that gives out turns.
+    The process ends when the last connection is closed: those who asked have gone.
+
+    Args:
+        descriptor: of a listening socket, which somebody has connected to.
+    """
+    preload()
+    gc.freeze()  # what the forks inherit is not theirs to look through, and stays shared
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished forks are reaped by the kernel
+    listening, sockets = socket.socket(fileno=descriptor), selectors.DefaultSelector()
+    sockets.register(listening, selectors.EVENT_READ)
+    while True:
+        for key, _ in sockets.select():
+            if key.fileobj is listening:
+                client, _ = listening.accept()
+                if is_same_user(client):
+                    sockets.register(client, selectors.EVENT_READ)
+                continue
+            names, pipes, *_ = socket.recv_fds(key.fileobj, 4096, 2)
+            if not names:
+                sockets.unregister(key.fileobj)
+                key.fileobj.close()
+                if len(sockets.get_map()) == 1:
+                    return
+                continue
+            if os.fork() == 0:
+                try:
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    for other in list(sockets.get_map().values()):
+                        other.fileobj.close()
+                    answer(json.loads(names), *pipes)
+                finally:
+                    os._exit(0)  # no exit handlers: they are the server's
+            for pipe in pipes:
+                os.close(pipe)
+
+
+def is_same_user(client: socket.socket) -> bool:
+    """Whether a connection is this user's. The socket has no file whose permissions would see to it."""
+    _pid, uid, _gid = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return uid == os.getuid()

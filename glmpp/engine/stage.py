@@ -1,0 +1,110 @@
+"""One stage, built and loaded with the installed vLLM's own classes, and the evidence for its verdict."""
+
+from __future__ import annotations
+
+import re
+import time
+
+from vllm.model_executor.model_loader import get_model_loader
+
+from glmpp.engine.account import Account
+from glmpp.engine.build import ModelBuilder, Place
+from glmpp.engine.guards import Guard
+from glmpp.engine.load_format import StageModelLoader
+from glmpp.engine.source import Source
+from glmpp.engine.stage_load import StageLoad
+from glmpp.engine.traces import describe
+from glmpp.ledger import digest
+
+# What PyTorch says when code asks a meta tensor for its data. It is no verdict on the checkpoint.
+NEEDS_DATA = re.compile(r"copy out of meta tensor|on meta tensors|_local_scalar_dense|data is not allocated yet")
+SMALL_ENOUGH = 2_000_000_000  # bytes of a checkpoint that is tried again with data, on the CPU
+
+
+class Stages:
+    """Builds and loads the stages that a request asks for."""
+
+    def __init__(self, request: dict):
+        self.request = request
+        self.source = Source(request["tensors"])
+        self.guard = Guard(request["guard"], request["helper"], request["callers"])
+        self.builder = ModelBuilder(request)
+        self.real = request["weights"] == "real"
+
+    def loader(self, config, hand_over, device: str):
+        """The loader that vLLM chooses, its source replaced by empty tensors unless real bytes are asked for.
+
+        Args:
+            hand_over: what the iterator of weights passes through on its way to the model.
+            device: of the empty tensors.
+        """
+        source, real, chosen = self.source, self.real, type(get_model_loader(config.load_config))
+
+        class Loader(chosen):
+            def get_all_weights(self, model_config, model):
+                return hand_over(super().get_all_weights(model_config, model))
+
+            def _get_weights_iterator(self, files):
+                if real:
+                    return super()._get_weights_iterator(files)
+                weights = source.hand_over(device)
+                if not isinstance(self, StageModelLoader):
+                    return weights
+                return self.selection.counted(pair for pair in weights if self.selection.wants(pair[0]))
+
+            def check(self, left, model, model_config):
+                if real:  # meta tensors have no addresses to watch: the account goes by the operators instead
+                    super().check(left, model, model_config)
+
+        return Loader(config.load_config)
+
+    def run(self, place: Place) -> dict:
+        """Build and load a stage; once more with data on the CPU if the model asks for some.
+
+        Nothing carries over from one run to the next: which of them share a process must not show in what is said of them.
+        """
+        device = "cpu" if self.real else "meta"
+        result, needs_data = self.attempt(place, device)
+        if needs_data and device == "meta":
+            if sum(self.source.nbytes.values()) > SMALL_ENOUGH:
+                return {**result, "verdict": "cannot tell"}
+            result, _ = self.attempt(place, "cpu")
+        return result
+
+    def attempt(self, place: Place, device: str) -> tuple[dict, bool]:
+        """A stage's verdict with its evidence, and whether all that it failed for is a tensor without data."""
+        result: dict = {"verdict": "cannot be built"}
+        needs_data, built, started = False, None, time.perf_counter()
+        self.builder.stand_ins.reset()
+        try:
+            built = self.builder.build(place, device)
+            result["build_seconds"] = time.perf_counter() - started
+            result["patched"] = self.guard.install()
+            load = StageLoad(built, self.guard, lambda *how: self.loader(*how, device=device), self.source.nbytes, device)
+            started = time.perf_counter()
+            load.run(self.request["all_deaths"])
+            result["load_seconds"] = time.perf_counter() - started
+            result["verdict"] = "dies" if load.deaths else "loads"
+            if load.deaths:
+                result.update(load.deaths[0], deaths=[{**death, "traceback": []} for death in load.deaths])
+                needs_data = bool(NEEDS_DATA.search(load.deaths[0]["message"]))
+            result.update(Account(load, self.source.names, self.drafted() if place.drafter else None).message())
+            if self.real:
+                result["digests"] = {name: digest(p) for name, p in built.model.named_parameters()}
+            result["model_class"] = f"{type(built.model).__module__}.{type(built.model).__qualname__}"
+        except Exception as error:
+            if built is not None:
+                raise  # not the model's fault
+            result.update(describe(error), build_seconds=time.perf_counter() - started)
+            if error.__cause__ is not None:
+                left = describe(error.__cause__)
+                result["message"] += f" (with stand-ins: {left['exception']}: {left['message'][:300]} in {left['place']})"
+            needs_data = bool(NEEDS_DATA.search(str(error)))
+        result.update(stand_ins=self.builder.stand_ins.reasons, device=device, num_layers=self.builder.num_layers)
+        return result, needs_data
+
+    def drafted(self) -> list[str]:
+        """Prefixes of the MTP layers under the checkpoint's names."""
+        config = self.request["config"]
+        first, count = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
+        return [f"model.layers.{first + index}." for index in range(count)]

@@ -1,0 +1,115 @@
+"""One tensor of a checkpoint: its name, and what safetensors and torch call its type."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from safetensors import SafetensorError, deserialize
+
+from glmpp.errors import GlmppError
+
+# safetensors' dtype name -> bits of an element, torch's name for it. https://github.com/huggingface/safetensors, `Dtype`
+# in tensor.rs.
+_DTYPES = {
+    "F64": (64, "float64"),
+    "F32": (32, "float32"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F4": (4, "float4_e2m1fn_x2"),  # an element of torch's holds two
+    "C64": (64, "complex64"),
+    "I64": (64, "int64"),
+    "I32": (32, "int32"),
+    "I16": (16, "int16"),
+    "I8": (8, "int8"),
+    "U64": (64, "uint64"),
+    "U32": (32, "uint32"),
+    "U16": (16, "uint16"),
+    "U8": (8, "uint8"),
+    "BOOL": (8, "bool"),
+}
+
+TORCH_DTYPES = {name: getattr(torch, kind) for name, (_, kind) in _DTYPES.items() if hasattr(torch, kind)}
+
+
+@cache
+def bits(dtype: str) -> int | None:
+    """Bits of an element of a safetensors dtype; None if neither the kit nor the installed library knows it.
+
+    One that the kit does not know the library is asked about: it accepts eight elements in the right number of bytes only.
+    """
+    if dtype in _DTYPES:
+        return _DTYPES[dtype][0]
+
+    def fits(elements: int, size: int) -> bool:
+        header = json.dumps({"a": {"dtype": dtype, "shape": [elements], "data_offsets": [0, size]}}).encode()
+        try:
+            deserialize(len(header).to_bytes(8, "little") + header + bytes(size))
+        except SafetensorError:
+            return False
+        return True
+
+    return next((size for size in range(1, 129) if fits(8, size)), None) if fits(0, 0) else None
+
+
+def in_torch(dtype: str, shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int, ...]] | None:
+    """torch's dtype and shape for a stored tensor; None if torch has none, and only the library can say more.
+
+    The shapes differ for F4 alone: it is stored with a shape in elements, and torch counts pairs along the last dimension.
+    """
+    kind = TORCH_DTYPES.get(dtype)
+    if kind is None:
+        return None
+    if dtype != "F4":
+        return kind, shape
+    return (kind, (*shape[:-1], shape[-1] // 2)) if shape and shape[-1] % 2 == 0 else None
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a checkpoint: its name, safetensors dtype, stored shape, and the shard that holds it (None: no file)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str | None = None
+
+    @property
+    def in_torch(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        """torch's dtype and shape for it. Raises GlmppError if torch has no type for it."""
+        if (found := in_torch(self.dtype, self.shape)) is None:
+            raise GlmppError(
+                f"{f'{self.file}: ' if self.file else ''}tensor {self.name!r}: torch {torch.__version__} has no type "
+                f"for {self.dtype} of shape {list(self.shape)}"
+            )
+        return found
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return self.in_torch[0]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk, in bytes."""
+        return self.numel * bits(self.dtype) // 8
+
+    @property
+    def is_scale(self) -> bool:
+        return self.name.endswith((".weight_scale_inv", ".weight_scale"))
+
+    def meta(self) -> torch.Tensor:
+        """The tensor without its data, on the meta device."""
+        dtype, shape = self.in_torch
+        return torch.empty(shape, dtype=dtype, device="meta")

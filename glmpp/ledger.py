@@ -1,0 +1,85 @@
+"""The ledger: what became of every tensor of the checkpoint, and of every parameter of the stage."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from glmpp.checkpoint import Checkpoint
+from glmpp.errors import GlmppError
+from glmpp.partition import OTHER_STAGE, OWN, SPECULATIVE, Stage
+
+LOADED, UNEXPECTED, NOT_REACHED = "loaded", "unexpected", "not reached"
+IGNORED = "ignored by the model"
+COLUMNS = (LOADED, OTHER_STAGE, SPECULATIVE, IGNORED, UNEXPECTED, NOT_REACHED)
+
+
+@dataclass
+class Ledger:
+    """What happened to every tensor of the checkpoint and to every parameter of the stage.
+
+    Attributes:
+        tensors: checkpoint tensor -> one of COLUMNS. "ignored by the model": its own mapping of names drops it.
+            "unexpected": handed over, neither stored nor known to be somebody else's. "not reached": the load died
+            before it (a load that ends well has none).
+        parameters: parameter -> (elements written, elements it has).
+        unpaired: tensor that came -> its other half, FP8 weight or scale, that never did.
+        padding: parameter -> elements of it that no checkpoint fills.
+    """
+
+    tensors: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, tuple[int, int]] = field(default_factory=dict)
+    unpaired: dict[str, str] = field(default_factory=dict)
+    padding: dict[str, int] = field(default_factory=dict)
+
+    def counts(self) -> dict[str, int]:
+        """Tensors per column; the columns add up to the checkpoint."""
+        found = Counter(self.tensors.values())
+        return {column: found[column] for column in COLUMNS}
+
+    @property
+    def left_at_init(self) -> list[str]:
+        """Parameters of which not every element was written, padding apart."""
+        padding = self.padding
+        return [name for name, (written, size) in self.parameters.items() if written < size - padding.get(name, 0)]
+
+    @property
+    def written_twice(self) -> list[str]:
+        return [name for name, (written, size) in self.parameters.items() if written > size]
+
+    def in_column(self, column: str) -> list[str]:
+        return [name for name, found in self.tensors.items() if found == column]
+
+    def check(self, checkpoint: Checkpoint, stage: Stage, may_stay_at_init: Iterable[str] = ()) -> None:
+        """Close the books: every tensor in one column, loaded == owned, nothing left at init, nothing written twice.
+
+        Args:
+            may_stay_at_init: parameters that the caller can account for, e.g. kv-cache scales.
+
+        Raises:
+            GlmppError: with the first tensor or parameter that does not balance.
+        """
+        for came, missing in self.unpaired.items():
+            raise GlmppError(f"{stage}: {came!r} came and {missing!r} never did, so neither is loaded")
+        if self.tensors.keys() != checkpoint.keys():
+            stray = sorted(self.tensors.keys() ^ checkpoint.keys())
+            raise GlmppError(f"{stage}: {len(stray)} tensors are in the checkpoint or the ledger only, e.g. {stray[0]!r}")
+        for name, column in self.tensors.items():
+            expected = {OWN: LOADED}.get(stage.column(name), stage.column(name))
+            if column != expected:
+                raise GlmppError(f"{stage}: tensor {name!r} is {column!r}, expected {expected!r}")
+        if left := sorted(set(self.left_at_init) - set(may_stay_at_init)):
+            raise GlmppError(f"{stage}: {len(left)} parameters are left at init, e.g. {left[0]!r}")
+        if self.written_twice:
+            raise GlmppError(f"{stage}: parameter {self.written_twice[0]!r} was written more than once")
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes, to compare what two loaders stored."""
+    head = f"{tensor.dtype} {list(tensor.shape)} ".encode()
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)  # a scalar has no dimension to view as bytes
+    return hashlib.sha256(head + flat.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,0 +1,101 @@
+"""Synthetic checkpoints of the GLM-5 family: real bytes, the same for the same seed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from glmpp.checkpoint import Checkpoint
+from glmpp.dequant import quantize
+from glmpp.errors import GlmppError
+from glmpp.formats.index import INDEX_FILE
+from glmpp.formats.tensor import TensorSpec
+from glmpp.progress import progress_bar
+
+
+def synthetic_original(spec: TensorSpec, seed: int = 0, std: float = 0.02) -> torch.Tensor:
+    """The unquantised values behind a tensor of a synthetic checkpoint, float32, a function of name and seed alone.
+
+    Norm weights are 1 + N(0, std); everything else is N(0, std), the model's `initializer_range`.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(spec.name.encode()) ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
+    values = torch.randn(spec.shape, generator=generator) * std
+    return values + 1 if "norm" in spec.name and spec.name.endswith(".weight") else values
+
+
+def write_checkpoint(
+    config: dict | str | Path,
+    directory: str | Path,
+    seed: int = 0,
+    max_shard_bytes: int = 5_000_000,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Checkpoint:
+    """Write a valid, sharded, synthetic checkpoint of the GLM-5 family with properly quantised FP8 weights.
+
+    Args:
+        config: a `glm_moe_dsa` config (`reduced_config` makes a small one).
+        directory: created; must not exist unless `overwrite`.
+        seed: the same seed and config give the same bytes.
+        max_shard_bytes: a new shard begins when the next tensor would pass this size.
+
+    Returns:
+        The written checkpoint, read back from its headers.
+
+    Raises:
+        GlmppError: bad config, `directory` exists, or it cannot be written (disk full). Nothing that looks finished is
+            left behind: the folder appears under its name in one rename, after the last byte.
+    """
+    directory, plan = Path(directory), Checkpoint.from_config(config)
+    if directory.exists() and not overwrite:
+        raise GlmppError(f"{directory}: exists already; choose another folder or pass overwrite=True")
+    block = tuple((plan.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128))
+
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in plan.values():
+        if shards[-1] and size + spec.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
+    try:
+        weight_map = {}
+        for number, specs in enumerate(progress_bar(shards, "writing shards", show=progress), start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {spec.name: _synthetic_tensor(spec, plan, seed, block) for spec in specs}
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(tensors, file))
+        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
+        (partial / INDEX_FILE).write_text(json.dumps(index, indent=1))
+        (partial / "config.json").write_text(json.dumps(plan.config, indent=1))
+        partial.chmod(0o755)
+        if overwrite:
+            shutil.rmtree(directory, ignore_errors=True)
+        os.rename(partial, directory)  # fails if somebody else's checkpoint has appeared there
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise GlmppError(f"{directory}: not written, nothing is left of it: {error}") from None
+        raise
+    return Checkpoint.from_directory(directory)
+
+
+def _synthetic_tensor(spec: TensorSpec, plan: Checkpoint, seed: int, block: tuple[int, int]) -> torch.Tensor:
+    """The bytes stored under `spec.name`; weight and scale of a pair come from the same original."""
+    if spec.is_scale:
+        weight = plan[spec.name.removesuffix("_scale_inv")]
+        return quantize(synthetic_original(weight, seed), block)[1]
+    original = synthetic_original(spec, seed)
+    return quantize(original, block)[0] if spec.dtype == "F8_E4M3" else original.to(spec.torch_dtype)

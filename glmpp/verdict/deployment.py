@@ -1,0 +1,95 @@
+"""What is asked: how a checkpoint is to be spread over GPUs, and whose code is to load it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from glmpp.errors import GlmppError
+from glmpp.formats.config import layer_count_said
+from glmpp.partition import PARTITION_VARIABLE, Stage, make_stages, parse_counts
+
+GUARDS = ("installed", "off", "helper", "loader")
+
+
+@dataclass(frozen=True)
+class Helper:
+    """A helper of the reader's in the place of vLLM's.
+
+    Attributes:
+        place: a function with the signature of `glmpp.loader.load_fp8_indexer_wk`: "module:function" of an installed
+            module, or "path/to/file.py:function".
+        callers: vLLM modules, e.g. ("deepseek_v2",), that follow its signature; others go on calling it with the
+            arguments of their release. None: all follow.
+    """
+
+    place: str = "glmpp.loader:load_fp8_indexer_wk"
+    callers: tuple[str, ...] | None = None
+
+    @property
+    def absolute(self) -> str:
+        """The place for a process that works in another folder."""
+        file, _, name = self.place.rpartition(":")
+        return f"{Path(file).resolve()}:{name}" if file.endswith(".py") else self.place
+
+    def __str__(self) -> str:
+        return "helper"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A way to serve a checkpoint. Made once and handed down.
+
+    Attributes:
+        pp: pipeline stages.
+        layer_counts: layers of each stage, as numbers or as in VLLM_PP_LAYER_PARTITION; None: what that variable
+            says, without it vLLM's even split.
+        drafter: the MTP drafter runs, too, on the last stage.
+        guard: "installed": vLLM as it is; "off": the skip taken away (a release without one is unchanged); "helper", or a
+            `Helper`: another helper in place of vLLM's, by default the kit's; "loader": nothing patched, the load format
+            "glmpp" decides what is handed over.
+
+    Raises:
+        GlmppError: an unknown guard, or layer counts that are not one number for each stage.
+    """
+
+    pp: int = 1
+    layer_counts: tuple[int, ...] | list[int] | str | None = None
+    drafter: bool = False
+    guard: str | Helper = "installed"
+
+    def __post_init__(self):
+        if str(self.guard) not in GUARDS:
+            raise GlmppError(f"guard {self.guard!r} is unknown; choose one of {', '.join(GUARDS)}")
+        counts = os.environ.get(PARTITION_VARIABLE) if self.layer_counts is None else self.layer_counts
+        if counts is not None:
+            object.__setattr__(self, "layer_counts", tuple(parse_counts(counts, self.pp)))
+        if self.guard == "helper":
+            object.__setattr__(self, "guard", Helper())
+
+    @classmethod
+    def of(cls, asked: Deployment | int) -> Deployment:
+        """A deployment, or pipeline stages alone for a number."""
+        return asked if isinstance(asked, Deployment) else cls(pp=asked)
+
+    @property
+    def partition(self) -> str | None:
+        """The value of VLLM_PP_LAYER_PARTITION; None for vLLM's even split."""
+        return None if self.layer_counts is None else ",".join(map(str, self.layer_counts))
+
+    def stages(self, config: dict, num_layers: int | None = None, layer_list: str = "model.layers") -> list[Stage] | None:
+        """What each stage holds; None if the config does not say how many layers there are, and nobody knows better.
+
+        Args:
+            num_layers: main layers, as vLLM counts them.
+            layer_list: what the checkpoint calls the list of its layers.
+
+        Raises:
+            GlmppError: more stages than layers, or layer counts that do not add up.
+        """
+        num_layers = num_layers or layer_count_said(config)
+        if num_layers is None:
+            return None
+        counts = None if self.layer_counts is None else list(self.layer_counts)
+        return make_stages(config, self.pp, counts, self.drafter, layer_list, num_layers)

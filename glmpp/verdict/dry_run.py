@@ -1,0 +1,110 @@
+"""Will every pipeline stage load this checkpoint, on the vLLM that is installed? No GPU, no weights.
+
+The work is done in forks of a process that has imported vLLM (`glmpp.engine.child`), which `server` starts.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from glmpp.checkpoint import Checkpoint
+from glmpp.errors import GlmppError
+from glmpp.progress import progress_bar
+from glmpp.verdict.deployment import Deployment, Helper
+from glmpp.verdict.forks import run_group, run_stages
+from glmpp.verdict.installed import NO_VLLM, vllm_version
+from glmpp.verdict.report import DryRunReport, assemble
+
+
+def dry_run(
+    checkpoint: Checkpoint,
+    deployment: Deployment | int,
+    *,
+    weights: str = "meta",
+    ranks: list[int] | None = None,
+    control: bool = True,
+    real_group: bool = False,
+    strict: bool = False,
+    all_deaths: bool = False,
+    recorded: str | Path | None = None,
+    progress: bool | None = None,
+) -> DryRunReport:
+    """Build and load every stage with the installed vLLM's own classes, in processes of its own, one for each core.
+
+    Args:
+        checkpoint: from a folder, from the Hub, or from a config alone.
+        deployment: how it is to be served; a number of pipeline stages is short for `Deployment(pp=…)`.
+        weights: "meta" feeds tensors without data; "real" reads the folder's bytes onto the CPU with vLLM's reader.
+        ranks: stages to run; default all.
+        control: also run PP=1 (a single stage is its own control).
+        real_group: one process per stage in a real gloo pipeline group instead of processes with rewritten ranks.
+        strict: no stand-ins for parts of the model; a model that needs one cannot be built then.
+        all_deaths: drop the tensor that a stage dies at, go on, and list every death.
+        recorded: a saved report to return, labelled as such, where vLLM is not installed; written when GLMPP_RECORD=1.
+
+    Raises:
+        GlmppError: vLLM is not installed (and nothing was recorded), bad arguments, or the child broke down.
+    """
+    deployment = Deployment.of(deployment)
+    pp = deployment.pp
+    if weights not in ("meta", "real") or (weights == "real" and checkpoint.directory is None):
+        raise GlmppError(f"weights={weights!r}: choose 'meta', or 'real' for a checkpoint with files")
+    stages = deployment.stages(checkpoint.config)  # refuses what cannot be
+    ranks = list(range(pp)) if ranks is None else ranks
+    if stray := [rank for rank in ranks if rank not in range(pp)]:
+        raise GlmppError(f"there is no stage {stray[0]} of {pp}")
+    if vllm_version() is None:
+        if recorded is None:
+            raise GlmppError(NO_VLLM)
+        return DryRunReport.load(recorded, checkpoint)
+
+    runs = [{"rank": rank, "size": pp, "drafter": False, "control": False} for rank in ranks]
+    if deployment.drafter:
+        runs.append({"rank": pp - 1, "size": pp, "drafter": True, "control": False})
+    if control and pp > 1 and not real_group:
+        runs.append({"rank": 0, "size": 1, "drafter": False, "control": True})
+    request = stage_request(checkpoint, deployment, weights, strict, all_deaths)
+    started = time.perf_counter()
+    with progress_bar(what=f"vLLM dry run, PP={pp}, {deployment.guard}", total=len(runs), show=progress) as bar:
+        if real_group:
+            messages = run_group(checkpoint, request, runs, pp, bar)
+        else:
+            messages = run_stages(checkpoint, request, runs, bar)
+
+    evidence = {
+        "pp_size": pp,
+        "guard": str(deployment.guard),
+        "layer_counts": deployment.partition,
+        "real_group": real_group,
+        "seconds": time.perf_counter() - started,
+        "messages": messages,
+    }
+    report = assemble(evidence, checkpoint, deployment, stages)
+    if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
+        report.save(recorded)
+    return report
+
+
+def stage_request(
+    checkpoint: Checkpoint,
+    deployment: Deployment,
+    weights: str = "meta",
+    strict: bool = False,
+    all_deaths: bool = False,
+) -> dict:
+    """What the child has to know to build and load stages of a checkpoint."""
+    helper = deployment.guard if isinstance(deployment.guard, Helper) else Helper()
+    return {
+        "kind": "dry_run",
+        "config": checkpoint.config,
+        "tensors": [(spec.name, spec.dtype, spec.shape) for spec in checkpoint.values()],
+        "guard": str(deployment.guard),
+        "helper": helper.absolute,
+        "callers": helper.callers,
+        "weights": weights,
+        "strict": strict,
+        "all_deaths": all_deaths,
+        "layer_counts": deployment.partition,
+    }

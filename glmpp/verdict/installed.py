@@ -1,0 +1,39 @@
+"""The vLLM that is installed here: its version, and what it answers to questions that are not about a checkpoint."""
+
+from __future__ import annotations
+
+import os
+
+from glmpp.engine import contract
+from glmpp.errors import GlmppError
+from glmpp.partition import PARTITION_VARIABLE
+from glmpp.verdict.forks import ask
+
+NO_VLLM = "vLLM is not installed here: pip install 'glmpp[vllm]' (Linux)"
+
+
+def vllm_version() -> str | None:
+    """Version of the installed vLLM, or None. GLMPP_WITHOUT_VLLM=1 shows what a machine without it shows."""
+    return None if os.environ.get("GLMPP_WITHOUT_VLLM") == "1" else contract.vllm_version()
+
+
+def ask_vllm(request: dict, timeout: float | None = None) -> dict:
+    """The child's answer to a request that is not about a checkpoint's stages. Raises GlmppError if there is none."""
+    if vllm_version() is None:
+        raise GlmppError(NO_VLLM)
+    return next(message for message in ask(request, timeout=timeout) if message["kind"] == request["kind"])
+
+
+def vllm_pp_indices(cases: list[tuple[int, int]]) -> list[list[tuple[int, int]]] | None:
+    """What the installed vLLM's `get_pp_indices` says for (num_layers, pp_size) pairs; None where vLLM is not installed.
+
+    Returns:
+        For each pair the (start, end) of every stage. VLLM_PP_LAYER_PARTITION of this process applies.
+
+    Raises:
+        GlmppError: vLLM refuses a case; its words are in the message.
+    """
+    if vllm_version() is None:
+        return None
+    request = {"kind": "pp_indices", "cases": cases, "layer_counts": os.environ.get(PARTITION_VARIABLE)}
+    return [[tuple(pair) for pair in case] for case in ask_vllm(request)["indices"]]

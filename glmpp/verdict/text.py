@@ -1,0 +1,126 @@
+"""A report as a terminal shows it, and as JSON."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from glmpp.checkpoint import Checkpoint
+from glmpp.verdict.advice import fixed_in
+from glmpp.verdict.report import CANNOT_BUILD, CANNOT_TELL, DIES, LEAVES_AT_INIT, LOADS, STAGE, DryRunReport, StageReport
+
+SCHEMA_VERSION = 2
+
+
+def overall(report: DryRunReport) -> str:
+    """LOADS if every stage and the control do, DIES if one fails for sure, otherwise CANNOT_TELL."""
+    verdicts = {stage.verdict for stage in report.all}
+    if verdicts & {DIES, CANNOT_BUILD, LEAVES_AT_INIT}:
+        return DIES
+    return CANNOT_TELL if CANNOT_TELL in verdicts else LOADS
+
+
+def as_json(checkpoint: Checkpoint, report: DryRunReport, again: DryRunReport | None = None) -> dict:
+    """The report as plain values; `tests/check.schema.json` is its schema.
+
+    Args:
+        again: the failing stages with the load format, see `glmpp.verdict.advice`.
+    """
+    known = fixed_in(report)
+    return {
+        "schema": SCHEMA_VERSION,
+        "checkpoint": {"source": checkpoint.source, "tensors": len(checkpoint), "bytes": checkpoint.nbytes},
+        "versions": report.versions,
+        "guard": report.guard,
+        "pp_size": report.pp_size,
+        "verdict": overall(report),
+        "stages": [_stage_json(stage) for stage in report.stages],
+        "control": None if report.control is None else _stage_json(report.control),
+        "stand_ins": report.stand_ins,
+        "with_load_format": again and {"verdict": overall(again), "stages": [_stage_json(stage) for stage in again.stages]},
+        "known_to_load_from": known and {"vllm": known.fixed_in, "source": known.source},
+    }
+
+
+def _stage_json(stage: StageReport) -> dict:
+    return {
+        "rank": stage.stage.rank,
+        "layers": [stage.stage.layers[0], stage.stage.layers[-1]],
+        "verdict": stage.verdict,
+        "model_class": stage.model_class,
+        "device": stage.device,
+        "tensors_handed_over": stage.handed_over,
+        "deaths": [
+            {key: getattr(death, key) for key in ("exception", "message", "key", "place", "function", "tensor")}
+            for death in stage.deaths
+        ],
+        "left_at_init": stage.unaccounted,
+        "held": stage.held,
+        "accounted_for": stage.accounted,
+    }
+
+
+def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False) -> str:
+    """The report for a terminal: nothing in it changes from run to run unless a verdict does.
+
+    Args:
+        each: a paragraph for each stage; otherwise those that end alike share one.
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    lines = [
+        f"{checkpoint.source}: {len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB",
+        f"{versions}; guard: {report.guard}",
+        "",
+    ]
+    ends: dict[object, list[StageReport]] = {}
+    for stage in report.all:
+        alone = each or stage.role != STAGE
+        ends.setdefault(id(stage) if alone else "\n".join([stage.verdict, *evidence_lines(stage)]), []).append(stage)
+    for alike in ends.values():
+        lines += [f"{label(alike):<13} layers {_layers(alike):<8} {alike[0].verdict}", *evidence_lines(alike[0])]
+    lines += ["", "stand-ins: " + ", ".join(report.stand_ins)]
+    if any(stage.device == "cpu" for stage in report.all):
+        lines.append("made-up values on the CPU: the model asks for data while it is built or loaded")
+    return "\n".join([*lines, "", f"PP={report.pp_size}: {conclusion(report)}"])
+
+
+def evidence_lines(stage: StageReport) -> list[str]:
+    """What a stage's verdict rests on, indented; [] for one that loads and leaves nothing to say."""
+    lines = []
+    for death in stage.deaths:
+        said = " ".join(death.message.split())
+        lines.append(f"    KeyError: {death.key!r}" if death.key else f"    {death.exception}: {said[:300]}")
+        lines.append(f"        in {death.place} {death.function}" + (f", handed {death.tensor}" if death.tensor else ""))
+    if stage.verdict == LEAVES_AT_INIT:
+        lines += [f"    left at init: {name}" for name in stage.unaccounted]
+    return lines + [f"    held to the end, though another stage's: {name}" for name in stage.held]
+
+
+def label(stages: list[StageReport]) -> str:
+    """ "stage 3", "stages 0, 2-7", or what else was run."""
+    if len(stages) == 1:
+        return stages[0].label
+    return f"stages {_spans([stage.stage.rank for stage in stages])}"
+
+
+def _layers(stages: list[StageReport]) -> str:
+    return _spans([layer for stage in stages for layer in stage.stage.layers])
+
+
+def _spans(numbers: list[int]) -> str:
+    """ "0, 2-7" for ascending numbers."""
+    runs = (list(run) for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]))
+    return ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
+
+
+def conclusion(report: DryRunReport) -> str:
+    """The answer in one line."""
+    failing = [stage for stage in report.stages if not stage.loads]
+    found = overall(report)
+    if found == LOADS:
+        return "loads"
+    if found == CANNOT_TELL:
+        return "cannot tell: " + ("PP=1 cannot be built here either" if report.control else "see above")
+    if report.control is not None and not report.control.loads:
+        return f"does not load, nor does PP=1: {len(failing)} of {report.pp_size} stages fail"
+    although = " although PP=1 loads" if report.control else ""
+    return f"does not load: {len(failing)} of {report.pp_size} stages fail{although}"
