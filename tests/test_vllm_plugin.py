@@ -43,13 +43,21 @@ def plugin():
     return load_format
 
 
+def selecting():
+    """Imported late: this file is collected where there is no vLLM, too."""
+    from glmpp.engine import selection
+
+    return selection
+
+
 @pytest.fixture
 def stage_of(plugin, monkeypatch):
     """Pretend a position in the pipeline."""
 
     def pretend(rank: int, size: int) -> None:
         group = SimpleNamespace(rank_in_group=rank, world_size=size, is_first_rank=rank == 0, is_last_rank=rank == size - 1)
-        monkeypatch.setattr(plugin, "get_pp_group", lambda: group)
+        for module in (plugin, selecting()):
+            monkeypatch.setattr(module, "get_pp_group", lambda: group)
 
     pretend(1, 4)
     return pretend
@@ -106,11 +114,11 @@ def test_a_tensor_is_dropped_exactly_if_its_mapped_name_lies_under_a_missing_pre
 
     plain = [path for path in missing if not any(other != path and path.startswith(f"{other}.") for other in missing)]
     group = SimpleNamespace(is_first_rank=False, is_last_rank=False)
-    original, plugin.get_pp_group = plugin.get_pp_group, lambda: group
+    original, selecting().get_pp_group = selecting().get_pp_group, lambda: group
     try:
-        selection = plugin.Selection(model_with(plain, mapper=WeightsMapper(orig_to_new_prefix=prefixes)), config_of())
+        chosen = plugin.Selection(model_with(plain, mapper=WeightsMapper(orig_to_new_prefix=prefixes)), config_of())
     finally:
-        plugin.get_pp_group = original
+        selecting().get_pp_group = original
 
     def place(name: str) -> str:  # each prefix in turn, as vLLM documents
         for old, new in prefixes.items():
@@ -119,8 +127,8 @@ def test_a_tensor_is_dropped_exactly_if_its_mapped_name_lies_under_a_missing_pre
 
     names = list(map(".".join, names))
     expected = [name for name in names if not any(place(name).startswith(f"{path}.") for path in plain)]
-    assert [name for name in names if selection.wants(name)] == expected
-    assert selection.among(names) == expected
+    assert [name for name in names if chosen.wants(name)] == expected
+    assert chosen.among(names) == expected
 
 
 def test_layer_11_is_not_dropped_for_layer_1(plugin, stage_of):
@@ -168,7 +176,7 @@ def test_missing_prefixes_do_not_come_from_vllms_cache_by_id(plugin, stage_of):
     model = model_with(["model.layers.1"], ["model.layers.0"])
     utils._model_to_pp_missing_layer_names[id(model)] = ["model.layers.0."]
     try:
-        assert plugin.missing_prefixes(model) == ["model.layers.1."]
+        assert selecting().missing_prefixes(model) == ["model.layers.1."]
     finally:
         del utils._model_to_pp_missing_layer_names[id(model)]
 
@@ -398,8 +406,8 @@ def load(plugin, monkeypatch, config) -> None:
 
 def test_a_filter_one_layer_too_wide_is_caught_by_the_books(plugin, stage_of, monkeypatch, four_layers):
     load(plugin, monkeypatch, four_layers)
-    right = plugin.missing_prefixes
-    monkeypatch.setattr(plugin, "missing_prefixes", lambda model: [*right(model), "layers.2."])
+    right = selecting().missing_prefixes
+    monkeypatch.setattr(selecting(), "missing_prefixes", lambda model: [*right(model), "layers.2."])
     with pytest.raises(GlmppError, match=r"2 parameters were left at init, or partly: layers\.2\.weight, layers\.2\.bias"):
         load(plugin, monkeypatch, four_layers)
 
