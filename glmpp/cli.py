@@ -19,6 +19,7 @@ from glmpp.errors import GlmppError
 from glmpp.formats.files import printable
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
 from glmpp.formats.index import INDEX_FILE
+from glmpp.gpus import GPUS, REPORTED
 from glmpp.partition import PARTITION_VARIABLE
 from glmpp.synthetic import write_checkpoint
 from glmpp.verdict.advice import fixed_in, serve_line, try_load_format
@@ -78,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "Build and load every stage with the installed vLLM's own classes, without a GPU.")
     model(check)
     check.add_argument("--guard", choices=GUARDS, default="installed", help="default: vLLM as it is installed")
+    check.add_argument(
+        "--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, sm90 …, or cpu; default: the one here, or {REPORTED}"
+    )
     check.add_argument("--all", action="store_true", help="every death of a stage, not only the first")
     check.add_argument("--each", action="store_true", help="a line for each stage, also where they end alike")
     check.add_argument("--strict", action="store_true", help="no stand-ins for parts that a CPU lacks")
@@ -122,7 +126,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 
 def _check(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model, options.revision)
-    deployment = Deployment(options.pp, options.layer_partition, guard=options.guard)
+    deployment = Deployment(options.pp, options.layer_partition, guard=options.guard, gpu=options.gpu)
     report = dry_run(checkpoint, deployment, all_deaths=options.all, strict=options.strict)
     again = try_load_format(checkpoint, report, options.strict)
     if options.json:

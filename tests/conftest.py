@@ -15,6 +15,7 @@ import glmpp
 from glmpp.checkpoint import Checkpoint
 from glmpp.formats.config import load_config
 from glmpp.formats.glm5 import reduced_config
+from glmpp.gpus import CPU, default_target
 from glmpp.synthetic import write_checkpoint
 from glmpp.verdict import forks, server
 from glmpp.verdict.installed import vllm_version
@@ -76,17 +77,17 @@ def pytest_collection_modifyitems(config, items):
 def pytest_configure(config):
     """One process imports vLLM for all workers, and for the kernels of the notebooks that they run."""
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput") and vllm_version():
-        server.Server.share()
+        server.Server.share(default_target(), CPU)
 
 
 @pytest.fixture
 def own_server(monkeypatch):
     """A process that imports vLLM for this test alone, and is ended with it."""
-    monkeypatch.setattr(server.Server, "current", None)
+    monkeypatch.setattr(server.Server, "current", {})
     monkeypatch.delenv(server.SHARED, raising=False)
     yield
-    if server.Server.current is not None:
-        server.Server.current.process.kill()
+    for one in server.Server.current.values():
+        one.process.kill()
 
 
 @pytest.fixture

@@ -179,7 +179,7 @@ def test_no_process_stays_when_the_kernel_is_killed(needs_vllm, own_server, endl
 def test_200_dry_runs_in_a_row_take_no_more_memory_and_no_more_files(needs_vllm, own_server, tiny):
     def held() -> tuple[int, int, int]:
         """Resident bytes of this process and of the server, and open files of both."""
-        pids = [os.getpid(), Server.current.process.pid]
+        pids = [os.getpid(), Server.running().process.pid]
         pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
         return *(n * os.sysconf("SC_PAGE_SIZE") for n in pages), sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
 

@@ -635,8 +635,8 @@ MUTATIONS = {
     ),
     "a process that runs other code is not asked": (
         "verdict/server.py::Server._shared",
-        "if package != str(PACKAGE):",
-        "if not package:",
+        "if (name, package) == (target, str(PACKAGE)):",
+        "if package:",
         "test_vllm_child.py::test_nobody_is_served_by_a_process_that_has_ended_or_runs_other_code",
     ),
     "a distribution of another name": (

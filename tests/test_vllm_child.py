@@ -14,6 +14,7 @@ import pytest
 from glmpp.checkpoint import Checkpoint
 from glmpp.engine import contract
 from glmpp.errors import GlmppError
+from glmpp.gpus import CPU
 from glmpp.verdict import forks, server
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.dry_run import dry_run
@@ -145,25 +146,27 @@ def test_a_distribution_of_another_name_that_provides_the_module_counts(tmp_path
 
 ASKS = (
     "import sys; from glmpp.verdict.server import Server; from glmpp.verdict.installed import ask_vllm\n"
-    "print(Server.running().process is None, len(ask_vllm({'kind': 'architectures'})['names']) > 100)"
+    "print(Server.running('cpu').process is None, len(ask_vllm({'kind': 'architectures'})['names']) > 100)"
 )
 
 
 @needs_vllm
 def test_a_process_that_shares_its_vllm_serves_those_that_it_starts(own_server, monkeypatch):
     monkeypatch.setenv(server.SHARED, "")
-    server.Server.share()
+    server.Server.share(CPU)
     done = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True)
     assert done.stdout == "True True\n", done.stderr
-    assert not server.Server.current.ended()  # it outlives them
+    assert not server.Server.current[CPU].ended()  # it outlives them
 
 
 @needs_vllm
-@pytest.mark.parametrize("shared", ["", "00 {package}", "{address} another/glmpp/__init__.py"])
+@pytest.mark.parametrize(
+    "shared", ["", "cpu 00 {package}", "cpu {address} another/glmpp/__init__.py", "h200 {address} {package}"]
+)
 def test_nobody_is_served_by_a_process_that_has_ended_or_runs_other_code(shared, monkeypatch):
-    address = server.Server.running().socket.getpeername().hex()
+    address = server.Server.running(CPU).socket.getpeername().hex()
     monkeypatch.setenv(server.SHARED, shared.format(package=server.PACKAGE, address=address))
-    program = ASKS.partition("\n")[0] + "\nprint(Server._shared())"
+    program = ASKS.partition("\n")[0] + "\nprint(Server._shared('cpu'))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "None\n", done.stderr
 

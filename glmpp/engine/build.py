@@ -13,6 +13,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from glmpp.engine.groups import set_layer_counts
 from glmpp.engine.stand_ins import StandIns
+from glmpp.engine.targets import tensors_on
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class ModelBuilder:
     """
 
     def __init__(self, request: dict):
-        self.request, self.stand_ins, self.num_layers = request, StandIns(request["strict"]), None
+        self.request, self.stand_ins, self.num_layers = request, StandIns(request["gpu"], request["strict"]), None
 
     def vllm_config(self, place: Place) -> VllmConfig:
         """The config that `vllm serve` would make, after all its checks. Raises whatever vLLM refuses it with."""
@@ -75,7 +76,8 @@ class ModelBuilder:
             nonlocal config
             mine, config = config or self.vllm_config(place), None  # layers register in it: another attempt needs another
             model_config = mine.speculative_config.draft_model_config if place.drafter else mine.model_config
-            with set_current_vllm_config(mine), set_default_torch_dtype(model_config.dtype), torch.device(device):
+            dtype = set_default_torch_dtype(model_config.dtype)
+            with set_current_vllm_config(mine), dtype, torch.device(device), tensors_on(device):
                 return Built(initialize_model(vllm_config=mine, model_config=model_config), mine, model_config)
 
         return self.stand_ins.build(construct)

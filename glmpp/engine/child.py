@@ -41,9 +41,9 @@ os.environ.update(
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
 
-def preload() -> None:
+def preload(target: str) -> None:
     """Everything slow and common to all requests: half a minute of imports the first time, a second once forked."""
-    install_platform()
+    install_platform(target)
     contract.require(contract.DRY_RUN)
     import glmpp.engine.answers  # noqa: F401  imports vLLM, which has to find the platform
 
@@ -104,7 +104,7 @@ def answer(names: dict, pipe: int, turns: int) -> None:
             raise
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, target: str) -> None:
     """Import vLLM once, then fork for every message on a connection, so that no request sees another's patches.
 
     A message is a JSON object, see `answer`, and with it come the pipe to answer into and the one that gives out turns.
@@ -112,8 +112,9 @@ def main(descriptor: int) -> None:
 
     Args:
         descriptor: of a listening socket, which somebody has connected to.
+        target: the GPU that is pretended, or "cpu".
     """
-    preload()
+    preload(target)
     gc.freeze()  # what the forks inherit is not theirs to look through, and stays shared
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished forks are reaped by the kernel
     listening, sockets = socket.socket(fileno=descriptor), selectors.DefaultSelector()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from math import prod
@@ -47,3 +48,14 @@ def _empty(dtype: torch.dtype, shape: tuple[int, ...], device: str) -> torch.Ten
     ones = torch.ones((), dtype=torch.float32, device="cpu")
     packed = dtype is getattr(torch, "float4_e2m1fn_x2", None)  # torch has no conversion to it
     return (ones.to(torch.uint8).view(dtype) if packed else ones.to(dtype)).expand(shape)
+
+
+def answer_for_headers(tensors: list[tuple[str, str, list[int]]]) -> None:
+    """Let vLLM find a checkpoint's names and dtypes where it would read them from the headers of files that are not here.
+
+    It asks for them when a config leaves the dtype open, and for the layers that GPTQ and AWQ have left alone.
+    """
+    headers = {name: {"dtype": dtype, "shape": shape} for name, dtype, shape in tensors}
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.") and hasattr(module, "get_safetensors_params_metadata"):
+            module.get_safetensors_params_metadata = lambda *args, **kwargs: headers

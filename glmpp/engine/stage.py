@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 
 from vllm.model_executor.model_loader import get_model_loader
 
 from glmpp.engine.account import Account
 from glmpp.engine.build import ModelBuilder, Place
+from glmpp.engine.choices import choices
 from glmpp.engine.guards import Guard
 from glmpp.engine.load_format import StageModelLoader
-from glmpp.engine.source import Source
+from glmpp.engine.source import Source, answer_for_headers
 from glmpp.engine.stage_load import StageLoad
+from glmpp.engine.targets import refuses
 from glmpp.engine.traces import describe
+from glmpp.gpus import CPU
 from glmpp.ledger import digest
 
 # What PyTorch says when code asks a meta tensor for its data. It is no verdict on the checkpoint.
@@ -30,6 +34,8 @@ class Stages:
         self.guard = Guard(request["guard"], request["helper"], request["callers"])
         self.builder = ModelBuilder(request)
         self.real = request["weights"] == "real"
+        if not any(Path(request["model"]).glob("*.safetensors")):
+            answer_for_headers(request["tensors"])
 
     def loader(self, config, hand_over, device: str):
         """The loader that vLLM chooses, its source replaced by empty tensors unless real bytes are asked for.
@@ -79,6 +85,7 @@ class Stages:
         try:
             built = self.builder.build(place, device)
             result["build_seconds"] = time.perf_counter() - started
+            result["backends"] = choices(built.model)
             result["patched"] = self.guard.install()
             load = StageLoad(built, self.guard, lambda *how: self.loader(*how, device=device), self.source.nbytes, device)
             started = time.perf_counter()
@@ -100,6 +107,7 @@ class Stages:
                 left = describe(error.__cause__)
                 result["message"] += f" (with stand-ins: {left['exception']}: {left['message'][:300]} in {left['place']})"
             needs_data = bool(NEEDS_DATA.search(str(error)))
+            result["refused"] = self.request["gpu"] != CPU and refuses(error)
         result.update(stand_ins=self.builder.stand_ins.reasons, device=device, num_layers=self.builder.num_layers)
         return result, needs_data
 

@@ -14,6 +14,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from glmpp.engine.build import Built
 from glmpp.engine.guards import Guard
+from glmpp.engine.targets import is_gpu
 from glmpp.engine.traces import describe
 from glmpp.engine.writes import WriteRecorder
 
@@ -120,7 +121,8 @@ def constructors_on(device: str) -> Iterator[None]:
 
     def wrapped(construct):
         def call(*args, **kwargs):
-            if kwargs.get("device") is None:
+            wanted = kwargs.get("device")
+            if wanted is None or is_gpu(wanted):
                 kwargs["device"] = device
             return construct(*args, **kwargs)
 

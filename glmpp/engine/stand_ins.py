@@ -1,7 +1,7 @@
 """In the child process: what a machine without a GPU lacks, and what stands in for it while a model is built.
 
-Two are always there (`ALWAYS`). The others are for parts shaped like kernels; `StandIns` adds one only when construction
-fails without it, so that a report lists what this model needed.
+Some are there in every run on a target (`always`). The others are for parts shaped like kernels; `StandIns` adds one only
+when construction fails without it, so that a report lists what this model needed. On a GPU's target hardly any is.
 """
 
 from __future__ import annotations
@@ -13,11 +13,18 @@ from typing import Any, TypeVar
 
 import torch
 
+from glmpp.engine import targets
+from glmpp.gpus import CPU, GPUS
+
 T = TypeVar("T")
-ALWAYS = {
-    "platform": "vLLM's CpuPlatform: without a GPU vLLM knows no platform, and with one verdicts must not depend on it",
-    "class inspection": "in this process instead of a subprocess: the subprocess would miss the platform",
-}
+CPU_PLATFORM = "vLLM's CpuPlatform: without a GPU vLLM knows no platform, and with one verdicts must not depend on it"
+INSPECTION = "in this process instead of a subprocess: the subprocess would miss the platform"
+
+
+def always(target: str) -> dict[str, str]:
+    """Part -> what stands in for it, in every run on a target."""
+    platform = {"platform": CPU_PLATFORM} if target == CPU else targets.stand_ins(GPUS[target])
+    return {**platform, "class inspection": INSPECTION}
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,10 @@ class StandIn:
     install: Callable[[], Callable[[], None] | None]
 
 
-def install_platform() -> None:
+def install_platform(target: str) -> None:
     """Must run before any other vLLM module is imported: many ask for the platform at import time."""
+    if target != CPU:
+        return targets.install(GPUS[target])
     import vllm.platforms
     from vllm.platforms.cpu import CpuPlatform
 
@@ -84,6 +93,8 @@ def _sparse_mla_backend() -> Callable[[], None] | None:
     from vllm.v1.attention import selector
 
     restore = _replace(type(current_platform), "names_sparse_mla", True)
+    if restore is None:
+        return None  # a GPU's own chooser names one
 
     def remove() -> None:
         restore()
@@ -149,7 +160,8 @@ CANDIDATES = [
 class StandIns:
     """Builds a model, adding stand-ins where it fails without; those that helped stay until `reset`."""
 
-    def __init__(self, strict: bool = False):
+    def __init__(self, target: str, strict: bool = False):
+        self.always = always(target)
         self.active: dict[str, Callable[[], None]] = {}
         self.candidates = [] if strict else CANDIDATES
 
@@ -162,7 +174,7 @@ class StandIns:
     @property
     def reasons(self) -> dict[str, str]:
         """Name -> why, of those that are there now."""
-        return ALWAYS | {one.name: one.why for one in CANDIDATES if one.name in self.active}
+        return self.always | {one.name: one.why for one in CANDIDATES if one.name in self.active}
 
     def build(self, construct: Callable[[], T]) -> T:
         """The model, or the error that it fails with when no stand-in helps; its cause is the one that is left with them."""

@@ -24,7 +24,8 @@ def is_shown(path: str) -> bool:
 def describe(error: BaseException) -> dict:
     """Exception type, message, key, where in vLLM (or in the kit's helper) it rose, and the trimmed traceback."""
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [(trim(f.filename), f.lineno, f.name, f.line) for f in frames if is_shown(f.filename)]
+    shown = [f for f in frames if is_shown(f.filename) and f.name != "__torch_dispatch__"]  # the recorder's: all pass it
+    lines = [(trim(f.filename), f.lineno, f.name, f.line) for f in shown]
     file, line, function, _ = lines[-1] if lines else (trim(frames[-1].filename), frames[-1].lineno, frames[-1].name, "")
     message = re.sub(r"(?<![\w.])/[\w./-]+/(?=(?:vllm|torch|glmpp|transformers)/)", "", str(error))
     return {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from glmpp.errors import GlmppError
 from glmpp.formats.config import layer_count_said
+from glmpp.gpus import target_name
 from glmpp.partition import PARTITION_VARIABLE, Stage, make_stages, parse_counts
 
 GUARDS = ("installed", "off", "helper", "loader")
@@ -49,15 +50,18 @@ class Deployment:
         guard: "installed": vLLM as it is; "off": the skip taken away (a release without one is unchanged); "helper", or a
             `Helper`: another helper in place of vLLM's, by default the kit's; "loader": nothing patched, the load format
             "glmpp" decides what is handed over.
+        gpu: the GPU that is pretended, a name of `glmpp.gpus.GPUS` or of its architecture ("sm90"); "cpu": none. None: the
+            one that is here, without one the h200 of the report.
 
     Raises:
-        GlmppError: an unknown guard, or layer counts that are not one number for each stage.
+        GlmppError: an unknown guard or GPU, or layer counts that are not one number for each stage.
     """
 
     pp: int = 1
     layer_counts: tuple[int, ...] | list[int] | str | None = None
     drafter: bool = False
     guard: str | Helper = "installed"
+    gpu: str | None = None
 
     def __post_init__(self):
         if str(self.guard) not in GUARDS:
@@ -65,6 +69,7 @@ class Deployment:
         counts = os.environ.get(PARTITION_VARIABLE) if self.layer_counts is None else self.layer_counts
         if counts is not None:
             object.__setattr__(self, "layer_counts", tuple(parse_counts(counts, self.pp)))
+        object.__setattr__(self, "gpu", target_name(self.gpu))
         if self.guard == "helper":
             object.__setattr__(self, "guard", Helper())
 

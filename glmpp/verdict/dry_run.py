@@ -76,6 +76,7 @@ def dry_run(
     evidence = {
         "pp_size": pp,
         "guard": str(deployment.guard),
+        "gpu": deployment.gpu,
         "layer_counts": deployment.partition,
         "real_group": real_group,
         "seconds": time.perf_counter() - started,
@@ -104,6 +105,7 @@ def stage_request(
         "helper": helper.absolute,
         "callers": helper.callers,
         "weights": weights,
+        "gpu": deployment.gpu,
         "strict": strict,
         "all_deaths": all_deaths,
         "layer_counts": deployment.partition,

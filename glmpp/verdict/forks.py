@@ -24,7 +24,7 @@ from glmpp.verdict.server import Server
 class Fork:
     """One fork of the server at work on a request; its messages come through a pipe that closes when it ends."""
 
-    def __init__(self, path: Path, number: int, world: tuple[int, int], turns: int, server: Server | None = None):
+    def __init__(self, path: Path, number: int, world: tuple[int, int], turns: int, server: Server):
         """Start it.
 
         Args:
@@ -37,7 +37,7 @@ class Fork:
         group = "group" if size > 1 else f"group-{number}"
         self.log = path.with_name(f"{number}.log")
         names = {"request": str(path), "log": str(self.log), "group": str(path.with_name(group)), "rank": rank, "size": size}
-        self.server, self.pid, self.ended, self.rest = server or Server.running(), None, False, b""
+        self.server, self.pid, self.ended, self.rest = server, None, False, b""
         self.messages: list[dict] = []
         self.pipe, theirs = os.pipe()
         try:
@@ -155,7 +155,7 @@ def ask(request: dict, bar: tqdm | None = None, timeout: float | None = None) ->
     with _folder(request) as path:
         turns = _turns([])
         try:
-            fork = Fork(path, 0, (0, 1), turns)
+            fork = Fork(path, 0, (0, 1), turns, Server.running(request.get("gpu")))
         finally:
             os.close(turns)
         return collect([fork], bar, timeout)
@@ -184,7 +184,8 @@ def run_stages(
         turns = _turns(sorted(range(len(runs)), key=lambda at: not runs[at]["control"]))
         try:
             number = min(workers or cores(), max(len(runs), 1))
-            forks = [Fork(path, each, (0, 1), turns) for each in range(number)]
+            server = Server.running(request["gpu"])
+            forks = [Fork(path, each, (0, 1), turns, server) for each in range(number)]
         finally:
             os.close(turns)
         return _in_order(collect(forks, bar, timeout))
@@ -197,7 +198,7 @@ def run_group(checkpoint: Checkpoint, request: dict, runs: list[dict], size: int
         for rank in range(size):
             turns = _turns([at for at, run in enumerate(runs) if run["rank"] == rank])
             try:
-                forks.append(Fork(path, rank, (rank, size), turns))
+                forks.append(Fork(path, rank, (rank, size), turns, Server.running(request["gpu"])))
             finally:
                 os.close(turns)
         return _in_order(collect(forks, bar))

@@ -115,6 +115,7 @@ def load_times(
                 "helper": "glmpp.loader:load_fp8_indexer_wk",
                 "callers": None,
                 "weights": "real",
+                "gpu": "cpu",
                 "strict": False,
                 "all_deaths": False,
                 "tensors": [],

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from glmpp.checkpoint import Checkpoint
 from glmpp.formats.config import layer_count
 from glmpp.formats.files import printable
+from glmpp.gpus import CPU
 from glmpp.ledger import Ledger
 from glmpp.partition import Stage
 from glmpp.verdict.deployment import Deployment
@@ -53,6 +54,8 @@ class Evidence:
         model_class: None if the model was not built.
         device: "meta", or "cpu" for a model that asks for data while it is built or loaded.
         stand_ins: part -> what stands in for it and why.
+        backends: what vLLM chose, by its own names: "attention", "linear", "moe" -> choice -> number of layers.
+        refused: the model was not built, and the exception is one that vLLM raises on purpose.
         patched: modules of vLLM that call another helper than their own.
         handed_over: tensors handed over before the end, good or bad.
         order: SHA-256 of their names in the order in which they came.
@@ -64,6 +67,8 @@ class Evidence:
     model_class: str | None = None
     device: str = "meta"
     stand_ins: dict[str, str] = field(default_factory=dict)
+    backends: dict[str, dict[str, int]] = field(default_factory=dict)
+    refused: bool = False
     patched: list[str] = field(default_factory=list)
     handed_over: int = 0
     order: str | None = None
@@ -96,7 +101,8 @@ class StageReport:
 
     Attributes:
         stage: what the stage holds.
-        verdict: LOADS; DIES: an exception while loading; CANNOT_BUILD: an exception before that, although PP=1 builds;
+        verdict: LOADS; DIES: an exception while loading; CANNOT_BUILD: an exception before that, although PP=1 builds, or
+            because vLLM refuses the checkpoint on the GPU that is pretended;
             LEAVES_AT_INIT: the load ends well and parameters that nobody accounts for were not written; CANNOT_TELL:
             PP=1 cannot be built here either, or the model asks for the data of tensors that are too large to make up.
         role: STAGE, DRAFTER or CONTROL.
@@ -118,7 +124,7 @@ class StageReport:
     place, function, traceback = map(_of_first_death, ("place", "function", "traceback"))
     model_class, device, stand_ins, patched = map(_of_evidence, ("model_class", "device", "stand_ins", "patched"))
     handed_over, order, held, digests = map(_of_evidence, ("handed_over", "order", "held", "digests"))
-    missing_prefixes = _of_evidence("missing_prefixes")
+    missing_prefixes, backends, refused = map(_of_evidence, ("missing_prefixes", "backends", "refused"))
 
     @property
     def loads(self) -> bool:
@@ -212,7 +218,9 @@ class DryRunReport:
         """Read a saved report of `checkpoint` back, labelled as recorded."""
         evidence = json.loads(Path(path).read_text())
         recorded = evidence.pop("recorded")
-        deployment = Deployment(evidence["pp_size"], evidence["layer_counts"], guard=evidence["guard"])
+        deployment = Deployment(
+            evidence["pp_size"], evidence["layer_counts"], guard=evidence["guard"], gpu=evidence.get("gpu", CPU)
+        )
         return assemble(evidence, checkpoint, deployment, deployment.stages(checkpoint.config), recorded)
 
 
@@ -234,7 +242,7 @@ def assemble(
     control = next((report for report in reports if report.role == CONTROL), None)
     if (control and control.verdict == CANNOT_BUILD) or deployment.pp == 1:
         for report in reports:
-            if report.verdict == CANNOT_BUILD and report.role != DRAFTER:
+            if report.verdict == CANNOT_BUILD and report.role != DRAFTER and not report.refused:
                 report.verdict = CANNOT_TELL
     stand_ins = {} if evidence["real_group"] else {"pipeline group": RANK_STAND_IN}
     return DryRunReport(

@@ -14,6 +14,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import ClassVar
+
+from glmpp.gpus import default_target
 
 # The kit is imported from where the parent has it.
 START = """
@@ -23,7 +26,7 @@ spec = spec_from_file_location("glmpp", sys.argv[1])
 sys.modules["glmpp"] = module_from_spec(spec)
 spec.loader.exec_module(sys.modules["glmpp"])
 from glmpp.engine.child import main
-main(int(sys.argv[2]))
+main(int(sys.argv[2]), sys.argv[3])
 """
 
 
@@ -32,22 +35,26 @@ main(int(sys.argv[2]))
 ELSEWHERE = "/"
 
 
-# Set for the processes that a process starts, to let them use its server: the socket's address and whose code it runs.
+# Set for the processes that a process starts, to let them use its servers: target, address and whose code it runs, of each.
 SHARED = "GLMPP_SERVER"
 PACKAGE = Path(__file__).parents[1] / "__init__.py"
 
 
 class Server:
-    """The process that has imported vLLM and forks for every request. One for each kernel, started on first use.
+    """The process that has imported vLLM and forks for every request, started on first use.
+
+    There is one for each kernel and target: what vLLM imports, and what it remembers of a device, depends on the platform.
 
     Attributes:
+        current: target -> the server that pretends it.
         process: None for one that another process has started and shares.
     """
 
-    current: Server | None = None
+    current: ClassVar[dict[str, Server]] = {}
 
-    def __init__(self, address: bytes | None = None) -> None:
+    def __init__(self, target: str, address: bytes | None = None) -> None:
         """Start one, or connect to the one at an address."""
+        self.target = target
         self.process: subprocess.Popen | None = None
         self.owner = os.getpid()
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -65,7 +72,7 @@ class Server:
             self.socket.connect(listening.getsockname())
             # A session of its own: interrupting the notebook's kernel must not end it.
             self.process = subprocess.Popen(
-                [sys.executable, "-c", START, str(PACKAGE), str(listening.fileno())],
+                [sys.executable, "-c", START, str(PACKAGE), str(listening.fileno()), self.target],
                 cwd=ELSEWHERE,
                 pass_fds=[listening.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -75,24 +82,30 @@ class Server:
             )
 
     @classmethod
-    def running(cls) -> Server:
-        server = cls.current
-        if server is None or server.owner != os.getpid() or server.ended():
-            server = cls.current = cls._shared() or cls()
-        return server
+    def running(cls, target: str | None = None) -> Server:
+        """The server of a target; for a question that no target has a part in, any that is there."""
+        mine = (server for server in cls.current.values() if server.owner == os.getpid() and not server.ended())
+        for server in mine:
+            if target in (None, server.target):
+                return server
+        target = target or default_target()
+        cls.current[target] = cls._shared(target) or cls(target)
+        return cls.current[target]
 
     @classmethod
-    def _shared(cls) -> Server | None:
-        address, _, package = os.environ.get(SHARED, "").partition(" ")
-        if package != str(PACKAGE):
-            return None
-        with contextlib.suppress(OSError):  # it has ended
-            return cls(bytes.fromhex(address))
+    def _shared(cls, target: str) -> Server | None:
+        for entry in os.environ.get(SHARED, "").split(os.pathsep):
+            name, address, package = [*entry.split(" ", 2), "", ""][:3]
+            if (name, package) == (target, str(PACKAGE)):
+                with contextlib.suppress(OSError):  # it has ended
+                    return cls(target, bytes.fromhex(address))
+        return None
 
     @classmethod
-    def share(cls) -> None:
-        """Start one now, for this process and those that it starts. It ends with the last of them."""
-        os.environ[SHARED] = f"{cls.running().socket.getpeername().hex()} {PACKAGE}"
+    def share(cls, *targets: str) -> None:
+        """Start servers now, for this process and those that it starts. They end with the last of them."""
+        addresses = [f"{target} {cls.running(target).socket.getpeername().hex()} {PACKAGE}" for target in targets]
+        os.environ[SHARED] = os.pathsep.join(addresses)
 
     def ended(self) -> bool:
         """Whether the process is gone or on its way out. The socket tells it before anything else does."""

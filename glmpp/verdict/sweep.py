@@ -269,7 +269,7 @@ def block_fp8(checkpoint: Checkpoint) -> Checkpoint:
 def dry_runs(checkpoint: Checkpoint, guard: str, sizes: tuple[int, ...] = SIZES) -> list[DryRunReport]:
     """`dry_run` for several pipeline sizes in one fork, which imports the model's module once."""
     runs = [{"rank": rank, "size": size, "drafter": False, "control": False} for size in sizes for rank in range(size)]
-    request = stage_request(checkpoint, Deployment(guard=guard))
+    request = stage_request(checkpoint, Deployment(guard=guard, gpu="cpu"))
     messages = run_stages(checkpoint, request, runs, workers=1, timeout=SECONDS_PER_CASE)
     reports = []
     for size in sizes:

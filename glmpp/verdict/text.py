@@ -31,6 +31,7 @@ def as_json(checkpoint: Checkpoint, report: DryRunReport, again: DryRunReport | 
         "checkpoint": {"source": checkpoint.source, "tensors": len(checkpoint), "bytes": checkpoint.nbytes},
         "versions": report.versions,
         "guard": report.guard,
+        "gpu": report.deployment.gpu,
         "pp_size": report.pp_size,
         "verdict": overall(report),
         "stages": [_stage_json(stage) for stage in report.stages],
@@ -47,6 +48,8 @@ def _stage_json(stage: StageReport) -> dict:
         "layers": [stage.stage.layers[0], stage.stage.layers[-1]],
         "verdict": stage.verdict,
         "model_class": stage.model_class,
+        "backends": stage.backends,
+        "refused": stage.refused,
         "device": stage.device,
         "tensors_handed_over": stage.handed_over,
         "deaths": [
@@ -68,7 +71,8 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False) ->
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     lines = [
         f"{checkpoint.source}: {len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB",
-        f"{versions}; guard: {report.guard}",
+        f"{versions}; guard: {report.guard}; GPU: {report.deployment.gpu}",
+        *chosen(report),
         "",
     ]
     ends: dict[object, list[StageReport]] = {}
@@ -81,6 +85,16 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False) ->
     if any(stage.device == "cpu" for stage in report.all):
         lines.append("made-up values on the CPU: the model asks for data while it is built or loaded")
     return "\n".join([*lines, "", f"PP={report.pp_size}: {conclusion(report)}"])
+
+
+def chosen(report: DryRunReport) -> list[str]:
+    """What vLLM built and chose, from all stages: the model's class, attention backends, kernels."""
+    classes = sorted({stage.model_class for stage in report.all if stage.model_class})
+    lines = [f"model: {', '.join(classes)}"] if classes else []
+    for kind in ("attention", "linear", "moe"):
+        names = sorted({name for stage in report.all for name in stage.backends.get(kind, ())})
+        lines += [f"{kind}: {', '.join(names)}"] if names else []
+    return lines
 
 
 def evidence_lines(stage: StageReport) -> list[str]:
