@@ -8,9 +8,11 @@ use (every fourth layer full attention, every eighth attention among Mamba, ever
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 LAYERS = 6
 
@@ -106,9 +108,26 @@ ADDED = {
         "mla_use_nope": True,
         "indexer_rope_interleave": True,
     },
+    "kimi_linear": {
+        "mla_use_nope": True,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "linear_attn_config": {  # numbered from 1
+            "kda_layers": [1, 2, 3, 4, 6],
+            "full_attn_layers": [5],
+            "num_heads": 32,
+            "head_dim": 128,
+            "short_conv_kernel_size": 4,
+        },
+    },
     "lfm2": {"block_dim": 256, "block_ff_dim": 256},
 }
 
+# Model type -> names that transformers saves, and what the hub's checkpoints say: of Kimi's layers only those with experts
+# are called block_sparse_moe there.
+TENSORS = {"kimi_linear": (r"(layers\.\d+)\.block_sparse_moe\.((?:gate|up|down)_proj)\.", r"\1.mlp.\2.")}
+# Model type -> sizes that stay as published: GPU kernels have no others.
+PUBLISHED = {"kimi_linear": {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}}
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id")
 
 
@@ -128,6 +147,8 @@ def shrink(config) -> None:
         name = getattr(config, "attribute_map", {}).get(name, name)
         if isinstance(vars(config).get(name), int) and vars(config)[name]:  # 0 says that there is no such part
             setattr(config, name, size)
+    for name, size in PUBLISHED.get(config.model_type, {}).items():
+        setattr(config, name, size)
     if getattr(config, "kv_lora_rank", None):  # latent attention has a key for every head
         config.num_key_value_heads = config.num_attention_heads
         config.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
@@ -163,6 +184,8 @@ def make(architecture: str, directory: Path, tied: bool) -> dict:
         model.save_pretrained(directory)
     except Exception as error:
         return {"why": f"no tiny config: {one_line(error)}"}
+    if config.model_type in TENSORS:
+        rename(directory / "model.safetensors", *TENSORS[config.model_type])
     path = directory / "config.json"
     text = path.read_text()
     for saved, on_hub in RENAMED.get(config.model_type, {}).items():
@@ -172,6 +195,11 @@ def make(architecture: str, directory: Path, tied: bool) -> dict:
         part.update({key: value for key, value in ADDED.get(part.get("model_type"), {}).items() if part.get(key) is None})
     path.write_text(json.dumps(saved))
     return {}
+
+
+def rename(shard: Path, saved: str, on_hub: str) -> None:
+    """Give the tensors of a file other names, by a regular expression and what replaces it."""
+    save_file({re.sub(saved, on_hub, name): tensor for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
 
 
 def one_line(error: Exception) -> str:

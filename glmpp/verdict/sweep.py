@@ -16,13 +16,14 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.formats.tensor import TensorSpec
+from glmpp.gpus import CPU, target_name
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import stage_request
@@ -101,6 +102,7 @@ class Sweep:
     """All cases, with the versions and the machine.
 
     Attributes:
+        gpu: the GPU that was pretended, or "cpu".
         recorded: None for a live run; otherwise when it was recorded.
     """
 
@@ -108,12 +110,14 @@ class Sweep:
     versions: dict[str, str]
     machine: str
     seconds: float
+    gpu: str = CPU
     recorded: str | None = None
 
     @property
     def source(self) -> str:
         """One line for a caption."""
-        made = ", ".join(f"{name} {version}" for name, version in self.versions.items()) + f"; {self.machine}"
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        made = f"{versions}; target {self.gpu}; {self.machine}"
         return f"recorded {self.recorded} ({made})" if self.recorded else f"live ({made})"
 
     @property
@@ -155,7 +159,7 @@ class Sweep:
 
     def save(self, path: str | Path) -> None:
         head = {"recorded": f"on {time.strftime('%Y-%m-%d')}", "versions": self.versions, "machine": self.machine}
-        head["seconds"] = round(self.seconds)
+        head |= {"gpu": self.gpu, "seconds": round(self.seconds)}
         lines = ",\n".join(json.dumps(asdict(case)) for case in self.cases)
         Path(path).write_text(json.dumps(head)[:-1] + f', "cases": [\n{lines}\n]}}\n')
 
@@ -168,9 +172,30 @@ class Sweep:
         return cls(**{**content, "cases": [Case(**case) for case in content["cases"]]})
 
 
+def differences(one: Sweep, other: Sweep) -> DataFrame:
+    """Architectures that two targets of a release judge by different classes, or differently; one row for each variant."""
+    from pandas import DataFrame
+
+    others = {(case.architecture, case.variant): case for case in other.cases}
+    rows = []
+    for case in one.cases:
+        twin = others.get((case.architecture, case.variant))
+        if twin is None or (case.model_class, case.verdicts) == (twin.model_class, twin.verdicts):
+            continue
+        told = {f"{what}, {sweep.gpu}": how for sweep, of in ((one, case), (other, twin)) for what, how in _told(of).items()}
+        rows.append({"architecture": case.architecture, "variant": case.variant, **dict(sorted(told.items()))})
+    return DataFrame(rows)
+
+
+def _told(case: Case) -> dict[str, str]:
+    verdicts = ", ".join(f"PP={size} {verdict}" for size, verdict in case.verdicts.items())
+    return {"class": (case.model_class or "").removeprefix("vllm."), "verdicts": verdicts or case.why}
+
+
 def sweep(
     architectures: list[str] | None = None,
     variants: tuple[str, ...] = VARIANTS,
+    gpu: str | None = None,
     workers: int | None = None,
     progress: bool | None = None,
 ) -> Sweep:
@@ -179,49 +204,52 @@ def sweep(
     Args:
         architectures: names as in config.json; default every one of the installed vLLM.
         variants: of "plain", "tied" (tie_word_embeddings), "fp8" (block FP8 of 128 x 128, quantised by the kit).
+        gpu: the GPU that is pretended, as in `Deployment`.
         workers: cases at a time; default the number of cores.
 
     Raises:
         GlmppError: an architecture that the installed vLLM does not have, or vLLM is not installed.
     """
-    started = time.perf_counter()
-    known = ask_vllm({"kind": "architectures"})
+    started, gpu = time.perf_counter(), target_name(gpu)
+    known = ask_vllm({"kind": "architectures", "gpu": gpu})
     if architectures is None:
         architectures = known["names"]
     if unknown := sorted(set(architectures) - set(known["names"])):
         raise GlmppError(f"vLLM {known['versions']['vllm']} has no architecture {unknown[0]!r}")
     cases = [(architecture, variant) for architecture in architectures for variant in variants]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        done = pool.map(lambda case: try_case(*case), cases)
+        done = pool.map(lambda case: try_case(*case, gpu), cases)
         done = list(progress_bar(done, "sweeping", total=len(cases), show=progress))
     machine = f"{platform.machine()}, {os.cpu_count()} cores, CPU only"
-    return Sweep(done, known["versions"], machine, time.perf_counter() - started)
+    return Sweep(done, known["versions"], machine, time.perf_counter() - started, gpu)
 
 
-def try_case(architecture: str, variant: str) -> Case:
+def try_case(architecture: str, variant: str, gpu: str) -> Case:
     """Make a tiny checkpoint, load it at every size, and again with the load format where that fails."""
     case, started = Case(architecture, variant), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
         try:
-            checkpoint = tiny_checkpoint(architecture, variant, Path(folder, "model"))
-            judge(case, dry_runs(checkpoint, "installed"))
+            checkpoint = tiny_checkpoint(architecture, variant, Path(folder, "model"), gpu)
+            judge(case, dry_runs(checkpoint, Deployment(guard="installed", gpu=gpu)))
         except GlmppError as error:
             case.why = str(error).splitlines()[0]
         if case.findings:
             with contextlib.suppress(GlmppError):  # then they stay, with "cannot tell"
-                confirm(case, dry_runs(checkpoint, "loader", tuple(found.pp_size for found in case.findings)))
+                sizes = tuple(found.pp_size for found in case.findings)
+                confirm(case, dry_runs(checkpoint, Deployment(guard="loader", gpu=gpu), sizes))
     case.why = FOLDER.sub("…", case.why)
     case.seconds = round(time.perf_counter() - started, 1)
     return case
 
 
-def tiny_checkpoint(architecture: str, variant: str, directory: Path) -> Checkpoint:
+def tiny_checkpoint(architecture: str, variant: str, directory: Path, gpu: str | None = None) -> Checkpoint:
     """A case's checkpoint. Raises GlmppError, with the reason as its message, when there is none to be had."""
     request = {
         "kind": "tiny_model",
         "architecture": architecture,
         "directory": str(directory),
         "tied": variant == "tied",
+        "gpu": gpu,
     }
     made = ask_vllm(request, SECONDS_PER_CASE)
     if "why" in made:
@@ -266,17 +294,17 @@ def block_fp8(checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(specs, {**checkpoint.config, "quantization_config": quantization})
 
 
-def dry_runs(checkpoint: Checkpoint, guard: str, sizes: tuple[int, ...] = SIZES) -> list[DryRunReport]:
-    """`dry_run` for several pipeline sizes in one fork, which imports the model's module once."""
+def dry_runs(checkpoint: Checkpoint, deployment: Deployment, sizes: tuple[int, ...] = SIZES) -> list[DryRunReport]:
+    """`dry_run` of a deployment at several pipeline sizes in one fork, which imports the model's module once."""
     runs = [{"rank": rank, "size": size, "drafter": False, "control": False} for size in sizes for rank in range(size)]
-    request = stage_request(checkpoint, Deployment(guard=guard, gpu="cpu"))
+    request = stage_request(checkpoint, deployment)
     messages = run_stages(checkpoint, request, runs, workers=1, timeout=SECONDS_PER_CASE)
     reports = []
     for size in sizes:
         of_size = [message for message in messages if message.get("size", size) == size]
         evidence = {"real_group": False, "seconds": 0.0, "messages": of_size}
-        deployment = Deployment(size, guard=guard)
-        reports.append(assemble(evidence, checkpoint, deployment, deployment.stages(checkpoint.config)))
+        of_its_size = replace(deployment, pp=size)
+        reports.append(assemble(evidence, checkpoint, of_its_size, of_its_size.stages(checkpoint.config)))
     return reports
 
 
