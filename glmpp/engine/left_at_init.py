@@ -21,18 +21,46 @@ SHARED_BY_DRAFTER = {
 def accounted(left: Iterable[str], model: torch.nn.Module, model_config: ModelConfig) -> dict[str, str]:
     """Of the parameters left at init those that no checkpoint has to hold -> why."""
     why = {}
-    scales = {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod)
-        for name, _ in module.named_parameters()
-    }
+    modules = dict(model.named_modules())
     for name in left:
-        if name in scales:
-            why[name] = "a scale of the KV cache, 1 unless the checkpoint has one"
+        path, _, leaf = name.rpartition(".")
+        if reason := optional(modules[path], leaf):
+            why[name] = reason
         elif is_drafter(model_config):
             why.update((name, reason) for suffix, reason in SHARED_BY_DRAFTER.items() if name.endswith(suffix))
     return why
+
+
+def optional(module: torch.nn.Module, leaf: str) -> str | None:
+    """Why a checkpoint need not hold a module's parameter; None if it must.
+
+    Source: create_weights and process_weights_after_loading of vLLM's quantisation methods, 0.22.1 to 0.33.0.
+    """
+    method = getattr(module, "quant_method", None)
+    if isinstance(method, BaseKVCacheMethod):
+        return "a scale of the KV cache, 1 unless the checkpoint has one"
+    if leaf.endswith("_g_idx_sort_indices"):
+        return "made after loading, from the order of activation"
+    if leaf.endswith("_weight_chan_scale"):
+        return "made after loading, from the scales of the groups"
+    if leaf.endswith("_weight_g_idx") and getattr(method, "actorder", None) != "group":
+        return "the order of activation, which this checkpoint does without"
+    if leaf.endswith(("input_scale", "input_global_scale")) and keeps_inputs(method):
+        return "a scale of inputs that are not quantised"
+    if leaf in ("w13_bias", "w2_bias") and leaf not in getattr(module, "_loaded_expert_biases", {leaf}):
+        return "taken away after loading unless the checkpoint has one"
+    return None
+
+
+def keeps_inputs(method: object) -> bool:
+    """Whether a method of NVFP4 leaves the inputs of its layer as they are; vLLM has a place for their scale even so."""
+    spec = getattr(method, "spec", None)
+    return (
+        getattr(method, "use_a16", False)  # experts
+        or "W4A16" in type(method).__name__  # linear layers before 0.33
+        or (spec is not None and getattr(spec, "activation", True) is None)
+        or getattr(getattr(method, "nvfp4_backend", None), "name", "") == "MARLIN"  # multiplies in BF16
+    )
 
 
 def quantises_online(model: torch.nn.Module) -> bool:
