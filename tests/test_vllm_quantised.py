@@ -1,0 +1,230 @@
+"""Every published way of quantising, on three GPUs: it loads, or vLLM refuses it in these words.
+
+The names come from `quantised.py`. What is expected was seen on the three releases below, and read in their code.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from quantised import ELSEWHERE, FORMATS, cases, quantised
+from safetensors.torch import save_file
+
+from glmpp.checkpoint import Checkpoint
+from glmpp.ledger import LOADED, digest
+from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.dry_run import dry_run
+from glmpp.verdict.installed import vllm_version
+from glmpp.verdict.report import CANNOT_BUILD, DIES, LOADS
+
+pytest.importorskip("vllm")
+VLLM = vllm_version()
+OLD, NEW = ("0.22.1", "0.23.0"), ("0.33.0",)
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(VLLM not in OLD + NEW, reason="the table is about other releases"),
+]
+GPUS = ("a100", "h100", "b200")
+AROUND = {"platform", "driver", "class inspection", "pipeline group"}  # what stands in outside the model
+FP8_OF_MODELOPT = ("modelopt, FP8", "modelopt, FP8, cache", "modelopt, FP8 channel", "modelopt, FP8 blocks")
+FP8_OF_QUARK = ("quark, FP8", "quark, FP8, cache", "quark, FP8 channel", "quark, FP8 blocks")
+BITSANDBYTES = ("bitsandbytes, 4 bits", "bitsandbytes, 8 bits")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Cases that do not load, and what vLLM says: a part of "exception: message". Empty fields mean all."""
+
+    words: str
+    forms: tuple[str, ...]
+    models: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()
+    releases: tuple[str, ...] = ()
+    verdict: str = CANNOT_BUILD
+
+    def covers(self, form: str, model: str, gpu: str) -> bool:
+        asked = ((form, self.forms), (model, self.models), (gpu, self.gpus), (VLLM, self.releases))
+        return all(value in values or not values for value, values in asked)
+
+
+REFUSALS = [
+    # Methods.
+    Refusal("is deprecated and will be removed in future versions of vLLM", ("fbgemm, FP8", "fp_quant, NVFP4")),
+    Refusal("Unknown quantization method: bitsandbytes", BITSANDBYTES, releases=NEW),
+    Refusal("ImportError: Please install bitsandbytes>=", BITSANDBYTES, releases=OLD),
+    Refusal("ImportError: Please install torchao>=", ("torchao, FP8",)),
+    # GPUs.
+    Refusal(
+        "quantization method modelopt is not supported for the current GPU. Minimum capability: 89. Current capability: 80",
+        FP8_OF_MODELOPT,
+        gpus=("a100",),
+        releases=OLD,
+    ),
+    Refusal(
+        "modelopt_mixed is not supported for the current GPU. Minimum capability: 89. Current capability: 80",
+        ("modelopt, mixed",),
+        gpus=("a100",),
+        releases=OLD,
+    ),
+    Refusal(
+        "Quantization scheme is not supported for the current GPU. Min capability: 89. Current capability: 80",
+        FP8_OF_QUARK,
+        gpus=("a100",),
+        releases=NEW,
+    ),
+    Refusal("No quark compatible scheme was found", FP8_OF_QUARK, gpus=("a100",), releases=OLD),
+    Refusal(
+        "To apply FP8 Marlin on high-capability GPUs",
+        ("compressed-tensors, FP8 weights",),
+        gpus=("h100", "b200"),
+        releases=OLD,
+    ),
+    Refusal(
+        "No compressed-tensors compatible scheme was found",
+        ("compressed-tensors, W4A8 FP8",),
+        gpus=("a100", "b200"),
+    ),
+    Refusal(
+        "No compressed-tensors compatible scheme was found",
+        ("compressed-tensors, W4A8 int",),
+        gpus=("a100", "b200"),
+        releases=OLD,
+    ),
+    # Schemes that a release does not have.
+    Refusal(
+        "No quark compatible scheme was found",
+        ("quark, FP8 blocks", "quark, MXFP8", "quark, int4 weights"),
+        releases=OLD,
+    ),
+    Refusal("Unsupported data_type: mx_fp", ("autoround, MXFP4", "autoround, MXFP8"), releases=OLD),
+    Refusal("Unsupported data_type: fp", ("autoround, FP8 blocks",), releases=OLD),
+    Refusal(
+        "group/dynamic activation ordering (actorder='group') is no longer supported",
+        ("compressed-tensors, W4A16 in the order of activation",),
+        releases=NEW,
+    ),
+    Refusal(
+        "GPTQ group activation ordering (desc_act=True) is no longer supported",
+        ("gptq, in the order of activation",),
+        releases=NEW,
+    ),
+    # Experts.
+    Refusal("For Fused MoE layers, only format: ", ("compressed-tensors, FP8 weights",), ("moe",), releases=NEW),
+    Refusal("For Fused MoE layers, only format: ", ("compressed-tensors, FP8 weights",), ("moe",), ("a100",), OLD),
+    Refusal("Unsupported FusedMoe scheme", ("compressed-tensors, W8A8 int8, static",), ("moe",)),
+    Refusal("No MXFP4 MoE backend supports the deployment", ("quark, MXFP4",), ("moe",), releases=OLD),
+    Refusal("INCFp8Scheme does not support MoE layers", ("autoround, FP8 blocks",), ("moe",), releases=NEW),
+    Refusal("W4A8 Int8 MoE is only supported on CPU", ("compressed-tensors, W4A8 int",), ("moe",), releases=NEW),
+    Refusal(
+        "Only symmetric quantization is supported for MoE",
+        ("compressed-tensors, W4A16 with zero points",),
+        ("moe",),
+        releases=("0.22.1",),
+    ),
+    # These two say nothing: a kernel that wants groups, and one that wants 4 bits.
+    Refusal("AssertionError: ", ("compressed-tensors, W4A16 channel",), ("moe",), ("h100",), NEW),
+    Refusal("AssertionError: ", ("compressed-tensors, W8A16",), ("moe",), releases=("0.23.0",)),
+    # Not refused: an expert of ModelOpt's has one scale for each matrix in vLLM, whatever the algorithm; more are a death.
+    Refusal("RuntimeError: ", ("modelopt, FP8 channel", "modelopt, FP8 blocks"), ("moe",), verdict=DIES),
+]
+
+
+def refusal(form: str, model: str, gpu: str) -> Refusal | None:
+    """The first that covers a case: a GPU is refused before a scheme is looked for, a scheme before experts are."""
+    return next((one for one in REFUSALS if one.covers(form, model, gpu)), None)
+
+
+def depends_on_gpu(form: str, model: str) -> bool:
+    return len({refusal(form, model, gpu) for gpu in GPUS}) > 1
+
+
+def wanted() -> list[tuple[str, str, str]]:
+    """All cases in `make test-matrix`; elsewhere those on an H100, and those that another GPU changes."""
+    everything = os.environ.get("GLMPP_EVERY_CASE") == "1"
+    return [
+        (form, model, gpu)
+        for gpu in GPUS
+        for form, model in cases()
+        if everything or gpu == "h100" or depends_on_gpu(form, model)
+    ]
+
+
+@pytest.mark.parametrize(("form", "model", "gpu"), wanted(), ids=lambda value: value)
+def test_a_quantised_checkpoint_loads_or_is_refused_in_vllms_words(form, model, gpu):
+    library = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}.get(form.split(",")[0])
+    if library and importlib.util.find_spec(library):
+        pytest.skip(f"{library} is installed: the table is about environments without it")
+    checkpoint = quantised(form, model)
+    report = dry_run(checkpoint, Deployment(1, gpu=gpu), progress=False)
+    (stage,) = report.stages
+    said = f"{stage.exception}: {stage.message}"
+    if expected := refusal(form, model, gpu):
+        assert (stage.verdict, expected.words in said) == (expected.verdict, True), said
+        assert stage.place.startswith("vllm/"), stage.place
+        return
+    assert stage.verdict == LOADS, (said, stage.place, stage.unaccounted)
+    assert report.stand_ins.keys() <= AROUND
+    assert stage.model_class.startswith("vllm.")
+    # GPTQ's g_idx says nothing without desc_act: 0.33.0 has no place for it.
+    lost = [name for name, column in stage.ledger.tensors.items() if column != LOADED]
+    assert not [name for name in lost if not (VLLM in NEW and name.endswith(".g_idx"))]
+
+
+def methods() -> set[str]:
+    """QUANTIZATION_METHODS of the installed vLLM, read from its source."""
+    package = Path(importlib.util.find_spec("vllm").origin).parent
+    tree = ast.parse((package / "model_executor" / "layers" / "quantization" / "__init__.py").read_text())
+    (listed,) = (
+        node.value.slice
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "QuantizationMethods"
+    )
+    return set(ast.literal_eval(listed))
+
+
+def test_every_method_of_the_installed_vllm_is_covered_or_accounted_for():
+    assert methods() <= {form.method for form in FORMATS.values()} | ELSEWHERE.keys()
+    assert not ELSEWHERE.keys() & {form.method for form in FORMATS.values()}
+
+
+def write_bytes(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """The checkpoint as a folder: one shard, its bytes random, below 120 so that no FP8 or BF16 among them is NaN."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for spec in checkpoint.values():
+        content = torch.randint(0, 120, (spec.nbytes,), dtype=torch.uint8, generator=generator)
+        tensors[spec.name] = content.view(spec.torch_dtype).reshape(spec.shape)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(checkpoint.config))
+    return Checkpoint.from_directory(folder)
+
+
+@pytest.mark.parametrize(
+    ("form", "model"),
+    [
+        ("fp8, blocks", "moe"),
+        ("modelopt, NVFP4", "dense"),
+        ("compressed-tensors, W4A16", "moe"),
+        ("mxfp4", "gpt_oss"),
+    ],
+)
+def test_bytes_of_two_stages_are_those_of_one_and_of_the_file(form, model, tmp_path):
+    checkpoint = write_bytes(quantised(form, model), tmp_path)
+    report = dry_run(checkpoint, Deployment(2, gpu="h100"), weights="real", progress=False)
+    assert [stage.verdict for stage in report.all] == [LOADS] * 3
+
+    def digests(*stages) -> dict[str, str]:  # what is left at init is memory as it was found
+        return {name: d for stage in stages for name, d in stage.digests.items() if name not in stage.accounted}
+
+    assert digests(*report.stages) == digests(report.control)
+    # What vLLM neither fuses nor changes, whatever it calls it.
+    alone = (".o_proj.weight", "norm.weight", "embed_tokens.weight")
+    stored = set(digests(report.control).values())
+    assert all(digest(tensor) in stored for name, tensor in checkpoint.read() if name.endswith(alone))
