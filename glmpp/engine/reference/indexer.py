@@ -8,6 +8,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.sparse_attn_indexer import SparseAttnIndexer
 from vllm.v1.attention.backends.mla.indexer import DeepseekV32IndexerBackend
 
+from glmpp.engine.reference import wrong_fixes
 from glmpp.engine.reference.attention import BatchBuilder, ReferenceBackend, write_rows
 
 logger = init_logger(f"vllm.{__name__}")
@@ -36,6 +37,7 @@ class Indexer(SparseAttnIndexer):
 
         super().__init__(k_cache, *args, **kwargs)
         deepseek_v2.per_token_group_quant_fp8 = unquantised
+        wrong_fixes.install(deepseek_v2)
         # The model asked for FP8 keys with a scale beside them. These are numbers of the model's own type.
         k_cache.head_dim, k_cache.dtype = self.head_dim, torch.get_default_dtype()
         k_cache.get_attn_backend = lambda: IndexerBackend
@@ -54,6 +56,7 @@ class Indexer(SparseAttnIndexer):
         metadata, chosen = get_forward_context().attn_metadata, self.topk_indices_buffer
         if not isinstance(metadata, dict):  # a run that only measures memory
             return chosen
+        wrong_fixes.say_what_is_held()
         batch = metadata[self.k_cache.prefix]
         write_rows(self.k_cache.kv_cache, k, batch.slot_mapping)
         chosen[: hidden_states.shape[0]] = -1

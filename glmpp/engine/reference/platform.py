@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 ASKED_FOR_BY = "GLMPP_REFERENCE"
+SKIP = "GLMPP_REFERENCE_SKIP"  # names a wrong fix to run with: `wrong_fixes.py`
 
 
 def asked_for() -> bool:
