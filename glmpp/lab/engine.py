@@ -41,6 +41,10 @@ class Answer:
     tokens: list[int]
     logprobs: list[dict[int, float]] = field(repr=False)
 
+    def first(self, steps: int) -> Answer:
+        """The answer cut off after so many tokens."""
+        return Answer(self.tokens[:steps], self.logprobs[:steps])
+
     def difference(self, other: Answer) -> float:
         """Largest difference of a log-probability that both name, up to the first token that differs."""
         steps = zip(self.tokens, other.tokens)
@@ -164,6 +168,13 @@ class Server:
             time.sleep(0.5)
         raise GlmppError(f"{self.command}: neither up nor ended after {timeout:.0f} s; it said last:\n{self.log[-2000:]}")
 
+    def __enter__(self) -> Server:
+        self.up = self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.code = self.stop()
+
     def _answers(self) -> bool:
         with contextlib.suppress(OSError):
             return self._open("/health").status == 200
@@ -185,7 +196,10 @@ class Server:
             "logprobs": logprobs,
             "ignore_eos": True,
         }
-        choices = json.load(self._open("/v1/completions", body))["choices"]
+        try:
+            choices = json.load(self._open("/v1/completions", body))["choices"]
+        except OSError as error:
+            raise GlmppError(f"{self.command}: {error}; it said last:\n{self.log[-2000:]}") from error
         return [as_answer(choice["logprobs"]) for choice in sorted(choices, key=lambda choice: choice["index"])]
 
     def stop(self) -> int:
