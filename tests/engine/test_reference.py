@@ -75,7 +75,9 @@ def test_stock_dies_in_both_workers_at_the_reported_key_and_the_server_does_not_
         assert not server.up
     assert server.code == 1
     assert engine.deaths(server.log) == DEATHS
-    assert engine.last_lines(server.log, 1).startswith("RuntimeError: Engine core initialization failed. See root cause above.")
+    assert engine.last_lines(server.log, 1).startswith(
+        "RuntimeError: Engine core initialization failed. See root cause above."
+    )
 
 
 @affected
@@ -98,7 +100,9 @@ def openai_text(server: Server, prompt: list[int]) -> str:
     import httpx
     from openai import OpenAI
 
-    with OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", http_client=httpx.Client(trust_env=False)) as one:
+    with OpenAI(
+        base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", http_client=httpx.Client(trust_env=False)
+    ) as one:
         done = one.completions.create(
             model="model", prompt=prompt, max_tokens=TOKENS, temperature=0, extra_body={"ignore_eos": True}
         )

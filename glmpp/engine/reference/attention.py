@@ -54,7 +54,9 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
 
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> Batch:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Batch:
         common = common_attn_metadata
         starts = common.query_start_loc_cpu.tolist()
         lengths = common.seq_lens.tolist()

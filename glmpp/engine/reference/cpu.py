@@ -34,8 +34,9 @@ class ReferencePlatform(CpuPlatform):
             )
         super().check_and_update_config(vllm_config)
         # Nothing is compiled, and of vLLM's operators the plain torch variants run: the C++ one for rotary embedding
-        # expects queries that lie contiguously, and those of MLA do not. Worker processes inherit the variable.
-        vllm_config.compilation_config.mode = CompilationMode.NONE
+        # expects queries that lie contiguously, and those of MLA do not. Worker processes inherit the variable. The mode
+        # is not NONE because a CPU worker of 0.32 then skips the warm-up, in which a later stage makes room for its input.
+        vllm_config.compilation_config.mode = CompilationMode.STOCK_TORCH_COMPILE
         vllm_config.compilation_config.custom_ops = ["none"]
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         logger.warning(

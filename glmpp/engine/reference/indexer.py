@@ -56,7 +56,7 @@ class Indexer(SparseAttnIndexer):
         metadata, chosen = get_forward_context().attn_metadata, self.topk_indices_buffer
         if not isinstance(metadata, dict):  # a run that only measures memory
             return chosen
-        wrong_fixes.say_what_is_held()
+        wrong_fixes.foreign.say()
         batch = metadata[self.k_cache.prefix]
         write_rows(self.k_cache.kv_cache, k, batch.slot_mapping)
         chosen[: hidden_states.shape[0]] = -1

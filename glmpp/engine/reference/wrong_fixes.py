@@ -20,7 +20,40 @@ from glmpp.loader import load_fp8_indexer_wk_late_skip
 HELPER = "_try_load_fp8_indexer_wk"
 
 logger = init_logger(f"vllm.{__name__}")
-handed_over: list[weakref.ref[torch.Tensor]] = []  # halves of wk that belong to other stages
+
+
+class Foreign:
+    """Halves of wk that belong to other stages, and how many of them were alive at once, here or in vLLM's buffer."""
+
+    def __init__(self) -> None:
+        self.seen: list[weakref.ref[torch.Tensor]] = []
+        self.most = self.most_bytes = 0
+        self.said = False
+
+    def count(self, tensor: torch.Tensor) -> None:
+        self.seen.append(weakref.ref(tensor))
+
+    def alive(self) -> tuple[int, int]:
+        """Tensors and bytes that are held now."""
+        held = [tensor for one in self.seen if (tensor := one()) is not None]
+        return len(held), sum(tensor.nbytes for tensor in held)
+
+    def measure(self) -> None:
+        self.most, self.most_bytes = max((self.most, self.most_bytes), self.alive())
+
+    def say(self) -> None:
+        """Log, once and while the stage answers, what it held of them."""
+        if self.seen and not self.said:
+            self.said = True
+            logger.warning(
+                "while it loaded, this stage held up to %d tensors of layers that are not its own, %d bytes; while it answers, %d",
+                self.most,
+                self.most_bytes,
+                self.alive()[0],
+            )
+
+
+foreign = Foreign()
 
 
 def off(original: Callable) -> Callable:
@@ -62,18 +95,12 @@ def install(module: ModuleType) -> None:
 
     def helper(name, tensor, pending, params, loaded, missing):
         if ".indexer.wk." in name and name.startswith(tuple(missing)):
-            handed_over.append(weakref.ref(tensor))
-        return wrong(name, tensor, pending, params, loaded, missing)
+            foreign.count(tensor)
+        answer = wrong(name, tensor, pending, params, loaded, missing)
+        del tensor
+        foreign.measure()
+        return answer
 
     helper.is_wrong = True
     setattr(module, HELPER, helper)
     logger.warning("%s=%s: the helper that loads the indexer's wk is a wrong one, on purpose", SKIP, which)
-
-
-def say_what_is_held() -> None:
-    """Log, once and while the stage answers, what is alive of the halves that it should have dropped."""
-    if handed_over:
-        alive = [tensor for held in handed_over if (tensor := held()) is not None]
-        handed_over.clear()
-        size = sum(tensor.nbytes for tensor in alive)
-        logger.warning("while it answers, this stage holds %d tensors of layers that are not its own, %d bytes", len(alive), size)
