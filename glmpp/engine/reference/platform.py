@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from glmpp.engine import contract
+
 ASKED_FOR_BY = "GLMPP_REFERENCE"
 SKIP = "GLMPP_REFERENCE_SKIP"  # names a wrong fix to run with: `wrong_fixes.py`
 
@@ -23,8 +25,12 @@ def activate() -> str | None:
 
 def register() -> None:
     """Put the kernels where vLLM looks for them: the quantisation "fp8" and the operator `SparseAttnIndexer`."""
-    if asked_for():
+    if not asked_for():
+        return
+    try:
         from glmpp.engine.reference import attention, indexer, linear
-
-        for kernels in (attention, indexer, linear):
-            kernels.register()
+    except ImportError:
+        contract.require(contract.REFERENCE)  # says which name of vLLM has moved
+        raise
+    for kernels in (attention, indexer, linear):
+        kernels.register()
