@@ -46,7 +46,7 @@ class Foreign:
         if self.seen and not self.said:
             self.said = True
             logger.warning(
-                "this stage held up to %d tensors of layers that are not its own, %d bytes, while it loaded; now it holds %d",
+                "this stage held up to %d tensors of layers that are not its own, %d bytes, while loading; now it holds %d",
                 self.most,
                 self.most_bytes,
                 self.alive()[0],
