@@ -11,7 +11,6 @@ import os
 from glmpp.engine import contract
 
 ASKED_FOR_BY = "GLMPP_REFERENCE"
-SKIP = "GLMPP_REFERENCE_SKIP"  # names a wrong fix to run with: `wrong_fixes.py`
 
 
 def asked_for() -> bool:

@@ -13,10 +13,10 @@ from types import ModuleType
 import torch
 from vllm.logger import init_logger
 
-from glmpp.engine.reference.platform import SKIP
 from glmpp.errors import GlmppError
 from glmpp.loader import load_fp8_indexer_wk_late_skip
 
+SKIP = "GLMPP_REFERENCE_SKIP"
 HELPER = "_try_load_fp8_indexer_wk"
 
 logger = init_logger(f"vllm.{__name__}")
