@@ -366,7 +366,7 @@ CASES = {
     },
     LATER: {"stock, PP=2": STOCK, "skip taken out": Case(2, skip="off")},
 }
-EVIDENCE = (r"glmpp: stage", r"^[\w.]*Error: ", r"this stage held", r"on purpose")
+EVIDENCE = (r"glmpp: stage", r"^[\w.]*(Error|Exception): ", r"this stage held", r"on purpose")
 
 
 @dataclass
