@@ -261,10 +261,13 @@ class Server:
     def stop(self) -> int:
         """End the server and all its workers; its exit code, or that with which it had ended by itself."""
         code = self.process.poll()
-        for signal_number, wait in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(self.process.pid, signal_number)
-                self.process.wait(wait)
+        if code is None:
+            self.process.terminate()  # the server alone: it ends its engine, the engine its workers
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # whoever is left
+        self.process.wait()
         self.text = self.log
         self._log.close()
         return self.process.wait() if code is None else code

@@ -127,11 +127,14 @@ def test_with_the_skip_taken_out_it_dies_as_before(bench):
 def test_asked_too_late_it_comes_up_answers_right_and_holds_what_it_should_have_dropped(bench):
     run = bench.run("asked too late")
     assert_right(run, bench)
-    halves = 6 * (128 * 256 + 2 * 4)  # of six layers: wk, one byte a weight, and two scales
-    held = [line for line in run.said.splitlines() if "this stage held" in line]
-    assert len(held) == 2 and all(
-        f"held up to 12 tensors of layers that are not its own, {halves} bytes" in line for line in held
-    )
+    # Of six layers wk, one byte a weight, and its two scales. On stage 0 of five: what lies behind lm_head in the last file
+    # comes in another call of `load_weights`, with a buffer of its own.
+    for stage, layers in enumerate((5, 6)):
+        size = layers * (128 * 256 + 2 * 4)
+        assert (
+            f"(Worker_PP{stage}) this stage held up to {2 * layers} tensors of layers that are not its own, {size} bytes, "
+            "while loading; now it holds 0" in run.said
+        )
 
 
 @first_fixed
