@@ -146,7 +146,9 @@ def what_to_do(options: argparse.Namespace, report: DryRunReport, again: DryRunR
         lines = [f"--load-format glmpp does not cure it: {label(left[:1])} {left[0].verdict}", *evidence_lines(left[0])]
     else:
         loads = f"{label(again.stages)} load{'s' * (len(again.stages) == 1)}"
-        model = "MODEL" if Path(options.model).is_file() else options.model
+        path = Path(options.model)
+        no_shards = path.is_file() or (path.is_dir() and not any(path.glob("*.safetensors")))
+        model = "MODEL" if no_shards else options.model
         lines = [f"with --load-format glmpp {loads} (glmpp has to be installed where vLLM runs):"]
         lines.append(f"    {serve_line(model, report.deployment)}")
     known = fixed_in(report)

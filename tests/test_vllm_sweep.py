@@ -30,7 +30,7 @@ def test_it_finds_the_known_bug_in_block_fp8_only_and_the_load_format_cures_it()
     assert {finding.place for finding in glm_fp8.findings} == {"vllm/model_executor/models/deepseek_v2.py:774"}
     assert glm_fp8.findings[0].key == "layers.3.self_attn.indexer.wk_weights_proj.weight"
     assert all(finding.cured for finding in glm_fp8.findings)
-    assert "FP8 linear kernel" in glm_fp8.stand_ins and "FP8 linear kernel" not in llama.stand_ins
+    assert {part for case in found.cases for part in case.stand_ins} <= {"platform", "driver", "class inspection"}
     assert found.classes == {
         "vllm.model_executor.models.deepseek_v2.GlmMoeDsaForCausalLM",
         "vllm.model_executor.models.llama.LlamaForCausalLM",
@@ -92,10 +92,18 @@ def test_block_fp8_of_nothing_is_an_error():
         block_fp8(Checkpoint([TensorSpec("lm_head.weight", "BF16", (8, 8))], {}))
 
 
-def test_the_recorded_sweep_of_the_newest_release_has_40_classes_and_an_answer_for_every_finding():
-    (path,) = (ROOT / "data" / "recorded").glob("sweep-*.json")
+@pytest.mark.vllm
+@affected
+def test_what_stands_in_on_a_cpu_is_listed_by_case():
+    (case,) = sweep(["GlmMoeDsaForCausalLM"], ("fp8",), gpu="cpu", progress=False).cases
+    assert "FP8 linear kernel" in case.stand_ins and case.verdicts == {1: LOADS, 2: DIES, 3: DIES}
+
+
+@pytest.mark.parametrize(("gpu", "classes"), [("cpu", 40), ("h100", 66)])
+def test_the_recorded_sweep_of_the_newest_release_has_an_answer_for_every_finding(gpu, classes):
+    (path,) = (ROOT / "data" / "recorded").glob(f"sweep-*-{gpu}.json")
     recorded = Sweep.load(path)
-    assert recorded.versions["vllm"] in path.name and len(recorded.classes) >= 40
+    assert recorded.versions["vllm"] in path.name and recorded.gpu == gpu and len(recorded.classes) >= classes
     assert {case.variant for case in recorded.counted} == {"plain", "tied", "fp8"}
     for case in recorded.counted:
         assert case.verdicts[1] == LOADS and case.model_class.startswith("vllm.")

@@ -35,7 +35,7 @@ os.environ.update(
     HUMMING_DISABLE_PARALLEL_BUILD="1",  # vLLM >= 0.32 starts background compiles from an import
     TQDM_DISABLE="1",
     VLLM_ALLOW_LONG_MAX_MODEL_LEN="1",  # the length asked for is nominal: nothing is generated
-    # What is chosen for a GPU must not depend on this machine: without it vLLM looks for nvcc, and asks a server of NVIDIA's.
+    # What is chosen for a GPU must not depend on this machine: without it vLLM looks for nvcc, and asks NVIDIA's server.
     VLLM_HAS_FLASHINFER_CUBIN="1",
 )
 

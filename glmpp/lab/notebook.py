@@ -27,6 +27,7 @@ from glmpp.errors import GlmppError
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
 from glmpp.formats.index import INDEX_FILE
 from glmpp.formats.shard import read_shard
+from glmpp.gpus import GPUS, default_target
 from glmpp.synthetic import write_checkpoint
 from glmpp.verdict.installed import vllm_version
 
@@ -48,6 +49,7 @@ def environment() -> pd.DataFrame:
             return "not installed"
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: CPU only"
+    pretended = GPUS[default_target()]
     rows = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -57,6 +59,7 @@ def environment() -> pd.DataFrame:
         "glmpp": installed("glmpp"),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "GPU": gpu,
+        "dry runs pretend": f"{pretended.title}, {pretended.architecture}",
     }
     return pd.DataFrame({"here": rows})
 

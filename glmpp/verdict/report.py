@@ -186,8 +186,9 @@ class DryRunReport:
 
     @property
     def source(self) -> str:
-        """One line for a caption: live or recorded, and with which versions."""
+        """One line for a caption: live or recorded, with which versions, and which GPU was pretended."""
         made = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        made += "; no GPU" if self.deployment.gpu == CPU else f"; a pretended {self.deployment.gpu}"
         return f"recorded {self.recorded} ({made})" if self.recorded else f"live ({made})"
 
     def table(self) -> DataFrame:
