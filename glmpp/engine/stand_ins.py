@@ -161,7 +161,7 @@ class StandIns:
     """Builds a model, adding stand-ins where it fails without; those that helped stay until `reset`."""
 
     def __init__(self, target: str, strict: bool = False):
-        self.always = always(target)
+        self.target, self.always = target, always(target)
         self.active: dict[str, Callable[[], None]] = {}
         self.candidates = [] if strict else CANDIDATES
 
@@ -181,6 +181,8 @@ class StandIns:
         try:
             return construct()
         except Exception as error:
+            if self.target != CPU and targets.refuses(error):
+                raise  # the GPU itself would be refused, too
             first = latest = error
         added: dict[str, Callable[[], None]] = {}
         untried = [one for one in self.candidates if one.name not in self.active]

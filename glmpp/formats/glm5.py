@@ -75,7 +75,7 @@ def glm_moe_dsa(c: dict) -> Iterator[TensorSpec]:
 
 
 # The smallest sizes at which the GLM-5 classes of vLLM 0.22.1 build and every block layout still occurs:
-# kv_lora_rank + qk_rope_head_dim = 192 rows end in half a block, as GLM-5.1's 576 rows do.
+# kv_lora_rank + qk_rope_head_dim = 576 rows end in half a block, and are what the sparse attention of a GPU asks for.
 TINY = {
     "num_hidden_layers": 12,
     "hidden_size": 256,
@@ -87,7 +87,7 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "q_lora_rank": 128,
-    "kv_lora_rank": 128,
+    "kv_lora_rank": 512,
     "qk_nope_head_dim": 64,
     "qk_rope_head_dim": 64,
     "qk_head_dim": 128,
