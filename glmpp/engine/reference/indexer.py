@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import torch
 from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
 from vllm.model_executor.layers.sparse_attn_indexer import SparseAttnIndexer
 from vllm.v1.attention.backends.mla.indexer import DeepseekV32IndexerBackend
 
 from glmpp.engine.reference import wrong_fixes
 from glmpp.engine.reference.attention import BatchBuilder, ReferenceBackend, write_rows
-
-logger = init_logger(f"vllm.{__name__}")
 
 
 class IndexerBackend(DeepseekV32IndexerBackend):
