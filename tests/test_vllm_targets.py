@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
@@ -10,12 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.version import Version
 
 import glmpp
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
-from glmpp.gpus import CPU, default_target, target_name
+from glmpp.gpus import CPU, GPUS, default_target, target_name
 from glmpp.verdict import server
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
@@ -240,3 +242,30 @@ def test_a_report_says_which_gpu_was_pretended_and_what_was_chosen(tiny, tmp_pat
     assert again.deployment.gpu == "h200" and as_text(tiny, again) == as_text(tiny, report)
     text = as_text(tiny, report)
     assert "GPU: h200" in text and "attention: DEEPSEEK_V32_INDEXER, " in text and "linear: Fp8LinearMethod: " in text
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
+
+REAL = """
+import json, sys, torch
+from vllm import LLM
+from glmpp.engine.choices import choices
+
+seen = torch.cuda.get_device_properties(0)
+llm = LLM(sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, max_model_len=512, load_format="glmpp")
+print(json.dumps([seen.name, [seen.major, seen.minor], seen.multi_processor_count, llm.apply_model(choices)[0]]))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_what_is_pretended_is_what_the_gpu_here_says_and_what_vllm_chooses_on_it(tiny):
+    """Not run yet: no GPU was at hand."""
+    gpu = GPUS[default_target()]
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    command = [sys.executable, "-c", REAL, str(tiny.directory)]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    title, capability, multiprocessors, chosen = json.loads(done.stdout.splitlines()[-1])
+    assert (title, tuple(capability), multiprocessors) == (gpu.title, gpu.capability, gpu.multiprocessors)
+    assert dry_run(tiny, Deployment(guard="loader"), progress=False).stages[0].backends == chosen

@@ -31,6 +31,7 @@ SUITES = [
     "tests/test_vllm_plugin.py",
     "tests/test_vllm_check.py",
     "tests/test_vllm_contract.py",
+    "tests/test_vllm_targets.py",
     "tests/test_vllm_quantised.py",
 ]
 UPSTREAM = "tests/upstream/test_pp_weight_loading.py"
