@@ -452,7 +452,7 @@ class Bench:
         directory = self.checkpoint.directory
         if case.mutation:
             directory = mutated(self.checkpoint, self.folder / case.mutation.__name__, case.mutation)
-        answers, rate = [], 0.0
+        answers, rate, log = [], 0.0, ""
         with Server(directory, case.pp_size, case.load_format, case.skip) as server:
             if server.up:
                 started = time.perf_counter()
@@ -460,14 +460,16 @@ class Bench:
                 rate = sum(len(answer.tokens) for answer in answers) / (time.perf_counter() - started)
                 if while_up:
                     while_up(server)
+                log = server.log  # without what is said while it is being ended
+        log = log or server.log
         self.evidence.runs[name] = run = Run(
             server.command,
             server.up,
             server.code,
             round(server.seconds, 1),
-            deaths(server.log),
-            excerpt(server.log, *EVIDENCE),
-            last_lines(server.log),
+            deaths(log),
+            excerpt(log, *EVIDENCE),
+            last_lines(log),
             [answer.tokens for answer in answers],
             [ours.differences(theirs) for ours, theirs in zip(answers, self.expected)],
             round(rate, 1),
