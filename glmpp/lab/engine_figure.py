@@ -14,7 +14,7 @@ MARKERS = "os^D"
 def differences(*named: tuple[str, Run]) -> Figure:
     """For each run and prompt the difference of log-probabilities from transformers', over the tokens attended to."""
     with plt.style.context(STYLE):
-        fig, axes = plt.subplots(1, len(named), figsize=(2.9 * len(named), 3.2), sharey=True, squeeze=False)
+        fig, axes = plt.subplots(1, len(named), figsize=(2.9 * len(named), 3.2), sharex=True, sharey=True, squeeze=False)
         for ax, (name, run) in zip(axes[0], named):
             for length, marker, steps in zip(LENGTHS, MARKERS, run.differences):
                 known = range(length, length + len(steps))
