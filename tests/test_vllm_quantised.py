@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantised import ELSEWHERE, FORMATS, cases, quantised
+from quantised import ELSEWHERE, FORMATS, Model, cases, quantised
 from safetensors.torch import save_file
 
-from glmpp.checkpoint import Checkpoint
+from glmpp.checkpoint import Checkpoint, TensorSpec
 from glmpp.ledger import LOADED, digest
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
@@ -192,6 +192,26 @@ def methods() -> set[str]:
 def test_every_method_of_the_installed_vllm_is_covered_or_accounted_for():
     assert methods() <= {form.method for form in FORMATS.values()} | ELSEWHERE.keys()
     assert not ELSEWHERE.keys() & {form.method for form in FORMATS.values()}
+
+
+@pytest.mark.parametrize("form", [name for name, form in FORMATS.items() if form.method == "compressed-tensors"])
+def test_names_are_those_that_compressed_tensors_writes(form):
+    """One linear layer, compressed by the library that vLLM brings."""
+    from compressed_tensors.compressors.base import compress_module
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
+
+    out, size = 256, 512
+    config = {**FORMATS[form].config(Model({})), "kv_cache_scheme": None, "ignore": []}
+    layer = torch.nn.Linear(size, out, bias=False, dtype=torch.bfloat16)
+    scheme = QuantizationConfig.model_validate(config)
+    scheme.quantization_status = QuantizationStatus.FROZEN
+    apply_quantization_config(torch.nn.ModuleDict({"q_proj": layer}), scheme)
+    layer.quantization_scheme.format = config["format"]
+    with torch.compiler.set_stance("force_eager"):
+        compress_module(layer)
+    written = FORMATS[form].linear(out, size).items()
+    expected = {suffix: TensorSpec(suffix, dtype, shape).in_torch for suffix, (dtype, shape) in written}
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in layer.state_dict().items()} == expected
 
 
 def write_bytes(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
