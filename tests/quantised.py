@@ -412,24 +412,30 @@ TOKEN_FP8 = args(8, "float", "token", True)
 # ModelOpt: hf_quant_config.json as `convert_hf_quant_config_format` turns it into the entry of config.json.
 
 
-def modelopt(model: Model, algorithm: str, weights: dict, inputs: dict | None, cache: bool = False, **more) -> dict:
-    group = {"weights": {"dynamic": False, **weights}, "targets": ["Linear"]}
-    if inputs is not None:
-        group["input_activations"] = {"dynamic": False, **inputs}
+def modelopt(model: Model, algorithm: str, groups: dict | None = None, cache: bool = False, **more) -> dict:
+    """What it writes for an algorithm; the newer ones come without groups."""
     config = {
-        "config_groups": {"group_0": group},
         "ignore": kept(model),
         "quant_algo": algorithm,
         "producer": {"name": "modelopt", "version": "0.47.0"},
         "quant_method": "modelopt",
         **more,
     }
+    if groups is not None:
+        config["config_groups"] = groups
     if cache:
         config["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     return config
 
 
+def group(weights: dict, inputs: dict | None, targets: list[str]) -> dict:
+    activations = {} if inputs is None else {"input_activations": {"dynamic": False, **inputs}}
+    return {**activations, "weights": {"dynamic": False, **weights}, "targets": targets}
+
+
 FLOAT8, FLOAT4 = {"num_bits": 8, "type": "float"}, {"num_bits": 4, "type": "float", "group_size": 16}
+OF_FP8 = {"group_0": group(FLOAT8, FLOAT8, ["Linear"])}
+OF_NVFP4 = {"group_0": group(FLOAT4, FLOAT4, ["Linear"])}
 PROJECTION_SCALES: Tensors = {"k_proj.k_scale": ("F32", ()), "v_proj.v_scale": ("F32", ())}
 
 
@@ -448,15 +454,12 @@ def modelopt_mixed(model: Model) -> dict:
         name: {"quant_algo": "FP8"} if ".self_attn." in name else {"quant_algo": "NVFP4", "group_size": 16}
         for name in model.linears
     }
-    config = modelopt(model, "MIXED_PRECISION", FLOAT8, FLOAT8, quantized_layers=layers)
     attention = [name for name in layers if ".self_attn." in name]
-    fp8 = {"input_activations": {"dynamic": False, **FLOAT8}, "weights": {"dynamic": False, **FLOAT8}}
-    fp4 = {"input_activations": {"dynamic": False, **FLOAT4}, "weights": {"dynamic": False, **FLOAT4}}
-    config["config_groups"] = {
-        "group_0": {**fp8, "targets": sorted(attention)},
-        "group_1": {**fp4, "targets": sorted(layers.keys() - set(attention))},
+    groups = {
+        "group_0": group(FLOAT8, FLOAT8, sorted(attention)),
+        "group_1": group(FLOAT4, FLOAT4, sorted(layers.keys() - set(attention))),
     }
-    return config
+    return modelopt(model, "MIXED_PRECISION", groups, quantized_layers=layers)
 
 
 # Quark: `QConfig.to_dict`, with `export` as its exporter adds it.
@@ -755,20 +758,20 @@ FORMATS: dict[str, Format] = {
         "modelopt",
         "modelopt 0.47.0 (export/unified_export_hf.py), FP8; nvidia/Llama-3.1-8B-Instruct-FP8 without its KV scales",
         partial(fp8_tensor, True),
-        lambda model: modelopt(model, "FP8", FLOAT8, FLOAT8),
+        lambda model: modelopt(model, "FP8", OF_FP8),
     ),
     "modelopt, FP8, cache": Format(
         "modelopt",
         "modelopt 0.47.0 (export/quant_utils.py: k_proj.k_scale), FP8 and its KV cache; nvidia/Llama-3.1-8B-Instruct-FP8",
         partial(fp8_tensor, True),
-        lambda model: modelopt(model, "FP8", FLOAT8, FLOAT8, cache=True),
+        lambda model: modelopt(model, "FP8", OF_FP8, cache=True),
         cache=PROJECTION_SCALES,
     ),
     "modelopt, FP8 channel": Format(
         "modelopt",
         "modelopt 0.47.0, FP8_PER_CHANNEL_PER_TOKEN: one scale per row, none of the inputs",
         lambda out, size: {"weight": ("F8_E4M3", (out, size)), "weight_scale": ("F32", (out,))},
-        lambda model: modelopt(model, "FP8_PER_CHANNEL_PER_TOKEN", {**FLOAT8, "strategy": "channel"}, FLOAT8),
+        lambda model: modelopt(model, "FP8_PER_CHANNEL_PER_TOKEN"),
     ),
     "modelopt, FP8 blocks": Format(
         "modelopt",
@@ -777,7 +780,7 @@ FORMATS: dict[str, Format] = {
             "weight": ("F8_E4M3", (out, size)),
             "weight_scale": ("F32", (math.ceil(out / 128), 1, math.ceil(size / 128), 1)),
         },
-        lambda model: modelopt(model, "FP8_PB_WO", FLOAT8, None),
+        lambda model: modelopt(model, "FP8_PB_WO"),
     ),
     # FP8 in Quark.
     "quark, FP8": Format(
@@ -826,23 +829,21 @@ FORMATS: dict[str, Format] = {
         "modelopt_fp4",
         "modelopt 0.47.0 (qtensor/nvfp4_tensor.py), NVFP4; nvidia/Llama-3.3-70B-Instruct-FP4, nvidia/Qwen3-30B-A3B-FP4",
         partial(nvfp4, True),
-        lambda model: modelopt(model, "NVFP4", FLOAT4, FLOAT4),
+        lambda model: modelopt(model, "NVFP4", OF_NVFP4),
         models=("dense", "moe", "mixtral"),
     ),
     "modelopt, NVFP4, cache": Format(
         "modelopt_fp4",
         "modelopt 0.47.0, NVFP4 with an FP8 KV cache; nvidia/Llama-3.1-8B-Instruct-FP4",
         partial(nvfp4, True),
-        lambda model: modelopt(model, "NVFP4", FLOAT4, FLOAT4, cache=True),
+        lambda model: modelopt(model, "NVFP4", OF_NVFP4, cache=True),
         cache=PROJECTION_SCALES,
     ),
     "modelopt, NVFP4 of DeepSeek": Format(
         "modelopt_fp4",
         "modelopt 0.47.0, NVFP4 with attention left in BF16; nvidia/DeepSeek-R1-0528-FP4",
         partial(nvfp4, True),
-        lambda model: modelopt(
-            model, "NVFP4", FLOAT4, FLOAT4, ignore=[*kept(model), *(f"{name}*" for name in model.attentions)]
-        ),
+        lambda model: modelopt(model, "NVFP4", OF_NVFP4, ignore=[*kept(model), *(f"{name}*" for name in model.attentions)]),
         keeps=lambda name: ".self_attn." in name,
         models=("deepseek_v3",),
     ),
@@ -850,7 +851,7 @@ FORMATS: dict[str, Format] = {
         "modelopt_fp4",
         "modelopt 0.47.0, W4A16_NVFP4: no scale of the inputs",
         partial(nvfp4, False),
-        lambda model: modelopt(model, "W4A16_NVFP4", FLOAT4, None),
+        lambda model: modelopt(model, "W4A16_NVFP4", {"group_0": group(FLOAT4, None, ["Linear"])}),
     ),
     "modelopt, mixed": Format(
         "modelopt_mixed",
@@ -939,7 +940,7 @@ FORMATS: dict[str, Format] = {
         "modelopt_mxfp8",
         "modelopt 0.47.0 (qtensor/mxfp8_tensor.py), MXFP8: scales E8M0 in U8",
         lambda out, size: {"weight": ("F8_E4M3", (out, size)), "weight_scale": ("U8", (out, size // 32))},
-        lambda model: modelopt(model, "MXFP8", {**FLOAT8, "group_size": 32}, {**FLOAT8, "group_size": 32}),
+        lambda model: modelopt(model, "MXFP8"),
     ),
     "compressed-tensors, MXFP8": Format(
         "compressed-tensors",
