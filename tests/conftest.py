@@ -40,6 +40,7 @@ settings.load_profile("any speed")
 # What takes longest, in this order: begun first, so that in the end no worker waits long for another. `make test`.
 LONGEST = [
     "test_vllm_plugin",
+    "test_vllm_quantised",
     "mutants with vLLM",
     "test_vllm_check",
     "test_vllm_dry_run",
