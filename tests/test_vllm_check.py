@@ -42,7 +42,7 @@ def test_a_model_without_a_fault_loads(checked):
     report = checked("none")
     assert [stage.verdict for stage in report.stages] == [LOADS] * 3
     assert [stage.held for stage in report.stages] == [{}] * 3
-    assert report.stand_ins.keys() == {"platform", "class inspection", "pipeline group"}
+    assert report.stand_ins.keys() - {"driver"} == {"platform", "class inspection", "pipeline group"}
 
 
 def test_an_unguarded_lookup_is_a_death_with_its_key_tensor_and_line(checked):
@@ -215,17 +215,23 @@ def test_json_follows_its_schema(tiny, capsys, options):
 
 
 def test_strict_refuses_stand_ins_and_cannot_tell(tiny, capsys):
-    code, out, _ = command(capsys, "check", tiny.directory, "--pp", 2, "--strict")
+    code, out, _ = command(capsys, "check", tiny.directory, "--pp", 2, "--strict", "--gpu", "cpu")
     assert code == 2 and "stand-ins: platform, class inspection, pipeline group\n" in out
     assert out.endswith("PP=2: cannot tell: PP=1 cannot be built here either\n")
 
 
-def test_an_architecture_that_vllm_does_not_know_cannot_be_told(tiny, tmp_path, capsys):
+def test_strict_has_nothing_to_refuse_on_a_gpu(tiny, capsys):
+    assert command(capsys, "check", tiny.directory, "--pp", 2, "--strict", "--guard", "loader")[0] == 0
+
+
+@pytest.mark.parametrize(("gpu", "ends", "verdict"), [("cpu", 2, "cannot tell"), ("h200", 1, "cannot be built")])
+def test_an_architecture_that_vllm_does_not_know_is_refused_in_its_words(tiny, tmp_path, capsys, gpu, ends, verdict):
+    """On a GPU what vLLM refuses on purpose is its verdict; a CPU is nobody's target, and tells nothing."""
     shutil.copytree(tiny.directory, tmp_path, dirs_exist_ok=True)
     config = {**tiny.config, "architectures": ["NobodysForCausalLM"], "model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    code, out, _ = command(capsys, "check", tmp_path, "--pp", 2)
-    assert code == 2 and "stages 0-1    layers 0-11     cannot tell\n" in out and "NobodysForCausalLM" in out
+    code, out, _ = command(capsys, "check", tmp_path, "--pp", 2, "--gpu", gpu)
+    assert code == ends and f"stages 0-1    layers 0-11     {verdict}\n" in out and "NobodysForCausalLM" in out
     assert " loads" not in out
 
 

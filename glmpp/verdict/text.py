@@ -8,7 +8,7 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.verdict.advice import fixed_in
 from glmpp.verdict.report import CANNOT_BUILD, CANNOT_TELL, DIES, LEAVES_AT_INIT, LOADS, STAGE, DryRunReport, StageReport
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def overall(report: DryRunReport) -> str:
