@@ -458,10 +458,11 @@ def test_padding_is_what_vllms_own_attributes_say():
 def test_kv_cache_scales_and_what_a_drafter_shares_are_accounted_for(plugin, stage_of):
     from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
-    model = model_with([], ["attn", "mlp"])
+    drafted = ["model.embed_tokens", "model.layers.6.shared_head.head", "model.layers.6.eh_proj"]
+    model = model_with([], ["attn", "mlp", *drafted])
     model.attn.quant_method = object.__new__(BaseKVCacheMethod)
     assert list(plugin.accounted(["attn.weight", "mlp.weight"], model, config_of())) == ["attn.weight"]
-    shared = ["model.embed_tokens.weight", "model.layers.6.shared_head.head.weight", "model.layers.6.eh_proj.weight"]
+    shared = [f"{path}.weight" for path in drafted]
     assert list(plugin.accounted(shared, model, config_of(runner="draft"))) == shared[:2]
     assert plugin.accounted(shared, model, config_of()) == {}
 

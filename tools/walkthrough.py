@@ -138,13 +138,14 @@ def main() -> int:
     paths = [path.resolve() for path in arguments.notebooks] or NOTEBOOKS
 
     sys.path.insert(0, str(ROOT))
+    from glmpp.gpus import CPU, default_target
     from glmpp.lab.notebook import tiny_checkpoint
     from glmpp.progress import progress_bar
     from glmpp.verdict.installed import vllm_version
     from glmpp.verdict.server import Server
 
     if vllm_version() is not None:
-        Server.share()  # vLLM is imported once for all kernels
+        Server.share(default_target(), CPU)  # vLLM is imported once for all kernels
 
     checkpoint = tiny_checkpoint()
     print(f"synthetic checkpoint: {checkpoint.directory.relative_to(ROOT)}, {len(checkpoint)} tensors")

@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import platform
+import shutil
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import dequantize, quantize
 from glmpp.errors import GlmppError
+from glmpp.formats.config import load_config
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
 from glmpp.formats.index import INDEX_FILE
 from glmpp.formats.shard import read_shard
@@ -128,6 +130,8 @@ def all_names_checkpoint():
 
 def _generated(directory: Path, config: dict, **options: Any) -> Checkpoint:
     """A checkpoint under data/generated; of two notebooks that write it at the same time one is told that it is there."""
+    if directory.exists() and load_config(directory) != config:
+        shutil.rmtree(directory)  # of an older kit
     if not directory.exists():
         try:
             return write_checkpoint(config, directory, **options)
