@@ -38,8 +38,9 @@ from glmpp.synthetic import write_checkpoint
 
 # Of the small checkpoint. `index_topk` is small enough that a prompt can be longer; 32 index heads as in GLM-5.1, since
 # with four a sixteenth of all scores is exactly zero, and ties have no right answer; eps is 1e-6 because transformers
-# uses that for the two norms inside attention whatever the config says, and vLLM does what it says.
-SIZES = {"index_topk": 16, "index_n_heads": 32, "rms_norm_eps": 1e-6}
+# uses that for the two norms inside attention whatever the config says, and vLLM does what it says. No kernel here minds
+# the size of a latent vector.
+SIZES = {"index_topk": 16, "index_n_heads": 32, "rms_norm_eps": 1e-6, "kv_lora_rank": 128}
 LONGEST = 256  # tokens of prompt and answer
 TOKENS = 24  # of an answer
 LENGTHS = (5, 40, 12, 25)  # of the prompts: two are shorter and two longer than `index_topk`
