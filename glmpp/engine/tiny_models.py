@@ -92,6 +92,8 @@ RENAMED = {"granitemoehybrid": {"full_attention": "attention", "linear_attention
 
 # Model type -> fields of the hub's configs that transformers' classes do not keep.
 ADDED = {
+    "deepseek_v2": {"n_group": 1, "topk_group": 1},
+    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "deepseek_v32": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
@@ -127,7 +129,8 @@ ADDED = {
 # are called block_sparse_moe there.
 TENSORS = {"kimi_linear": (r"(layers\.\d+)\.block_sparse_moe\.((?:gate|up|down)_proj)\.", r"\1.mlp.\2.")}
 # Model type -> sizes that stay as published: GPU kernels have no others.
-PUBLISHED = {"kimi_linear": {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}}
+_LATENT = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
+PUBLISHED = dict.fromkeys(("deepseek_v2", "kimi_linear", "longcat_flash"), _LATENT)
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id")
 
 
