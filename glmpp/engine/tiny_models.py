@@ -130,7 +130,7 @@ ADDED = {
 TENSORS = {"kimi_linear": (r"(layers\.\d+)\.block_sparse_moe\.((?:gate|up|down)_proj)\.", r"\1.mlp.\2.")}
 # Model type -> sizes that stay as published: GPU kernels have no others.
 _LATENT = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
-PUBLISHED = dict.fromkeys(("deepseek_v2", "kimi_linear", "longcat_flash"), _LATENT)
+PUBLISHED = dict.fromkeys(("deepseek_v2", "deepseek_v32", "glm_moe_dsa", "kimi_linear", "longcat_flash"), _LATENT)
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id")
 
 
