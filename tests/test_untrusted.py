@@ -137,8 +137,9 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(tiny, tmp_path, capsys):
     auto_map = {"AutoConfig": "configuration_evil.EvilConfig", "AutoModelForCausalLM": "configuration_evil.EvilConfig"}
     config = {**tiny.config, "model_type": "evil", "architectures": ["EvilForCausalLM"], "auto_map": auto_map}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert cli.main(["check", str(tmp_path), "--pp", "2"]) == 2
-    assert "cannot tell" in capsys.readouterr().out and not (tmp_path / "ran").exists()
+    for gpu, ends, verdict in (("cpu", 2, "cannot tell"), ("h200", 1, "cannot be built")):
+        assert cli.main(["check", str(tmp_path), "--pp", "2", "--gpu", gpu]) == ends
+        assert verdict in capsys.readouterr().out and not (tmp_path / "ran").exists()
 
 
 def test_control_characters_in_a_name_are_escaped_in_errors(folder):

@@ -184,7 +184,8 @@ def content(report: DryRunReport) -> list[tuple]:
 
 @needs_vllm
 @pytest.mark.parametrize(
-    ("options", "weights"), [({}, "meta"), ({"guard": "helper", "drafter": True}, "meta"), ({"guard": "loader"}, "real")]
+    ("options", "weights"),
+    [({}, "meta"), ({"guard": "helper", "drafter": True, "gpu": CPU}, "meta"), ({"guard": "loader"}, "real")],
 )
 def test_stages_side_by_side_are_told_the_same_as_one_after_another(tiny, options, weights, side_by_side):
     reports = []

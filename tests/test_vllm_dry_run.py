@@ -98,7 +98,8 @@ def test_a_skip_after_the_buffering_loads_but_keeps_foreign_tensors(tiny):
     for layer in foreign:
         wk = f"model.layers.{layer}.self_attn.indexer.wk.weight"
         expected |= {wk: 128 * 256, f"{wk}_scale_inv": 4 * 2}
-    assert one.held == expected
+    # Of a run of names the last tensor may live on in a variable of vLLM's loop; alone it would not be counted.
+    assert expected.items() <= one.held.items() and len(one.held) - len(expected) <= 1
 
 
 @affected

@@ -14,11 +14,13 @@ from glmpp.errors import GlmppError
 
 LAST_SEEN = "0.33.0"
 LOAD_FORMAT, DRY_RUN, REFERENCE = "the load format", "the dry run", "the reference platform"
+PRETENDED = "the pretended GPU"
 
 
 STILL_WORKS = {
     LOAD_FORMAT: "vLLM's own load formats, and everything of the kit that does not import vLLM",
     DRY_RUN: "the load format, and everything of the kit that does not import vLLM",
+    PRETENDED: "the load format, the dry run with --gpu cpu, and everything of the kit that does not import vLLM",
     REFERENCE: "the load format and the dry run, and everything of the kit that does not import vLLM",
 }
 
@@ -62,6 +64,11 @@ NAMES = {
     "vllm.utils.torch_utils:set_default_torch_dtype": DRY_RUN,
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.FLASHMLA_SPARSE": DRY_RUN,
     "vllm.v1.attention.selector:_cached_get_attn_backend.cache_clear": DRY_RUN,
+    f"{LAYERS}.attention_layer_base:AttentionLayerBase.get_attn_backend": PRETENDED,
+    "vllm.platforms.cuda:CudaPlatformBase": PRETENDED,
+    "vllm.platforms.interface:DeviceCapability": PRETENDED,
+    "vllm.v1.worker.workspace:init_workspace_manager": PRETENDED,
+    "vllm.v1.worker.workspace:reset_workspace_manager": PRETENDED,
     "vllm.config:CompilationMode.STOCK_TORCH_COMPILE": REFERENCE,
     "vllm.forward_context:get_forward_context": REFERENCE,
     "vllm.model_executor.custom_op:op_registry_oot": REFERENCE,

