@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import quantize
 from glmpp.errors import GlmppError
 from glmpp.formats.index import INDEX_FILE
+from glmpp.formats.shard import read_shard
 from glmpp.formats.tensor import TensorSpec
 from glmpp.progress import progress_bar
 
@@ -99,3 +102,17 @@ def _synthetic_tensor(spec: TensorSpec, plan: Checkpoint, seed: int, block: tupl
         return quantize(synthetic_original(weight, seed), block)[1]
     original = synthetic_original(spec, seed)
     return quantize(original, block)[0] if spec.dtype == "F8_E4M3" else original.to(spec.torch_dtype)
+
+
+@contextlib.contextmanager
+def checkpoint_without(checkpoint: Checkpoint, *lost: str) -> Iterator[Checkpoint]:
+    """A copy of a small checkpoint that lacks some tensors, in a folder of its own with an index that agrees."""
+    with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
+        weight_map = {}
+        for file in sorted({spec.file for spec in checkpoint.values()}):
+            held = {name: tensor for name, tensor in read_shard(checkpoint.directory / file) if name not in lost}
+            save_file(held, Path(folder, file), {"format": "pt"})
+            weight_map.update(dict.fromkeys(held, file))
+        Path(folder, INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        Path(folder, "config.json").write_text(json.dumps(checkpoint.config))
+        yield Checkpoint.from_directory(folder)

@@ -22,10 +22,10 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.formats.index import INDEX_FILE
 from glmpp.formats.shard import read_shard
-from glmpp.lab.notebook import checkpoint_without
 from glmpp.ledger import LOADED, UNEXPECTED
 from glmpp.loader import SPECULATIVE
 from glmpp.partition import OTHER_STAGE, make_stages
+from glmpp.synthetic import checkpoint_without
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import difflib
 import importlib.util
 import inspect
@@ -11,24 +10,20 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import dequantize, quantize
 from glmpp.errors import GlmppError
 from glmpp.formats.config import load_config
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
-from glmpp.formats.index import INDEX_FILE
-from glmpp.formats.shard import read_shard
 from glmpp.gpus import GPUS, default_target
 from glmpp.synthetic import write_checkpoint
 from glmpp.verdict.installed import vllm_version
@@ -139,20 +134,6 @@ def _generated(directory: Path, config: dict, **options: Any) -> Checkpoint:
             if not directory.exists():
                 raise
     return Checkpoint.from_directory(directory)
-
-
-@contextlib.contextmanager
-def checkpoint_without(checkpoint: Checkpoint, *lost: str) -> Iterator[Checkpoint]:
-    """A copy of a small checkpoint that lacks some tensors, in a folder of its own with an index that agrees."""
-    with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
-        weight_map = {}
-        for file in sorted({spec.file for spec in checkpoint.values()}):
-            held = {name: tensor for name, tensor in read_shard(checkpoint.directory / file) if name not in lost}
-            save_file(held, Path(folder, file), {"format": "pt"})
-            weight_map.update(dict.fromkeys(held, file))
-        Path(folder, INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-        Path(folder, "config.json").write_text(json.dumps(checkpoint.config))
-        yield Checkpoint.from_directory(folder)
 
 
 def measurements(name: str) -> tuple[dict[str, Any], pd.DataFrame]:
