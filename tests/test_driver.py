@@ -139,7 +139,7 @@ def test_it_is_loaded_by_name_and_leaves_no_file_no_descriptor_and_no_variable(t
         + """
 ctypes.CDLL("libcuda.so.1")
 print(driver.is_stand_in, set(os.listdir("/proc/self/fd")) == before, dict(os.environ) == environment)
-print([line.split()[-1] for line in open("/proc/self/maps") if "libcuda" in line][:1])
+print([line.split()[-1] for line in open("/proc/self/maps") if "libcuda.so" in line][:1])
 child = "import ctypes; ctypes.CDLL('libcuda.so.1')"
 print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stderr.splitlines()[-1])
 pid = os.fork()
