@@ -30,6 +30,7 @@ TOOLS = ["pytest>=8", "hypothesis>=6.100"]
 SUITES = [
     "tests/test_vllm_plugin.py",
     "tests/test_vllm_check.py",
+    "tests/test_vllm_losses.py",
     "tests/test_vllm_contract.py",
     "tests/test_vllm_targets.py",
     "tests/test_vllm_quantised.py",
