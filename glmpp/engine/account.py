@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 
+from glmpp.engine.experts import held_experts, is_elsewhere
 from glmpp.engine.losses import confirmed, losses
 from glmpp.engine.padding import padding
 from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
 from glmpp.engine.stage_load import StageLoad
-from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, UNEXPECTED
+from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, Prefixes
 
 SCALE = re.compile(r"_scale(_inv)?$")
@@ -23,6 +24,7 @@ class Account:
 
     Attributes:
         missing: vLLM's placeholders on this stage, as prefixes.
+        experts: numbers of those that this rank holds; None: all.
     """
 
     def __init__(self, load: StageLoad, shapes: Mapping[str, Sequence[int]], drafted: list[str] | None):
@@ -40,6 +42,7 @@ class Account:
         self._stems = {SCALE.sub("", name) for name in stored if re.search(r"\.weight(_scale)?", name)}
         self._reached = set(load.recorder.order)
         selection = getattr(load.loader, "selection", None)
+        self.experts = held_experts(model)
         self._dropped = set() if selection is None else {name for name in shapes if not selection.wants(name)}
 
     def column(self, name: str) -> str:
@@ -48,14 +51,15 @@ class Account:
             return NOT_REACHED
         if name in self.load.recorder.stored or SCALE.sub("", name) in self._stems:
             return LOADED
+        rest = OTHER_RANK if is_elsewhere(name, self.experts) else UNEXPECTED
         if self._drafted is not None:
-            return UNEXPECTED if self._drafted.cover(name) else OTHER_STAGE
+            return rest if self._drafted.cover(name) else OTHER_STAGE
         place = self._rename(name)
         if place is None:
             return IGNORED
         if self._speculative.cover(place):
             return SPECULATIVE
-        return OTHER_STAGE if self._elsewhere.cover(place) else UNEXPECTED
+        return OTHER_STAGE if self._elsewhere.cover(place) else rest
 
     def message(self, folder: str | None) -> dict:
         """The account as plain values; neighbours in the same column are one entry.
@@ -77,7 +81,8 @@ class Account:
             "parameters": {name: [written.get(name, size), size] for name, size in sizes.items()},
             "filled": {name: recorder.filled[name] for name in recorder.overwritten & sizes.keys()},
             "missing_prefixes": self.missing,
+            "experts": None if self.experts is None else sorted(self.experts),
             "padding": added,
             "left": {name: asdict(one) for name, one in left.items()},
-            "held": {name: size for name, size in load.held.items() if columns[name] == OTHER_STAGE},
+            "held": {name: size for name, size in load.held.items() if columns[name] in (OTHER_STAGE, OTHER_RANK)},
         }
