@@ -28,8 +28,8 @@ class Left:
             UNTIED: the config ties it to the embedding, and the model does not; ABSENT: nothing like it was handed over.
         why: in words.
         tensor: the checkpoint's tensor that it should have come from, of LOST and UNTIED.
-        in_file, in_model: the first value of that tensor and the first that the model has after a load of real bytes;
-            None without one. A finding of these kinds whose bytes are in the model all the same is EXPECTED.
+        in_file, in_model: the values where that tensor and the model first differ after a load of real bytes; None
+            without one. A finding of these kinds whose bytes are in the model all the same is EXPECTED.
     """
 
     kind: str

@@ -21,7 +21,7 @@ from glmpp.formats.shard import read_shard
 from glmpp.ledger import ABSENT, EXPECTED, LOST, UNTIED, Left, digest
 from glmpp.partition import Prefixes
 
-LAYER = re.compile(r"\.(\d+)\.")
+LAYER = re.compile(r"[^.]+\.\d+(?=\.)")  # "layers.3"
 COMPUTED = "computed while the model is built"
 DROPPED = "{!r}, of the same layer and shape, was handed over and dropped"
 NOT_TIED = "tie_word_embeddings is true, and the model does not tie it to the embedding"
@@ -68,7 +68,8 @@ def losses(
             found[name] = Left(EXPECTED, expected[name])
             continue
         shape = _stored_shape(modules[path], tensors[name])
-        like = [tensor for tensor in by_layer[_layer(name)] if _fits(dropped[tensor], shape)]
+        shapes = (shape, shape[1:]) if "experts" in name else (shape,)
+        like = [t for t in by_layer[_layer(name)] if any(_fits(dropped[t], one) for one in shapes)]
         if like:
             nearest = max(like, key=lambda tensor: SequenceMatcher(None, places[tensor], name, autojunk=False).ratio())
             found[name] = Left(LOST, DROPPED.format(nearest), nearest)
@@ -100,8 +101,9 @@ def confirmed(
         if one.kind != EXPECTED and stored is not None and _holds(tensors[name], stored):
             one = Left(EXPECTED, f"it has the bytes of {source!r} even so")
         if one.kind != EXPECTED:
-            in_file = None if stored is None else _first(stored)
-            one = replace(one, tensor=source, in_file=in_file, in_model=_first(tensors[name]))
+            at = _first_difference(tensors[name], stored)
+            in_file = None if stored is None else _value(stored, at)
+            one = replace(one, tensor=source, in_file=in_file, in_model=_value(tensors[name], at))
         proven[name] = one
     return proven
 
@@ -114,7 +116,7 @@ def _read(folder: str, name: str) -> torch.Tensor:
 
 def _layer(name: str) -> str | None:
     found = LAYER.search(name)
-    return found and found[1]
+    return found and found[0]
 
 
 def _stored_shape(module: torch.nn.Module, param: torch.Tensor) -> tuple[int, ...]:
@@ -124,13 +126,11 @@ def _stored_shape(module: torch.nn.Module, param: torch.Tensor) -> tuple[int, ..
 
 
 def _fits(stored: Sequence[int], shape: Sequence[int]) -> bool:
-    """Whether a stored tensor can be a parameter, an expert of it, or a part or a multiple of it in one dimension."""
-    for whole in (shape, shape[1:]):
-        if len(stored) == len(whole):
-            other = [(a, b) for a, b in zip(stored, whole) if a != b]
-            if not other or (len(other) == 1 and len(whole) > 1 and (max(other[0]) % max(min(other[0]), 1)) == 0):
-                return True
-    return False
+    """Whether a stored tensor can be a parameter, or a part or a multiple of it in one dimension."""
+    if len(stored) != len(shape):
+        return False
+    other = [(max(a, b), min(a, b)) for a, b in zip(stored, shape) if a != b]
+    return not other or (len(other) == 1 and len(shape) > 1 and other[0][0] % max(other[0][1], 1) == 0)
 
 
 def _holds(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
@@ -153,6 +153,14 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.to(torch.float64), other.to(torch.float64))  # stored wider or narrower than it is kept
 
 
-def _first(tensor: torch.Tensor) -> str:
-    value = tensor.detach().reshape(-1)[:1].to(torch.float64)
-    return f"{value.item():.6g}" if value.numel() else "nothing"
+def _first_difference(tensor: torch.Tensor, stored: torch.Tensor | None) -> int:
+    """Where two tensors differ first, counted in elements; 0 if that cannot be said."""
+    if stored is None or tensor.shape[1:] != stored.shape[1:]:
+        return 0
+    rows = min(len(tensor), len(stored)) if tensor.dim() else None
+    differ = tensor[:rows].to(torch.float64) != stored[:rows].to(torch.float64) if rows else tensor != stored
+    return int(differ.reshape(-1).to(torch.uint8).argmax())
+
+
+def _value(tensor: torch.Tensor, at: int) -> str:
+    return f"{tensor.detach().reshape(-1)[at].to(torch.float64).item():.6g}" if tensor.numel() > at else "nothing"

@@ -14,6 +14,7 @@ import platform
 import re
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -131,7 +132,7 @@ def judge(case: Case, reports: list[DryRunReport]) -> None:
     elif whole.verdict not in (LOADS, INCOMPLETE):
         case.why = f"PP=1 {whole.verdict}: {whole.exception or ''} {(whole.message or '')[:150]}"
     for report in reports if case.counts else ():
-        failing = [stage for stage in report.stages if fails(stage, whole)]
+        failing = [stage for stage in report.stages if fails(stage, whole.unaccounted)]
         case.verdicts[report.pp_size] = failing[0].verdict if failing else whole.verdict
         if failing:
             case.findings.append(finding(report.pp_size, failing[0]))
@@ -139,10 +140,10 @@ def judge(case: Case, reports: list[DryRunReport]) -> None:
         case.left = {name: whole.left[name] for name in whole.unaccounted}
 
 
-def fails(stage: StageReport, whole: StageReport) -> bool:
-    """Whether a stage does worse than PP=1."""
+def fails(stage: StageReport, left: Iterable[str]) -> bool:
+    """Whether a stage does worse than PP=1, which leaves some parameters at init."""
     if stage.verdict == INCOMPLETE:
-        return not set(stage.unaccounted) <= set(whole.unaccounted)
+        return not set(stage.unaccounted) <= set(left)
     return stage.verdict != LOADS
 
 
@@ -173,7 +174,7 @@ def confirm(case: Case, reports: list[DryRunReport]) -> None:
     """What the same pipeline sizes do with the load format: every stage has to load for a finding to count as cured."""
     by_size = {report.pp_size: report for report in reports}
     for found in case.findings:
-        left = [stage for stage in by_size[found.pp_size].stages if stage.verdict != LOADS]
+        left = [stage for stage in by_size[found.pp_size].stages if fails(stage, case.left)]
         found.with_load_format = (
             LOADS if not left else f"{left[0].verdict}: {left[0].place or ', '.join(left[0].unaccounted)}"
         )
