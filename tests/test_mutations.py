@@ -551,7 +551,7 @@ MUTATIONS = {
     ),
     "a dropped tensor is of the same layer": (
         "engine/losses.py::_layer",
-        "return found and found[1]",
+        "return found and found[0]",
         "return None",
         "test_vllm_losses.py::test_a_dropped_tensor_is_taken_for_a_parameter_of_its_layer_and_shape_only",
     ),

@@ -111,6 +111,7 @@ def test_a_dropped_tensor_is_taken_for_a_parameter_of_its_layer_and_shape_only(s
     assert kind({"layers.0.mixer.weight": (8, 4)}) == (LOST, "layers.0.mixer.weight")
     assert kind({"layers.0.other.weight": (8, 4), "layers.0.mixer.weight": (8, 4)}) == (LOST, "layers.0.mixer.weight")
     assert kind({"layers.1.mix.weight": (8, 4)}) == kind({"mix.weight": (8, 4)}) == (ABSENT, None)
+    assert kind({"visual.blocks.0.mix.weight": (8, 4)}) == (ABSENT, None)  # another list of layers
     assert kind({"layers.0.mixer.weight": (7, 4)}) == kind({"layers.0.mixer.weight": (8,)}) == (ABSENT, None)
 
 
@@ -128,6 +129,23 @@ def test_a_finding_that_the_bytes_do_not_confirm_is_none(small, tmp_path):
         for source in ("same", "part", "other")
     }
     assert kinds == {"same": EXPECTED, "part": EXPECTED, "other": LOST}
+
+
+def test_what_is_shown_is_where_they_differ_first(small, tmp_path):
+    """A row that pads a vocabulary is zero in both."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    from glmpp.engine.losses import confirmed
+
+    name, weight = "layers.0.mix.weight", small.layers[0]["mix"].weight
+    weight.data = torch.zeros(8, 4)
+    stored = torch.zeros(8, 4)
+    stored[1, 2] = 7.0
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"mixer": stored}, tmp_path / "model.safetensors")
+    one = confirmed({name: Left(LOST, "", "mixer")}, small, str(tmp_path), {})[name]
+    assert (one.in_file, one.in_model) == ("7", "0")
 
 
 def test_forty_three_scales_that_a_repack_lost_do_not_come_up_green(tiny):
