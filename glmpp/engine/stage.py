@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from vllm.model_executor.model_loader import get_model_loader
 
 from glmpp.engine.account import Account
@@ -102,6 +103,7 @@ class Stages:
             result.update(Account(load, self.source.names, self.drafted() if place.drafter else None).message())
             if self.real:
                 result["digests"] = {name: digest(p) for name, p in built.model.named_parameters()}
+                self.keep(place, built.model)
             result["model_class"] = f"{type(built.model).__module__}.{type(built.model).__qualname__}"
         except Exception as error:
             if built is not None:
@@ -116,6 +118,12 @@ class Stages:
             result["refused"] = refuses(error) and (self.request["gpu"] != CPU or self.is_layout_refused(place, device))
         result.update(stand_ins=self.builder.stand_ins.reasons, device=device, num_layers=self.builder.num_layers)
         return result, needs_data
+
+    def keep(self, place: Place, model: torch.nn.Module) -> None:
+        """Save a rank's parameters if they are asked for."""
+        if folder := self.request.get("keep"):
+            name = f"{'drafter-' * place.drafter}{place.rank}-{place.shard}-{place.replica}.pt"
+            torch.save({name: parameter.data for name, parameter in model.named_parameters()}, Path(folder, name))
 
     def is_layout_refused(self, place: Place, device: str) -> bool:
         """Whether it is for its layout that a model is refused on the CPU platform, which itself may be the reason: without
