@@ -12,7 +12,7 @@ from vllm.distributed import parallel_state
 
 from glmpp.partition import PARTITION_VARIABLE
 
-ALONE = "no other process of this group is here"  # by this a verdict is told from a question that cannot be answered
+ALONE = "no other process of this group is here"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from glmpp.ledger import digest
 
 # What PyTorch says when code asks a meta tensor for its data. It is no verdict on the checkpoint.
 NEEDS_DATA = re.compile(r"copy out of meta tensor|on meta tensors|_local_scalar_dense|data is not allocated yet")
+# What a rank alone says that wants to hear from others. That is no verdict either.
+NEEDS_OTHERS = re.compile(rf"{ALONE}|Could not run 'vllm::(all_reduce|all_gather|reduce_scatter)'")
 SMALL_ENOUGH = 2_000_000_000  # bytes of a checkpoint that is tried again with data, on the CPU
 
 
@@ -95,7 +97,7 @@ class Stages:
             load.run(self.request["all_deaths"])
             result["load_seconds"] = time.perf_counter() - started
             result["verdict"] = "dies" if load.deaths else "loads"
-            if load.deaths and ALONE in load.deaths[0]["message"]:
+            if load.deaths and NEEDS_OTHERS.search(load.deaths[0]["message"]):
                 result["verdict"] = "cannot tell"
             if load.deaths:
                 result.update(load.deaths[0], deaths=[{**death, "traceback": []} for death in load.deaths])
@@ -109,7 +111,7 @@ class Stages:
             if built is not None:
                 raise  # not the model's fault
             result.update(describe(error), build_seconds=time.perf_counter() - started)
-            if ALONE in str(error):  # it would go on, with the others
+            if NEEDS_OTHERS.search(str(error)):
                 result["verdict"] = "cannot tell"
             if error.__cause__ is not None:
                 left = describe(error.__cause__)
