@@ -165,7 +165,7 @@ def test_replicas_hold_the_same_but_for_the_experts_that_they_share(glm, whole, 
     deployment = Deployment(tp=2, dp=2, ep=ep, guard="helper")
     report = run(glm, tmp_path / "ranks", deployment)
     assert [one.rank for one in report.stages] == [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)]
-    # With shards, replicas and dealt-out experts vLLM deals out the tokens, too (`ParallelConfig.use_sequence_parallel_moe`):
+    # With shards, replicas and dealt-out experts tokens are dealt out, too (`ParallelConfig.use_sequence_parallel_moe`):
     # each rank has the shared expert whole, and in the class for NVIDIA's GPUs every MLP.
     table = {(r"\.mlp\.(shared_experts\.)?(gate_up|down)" if NEWER else "shared_experts"): None, **GLM} if ep else GLM
     assert_same(assemble(tmp_path / "ranks", deployment, table), whole)
