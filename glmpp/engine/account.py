@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 
-from glmpp.engine.experts import held_experts, is_elsewhere
+from glmpp.engine.experts import expert_maps, held_experts, is_elsewhere
 from glmpp.engine.losses import confirmed, losses
 from glmpp.engine.padding import padding
 from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
@@ -42,7 +42,7 @@ class Account:
         self._stems = {SCALE.sub("", name) for name in stored if re.search(r"\.weight(_scale)?", name)}
         self._reached = set(load.recorder.order)
         selection = getattr(load.loader, "selection", None)
-        self.experts = held_experts(model)
+        self.experts = held_experts(expert_maps(model))
         self._dropped = set() if selection is None else {name for name in shapes if not selection.wants(name)}
 
     def column(self, name: str) -> str:
