@@ -13,6 +13,7 @@ from glmpp.engine.build import ModelBuilder, Place
 from glmpp.engine.choices import choices
 from glmpp.engine.guards import Guard
 from glmpp.engine.load_format import StageModelLoader
+from glmpp.engine.memory import memory
 from glmpp.engine.source import Source, answer_for_headers
 from glmpp.engine.stage_load import StageLoad
 from glmpp.engine.targets import refuses
@@ -98,6 +99,7 @@ class Stages:
             result.update(Account(load, self.source.names, self.drafted() if place.drafter else None).message())
             if self.real:
                 result["digests"] = {name: digest(p) for name, p in built.model.named_parameters()}
+            result["memory"] = memory(self.builder, place, built, device, self.request["context"])
             result["model_class"] = f"{type(built.model).__module__}.{type(built.model).__qualname__}"
         except Exception as error:
             if built is not None:

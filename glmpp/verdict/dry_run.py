@@ -28,6 +28,7 @@ def dry_run(
     real_group: bool = False,
     strict: bool = False,
     all_deaths: bool = False,
+    context: int | None = None,
     recorded: str | Path | None = None,
     progress: bool | None = None,
 ) -> DryRunReport:
@@ -42,6 +43,7 @@ def dry_run(
         real_group: one process per stage in a real gloo pipeline group instead of processes with rewritten ranks.
         strict: no stand-ins for parts of the model; a model that needs one cannot be built then.
         all_deaths: drop the tensor that a stage dies at, go on, and list every death.
+        context: tokens of the longest request that the KV cache is counted for; default what vLLM takes for this model.
         recorded: a saved report to return, labelled as such, where vLLM is not installed; written when GLMPP_RECORD=1.
 
     Raises:
@@ -65,7 +67,7 @@ def dry_run(
         runs.append({"rank": pp - 1, "size": pp, "drafter": True, "control": False})
     if control and pp > 1 and not real_group:
         runs.append({"rank": 0, "size": 1, "drafter": False, "control": True})
-    request = stage_request(checkpoint, deployment, weights, strict, all_deaths)
+    request = stage_request(checkpoint, deployment, weights, strict, all_deaths, context)
     started = time.perf_counter()
     with progress_bar(what=f"vLLM dry run, PP={pp}, {deployment.guard}", total=len(runs), show=progress) as bar:
         if real_group:
@@ -94,6 +96,7 @@ def stage_request(
     weights: str = "meta",
     strict: bool = False,
     all_deaths: bool = False,
+    context: int | None = None,
 ) -> dict:
     """What the child has to know to build and load stages of a checkpoint."""
     helper = deployment.guard if isinstance(deployment.guard, Helper) else Helper()
@@ -108,5 +111,6 @@ def stage_request(
         "gpu": deployment.gpu,
         "strict": strict,
         "all_deaths": all_deaths,
+        "context": context,
         "layer_counts": deployment.partition,
     }

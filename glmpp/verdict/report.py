@@ -17,6 +17,7 @@ from glmpp.gpus import CPU
 from glmpp.ledger import Ledger
 from glmpp.partition import Stage
 from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.fit import Memory
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -109,6 +110,7 @@ class StageReport:
         deaths: all of them, when asked for; otherwise the first. A failed build is one.
         ledger: every tensor and every parameter, from the writes that were observed; None if the model was not built.
         accounted: parameters left at init that are no fault -> why.
+        memory: what the rank takes of its GPU; None if the model was not built.
     """
 
     stage: Stage
@@ -119,6 +121,7 @@ class StageReport:
     ledger: Ledger | None = None
     accounted: dict[str, str] = field(default_factory=dict)
     times: Times = field(default_factory=Times)
+    memory: Memory | None = None
 
     tensor, exception, message, key = map(_of_first_death, ("tensor", "exception", "message", "key"))
     place, function, traceback = map(_of_first_death, ("place", "function", "traceback"))
@@ -272,6 +275,7 @@ def _stage_report(message: dict, checkpoint: Checkpoint, stages: list[Stage]) ->
         evidence=Evidence(**_fields(Evidence, message)),
         accounted=message.get("accounted", {}),
         times=Times(message.get("build_seconds", 0.0), message.get("load_seconds", 0.0)),
+        memory=Memory.of(message["memory"]) if "memory" in message else None,
     )
     if "columns" in message:
         columns = (column for column, count in message["columns"] for _ in range(count))
