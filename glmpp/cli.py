@@ -1,6 +1,6 @@
 """The command `glmpp`.
 
-glmpp check MODEL --pp 8      does it load on the installed vLLM, and if not, where does it die?
+glmpp check MODEL --pp 8      (--tp 8 --pp 2 --ep …) does it load on the installed vLLM, and if not, where does it die?
 glmpp plan MODEL --pp 8       what does each stage hold, and which split is balanced?
 glmpp make-checkpoint …       write a synthetic checkpoint
 """
@@ -69,21 +69,29 @@ def _parser() -> argparse.ArgumentParser:
     def model(added: argparse.ArgumentParser) -> None:
         added.add_argument("model", metavar="MODEL", help="folder, Hub repository (org/name), or a GLM-5 config.json")
         added.add_argument("--revision", help="branch, tag or commit of a Hub repository")
-        added.add_argument("--pp", type=int, required=True, metavar="N", help="pipeline stages")
+        added.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages (default 1)")
+        added.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs that share a stage (default 1)")
         added.add_argument(
             "--layer-partition",
             metavar="10,10,…",
             help=f"layers per stage, as in {PARTITION_VARIABLE}; default: vLLM's split",
         )
 
-    check = command("check", _check, "Build and load every stage with the installed vLLM's own classes, without a GPU.")
+    check = command(
+        "check", _check, "Build and load the ranks of a layout with the installed vLLM's own classes, without a GPU."
+    )
     model(check)
+    check.add_argument("--ep", action="store_true", help="experts are spread over the GPUs of a stage, not sliced")
+    check.add_argument("--dp", type=int, default=1, metavar="N", help="replicas that share the experts (default 1)")
+    check.add_argument(
+        "--ranks", choices=["all"], help="every rank; default: of each stage the first and the last shard (and replica)"
+    )
     check.add_argument("--guard", choices=GUARDS, default="installed", help="default: vLLM as it is installed")
     check.add_argument(
         "--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, sm90 …, or cpu; default: the one here, or {REPORTED}"
     )
-    check.add_argument("--all", action="store_true", help="every death of a stage, not only the first")
-    check.add_argument("--each", action="store_true", help="a line for each stage, also where they end alike")
+    check.add_argument("--all", action="store_true", help="every death of a rank, not only the first")
+    check.add_argument("--each", action="store_true", help="a line for each rank, also where they end alike")
     check.add_argument("--strict", action="store_true", help="no stand-ins for parts that a CPU lacks")
     check.add_argument("--json", action="store_true", help="the report as JSON")
 
@@ -92,7 +100,6 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--gpu-gb", type=float, metavar="GB", help="memory of a GPU (GB = 1e9 bytes): what a stage leaves free"
     )
-    plan.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs that share a stage (default 1)")
     plan.add_argument("--drafter", action="store_true", help="count the MTP layer on the last stage")
 
     make = command("make-checkpoint", _make, "Write a synthetic checkpoint of the GLM-5 family with small dimensions.")
@@ -126,8 +133,16 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
 
 def _check(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model, options.revision)
-    deployment = Deployment(options.pp, options.layer_partition, guard=options.guard, gpu=options.gpu)
-    report = dry_run(checkpoint, deployment, all_deaths=options.all, strict=options.strict)
+    deployment = Deployment(
+        options.pp,
+        options.tp,
+        options.dp,
+        options.ep,
+        layer_counts=options.layer_partition,
+        guard=options.guard,
+        gpu=options.gpu,
+    )
+    report = dry_run(checkpoint, deployment, ranks=options.ranks, all_deaths=options.all, strict=options.strict)
     again = try_load_format(checkpoint, report, options.strict)
     if options.json:
         print(json.dumps(as_json(checkpoint, report, again), indent=1))
@@ -157,7 +172,7 @@ def what_to_do(options: argparse.Namespace, report: DryRunReport, again: DryRunR
 
 def _plan(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model, options.revision)
-    deployment = Deployment(options.pp, options.layer_partition, options.drafter)
+    deployment = Deployment(options.pp, layer_counts=options.layer_partition, drafter=options.drafter)
     print(printable(plan_text(checkpoint, deployment, options.gpu_gb, options.tp)))
     return 0
 

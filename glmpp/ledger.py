@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
-from glmpp.partition import OTHER_STAGE, OWN, SPECULATIVE, Stage
+from glmpp.partition import EXPERT, OTHER_STAGE, OWN, SPECULATIVE, Stage
 
 LOADED, UNEXPECTED, NOT_REACHED = "loaded", "unexpected", "not reached"
-IGNORED = "ignored by the model"
-COLUMNS = (LOADED, OTHER_STAGE, SPECULATIVE, IGNORED, UNEXPECTED, NOT_REACHED)
+IGNORED, OTHER_RANK = "ignored by the model", "another rank's expert"
+COLUMNS = (LOADED, OTHER_STAGE, OTHER_RANK, SPECULATIVE, IGNORED, UNEXPECTED, NOT_REACHED)
 
 
 @dataclass
@@ -54,11 +54,18 @@ class Ledger:
     def in_column(self, column: str) -> list[str]:
         return [name for name, found in self.tensors.items() if found == column]
 
-    def check(self, checkpoint: Checkpoint, stage: Stage, may_stay_at_init: Iterable[str] = ()) -> None:
+    def check(
+        self,
+        checkpoint: Checkpoint,
+        stage: Stage,
+        may_stay_at_init: Iterable[str] = (),
+        experts: Collection[int] | None = None,
+    ) -> None:
         """Close the books: every tensor in one column, loaded == owned, nothing left at init, nothing written twice.
 
         Args:
             may_stay_at_init: parameters that the caller can account for, e.g. kv-cache scales.
+            experts: numbers of those that this rank of the stage holds; default all.
 
         Raises:
             GlmppError: with the first tensor or parameter that does not balance.
@@ -70,6 +77,8 @@ class Ledger:
             raise GlmppError(f"{stage}: {len(stray)} tensors are in the checkpoint or the ledger only, e.g. {stray[0]!r}")
         for name, column in self.tensors.items():
             expected = {OWN: LOADED}.get(stage.column(name), stage.column(name))
+            if expected == LOADED and experts is not None and (found := EXPERT.search(name)):
+                expected = LOADED if int(found[1]) in experts else OTHER_RANK
             if column != expected:
                 raise GlmppError(f"{stage}: tensor {name!r} is {column!r}, expected {expected!r}")
         if left := sorted(set(self.left_at_init) - set(may_stay_at_init)):

@@ -20,6 +20,7 @@ from glmpp.formats.tensor import TensorSpec
 
 PARTITION_VARIABLE = "VLLM_PP_LAYER_PARTITION"
 OWN, OTHER_STAGE, SPECULATIVE, UNKNOWN = "own", "another stage's", "speculative layer", "unknown"
+EXPERT = re.compile(r"\.experts\.(\d+)\.")  # in a tensor's name, as in `vllm/…/model_loader/ep_weight_filter.py`
 LAYERS = "model.layers"  # what most checkpoints call the list of layers; `layer_list` finds the name in others
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "embedding", "embeddings"}
 _LAST = {"norm", "lm_head", "ln_f", "norm_f", "final_layernorm", "final_layer_norm", "embed_out"}

@@ -208,8 +208,9 @@ def test_every_fork_is_ended_when_one_of_them_breaks_down(tiny, tmp_path, side_b
 
 @needs_vllm
 def test_runs_that_take_too_long_are_ended_and_said_to_be(tiny, full):
-    from glmpp.verdict.dry_run import stage_request
+    from glmpp.verdict.dry_run import run_of, stage_request
 
-    runs = [{"rank": rank, "size": 8, "drafter": False, "control": False} for rank in range(8)]
+    deployment = Deployment(8, guard="helper")
+    runs = [run_of(deployment, rank) for rank in range(8)]
     with pytest.raises(GlmppError, match="was not done after 0 s"):
-        forks.run_stages(full, stage_request(full, Deployment(8, guard="helper")), runs, timeout=0.01)
+        forks.run_stages(full, stage_request(full, deployment), runs, timeout=0.01)

@@ -6,11 +6,12 @@ import hashlib
 import re
 from itertools import groupby
 
+from glmpp.engine.experts import held_experts, is_elsewhere
 from glmpp.engine.left_at_init import accounted
 from glmpp.engine.padding import padding
 from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
 from glmpp.engine.stage_load import StageLoad
-from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, UNEXPECTED
+from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, Prefixes
 
 SCALE = re.compile(r"_scale(_inv)?$")
@@ -21,6 +22,7 @@ class Account:
 
     Attributes:
         missing: vLLM's placeholders on this stage, as prefixes.
+        experts: numbers of those that this rank holds; None: all.
     """
 
     def __init__(self, load: StageLoad, names: list[str], drafted: list[str] | None):
@@ -38,6 +40,7 @@ class Account:
         self._stems = {SCALE.sub("", name) for name in stored if re.search(r"\.weight(_scale)?", name)}
         self._reached = set(load.recorder.order)
         selection = getattr(load.loader, "selection", None)
+        self.experts = held_experts(model)
         self._dropped = set() if selection is None else {name for name in names if not selection.wants(name)}
 
     def column(self, name: str) -> str:
@@ -46,14 +49,15 @@ class Account:
             return NOT_REACHED
         if name in self.load.recorder.stored or SCALE.sub("", name) in self._stems:
             return LOADED
+        rest = OTHER_RANK if is_elsewhere(name, self.experts) else UNEXPECTED
         if self._drafted is not None:
-            return UNEXPECTED if self._drafted.cover(name) else OTHER_STAGE
+            return rest if self._drafted.cover(name) else OTHER_STAGE
         place = self._rename(name)
         if place is None:
             return IGNORED
         if self._speculative.cover(place):
             return SPECULATIVE
-        return OTHER_STAGE if self._elsewhere.cover(place) else UNEXPECTED
+        return OTHER_STAGE if self._elsewhere.cover(place) else rest
 
     def message(self) -> dict:
         """The account as plain values; neighbours in the same column are one entry."""
@@ -65,7 +69,8 @@ class Account:
             "columns": [[column, len(list(run))] for column, run in groupby(map(self.column, self.names))],
             "parameters": {name: [recorder.written.get(name, size), size] for name, size in sizes.items()},
             "missing_prefixes": self.missing,
+            "experts": None if self.experts is None else sorted(self.experts),
             "padding": added,
             "accounted": accounted(recorder.left_at_init(added), model, load.built.model_config),
-            "held": {name: size for name, size in load.held.items() if self.column(name) == OTHER_STAGE},
+            "held": {name: size for name, size in load.held.items() if self.column(name) in (OTHER_STAGE, OTHER_RANK)},
         }

@@ -13,8 +13,7 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models.registry import ModelRegistry
 
 from glmpp.engine import contract, load_time
-from glmpp.engine.build import Place
-from glmpp.engine.groups import init_groups, pretend_rank, set_layer_counts
+from glmpp.engine.groups import Place, init_groups, pretend, set_layer_counts
 from glmpp.engine.stage import Stages
 from glmpp.engine.tiny_models import make
 
@@ -24,7 +23,7 @@ def serve(request: dict, world: dict, turns: int, send: Callable[[dict], None]) 
 
     Args:
         request: its `kind` and what that needs.
-        world: rank, size and the file of the process group that this fork is in.
+        world: rank, size and the file of the process group that this fork is in, and how many of it share a stage.
         turns: where the numbers of the runs come from, two bytes each.
     """
     kind = request["kind"]
@@ -36,7 +35,7 @@ def serve(request: dict, world: dict, turns: int, send: Callable[[dict], None]) 
         set_layer_counts(request["layer_counts"])
         indices = [[get_pp_indices(layers, rank, size) for rank in range(size)] for layers, size in request["cases"]]
         return send({"kind": kind, "indices": indices})
-    init_groups(world["rank"], world["size"], world["group"])
+    init_groups(world["rank"], world["size"], world["tp"], world["group"])
     send({"kind": "ready", "versions": versions()})
     if kind == "load_time":
         return load_time.measure(request, send)
@@ -44,9 +43,10 @@ def serve(request: dict, world: dict, turns: int, send: Callable[[dict], None]) 
     while number := os.read(turns, 2):
         at = int.from_bytes(number, sys.byteorder)
         run = request["runs"][at]
+        place = Place.of(run)
         if world["size"] == 1:
-            pretend_rank(run["rank"], run["size"])
-        send({"kind": "stage", "run": at, **run, **stages.run(Place(run["rank"], run["size"], run["drafter"]))})
+            pretend(place)
+        send({"kind": "stage", "run": at, **run, **stages.run(place)})
 
 
 def versions() -> dict[str, str | None]:

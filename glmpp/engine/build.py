@@ -11,20 +11,11 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import utils
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from glmpp.engine.groups import set_layer_counts
+from glmpp.engine.groups import Place, set_layer_counts
 from glmpp.engine.stand_ins import StandIns
 from glmpp.engine.targets import tensors_on
 
 NOMINAL = 512  # tokens of context: nothing is generated
-
-
-@dataclass(frozen=True)
-class Place:
-    """What is built: a rank of a pipeline, or the drafter that runs on it."""
-
-    rank: int
-    size: int
-    drafter: bool = False
 
 
 @dataclass
@@ -63,10 +54,15 @@ class ModelBuilder:
             enable_prefix_caching=False,  # the CPU platform turns it off halfway, and then other checks fail
             max_model_len=max_model_len,
             pipeline_parallel_size=place.size,
+            tensor_parallel_size=place.shards,
+            data_parallel_size=place.replicas,
+            enable_expert_parallel=place.ep,
             distributed_executor_backend="mp",
             speculative_config={"method": "mtp", "num_speculative_tokens": 1} if place.drafter else None,
         ).create_engine_config(**options)
-        config.parallel_config.rank = place.rank
+        config.parallel_config.rank = place.rank * place.shards + place.shard
+        if place.replicas > 1:
+            become_replica(config, place.replica)
         self.num_layers = config.model_config.get_total_num_hidden_layers()
         return config
 
@@ -88,3 +84,16 @@ class ModelBuilder:
                 return Built(initialize_model(vllm_config=mine, model_config=model_config), mine, model_config)
 
         return self.stand_ins.build(construct)
+
+
+def become_replica(config: VllmConfig, replica: int) -> None:
+    """What a replica's engine does with its config before it starts workers (`vllm/v1/engine/core.py:run_engine_core`)."""
+    parallel = config.parallel_config
+    parallel.data_parallel_index = replica
+    if config.model_config.is_moe:
+        parallel.data_parallel_rank = replica
+    elif hasattr(parallel, "reconfigure_for_independent_dp_rank"):  # vLLM >= 0.32
+        parallel.reconfigure_for_independent_dp_rank()
+    else:
+        parallel.data_parallel_size = parallel.data_parallel_size_local = 1
+        parallel.data_parallel_rank = 0

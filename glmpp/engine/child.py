@@ -22,7 +22,7 @@ import sys
 import traceback
 
 from glmpp.engine import contract
-from glmpp.engine.stand_ins import inspect_in_process, install_platform
+from glmpp.engine.stand_ins import expert_map_on_cpu, inspect_in_process, install_platform
 from glmpp.gpus import CPU
 
 # Before torch and vLLM are imported. The GPU, if there is one, stays unseen: verdicts must not depend on the machine.
@@ -51,6 +51,7 @@ def preload(target: str) -> None:
     import glmpp.engine.answers  # noqa: F401  imports vLLM, which has to find the platform
 
     inspect_in_process()
+    expert_map_on_cpu()
     from vllm.model_executor.layers.quantization import get_quantization_config
 
     get_quantization_config("fp8")
@@ -81,7 +82,8 @@ def answer(names: dict, pipe: int, turns: int) -> None:
     """In a fork of its own: read the request, write messages into the pipe and everything else into the log.
 
     Args:
-        names: request, log, group: files in a folder of the request's own; rank and size in the process group.
+        names: request, log, group: files in a folder of the request's own; rank and size in the process group, and tp:
+            how many of it share a stage.
         turns: where the numbers of the runs come from, two bytes each.
     """
     end_with_parent()

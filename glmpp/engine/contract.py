@@ -43,6 +43,7 @@ NAMES = {
     f"{LOADER}.default_loader:DefaultModelLoader.get_all_weights": LOAD_FORMAT,
     f"{LOADER}.default_loader:DefaultModelLoader._get_weights_iterator": LOAD_FORMAT,
     f"{LOADER}.default_loader:DefaultModelLoader._prepare_weights": LOAD_FORMAT,
+    f"{LOADER}.ep_weight_filter:parse_expert_id": LOAD_FORMAT,
     f"{LOADER}.weight_utils:enable_tqdm": LOAD_FORMAT,
     f"{LOADER}.weight_utils:runai_safetensors_weights_iterator": LOAD_FORMAT,
     "vllm.model_executor.models.utils:PPMissingLayer": LOAD_FORMAT,
@@ -57,6 +58,7 @@ NAMES = {
     "vllm.distributed.utils:get_pp_indices": DRY_RUN,
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": DRY_RUN,
     f"{LOADER}.utils:initialize_model": DRY_RUN,
+    f"{LAYERS}.fused_moe.expert_map_manager:determine_expert_map": DRY_RUN,  # run on the CPU
     "vllm.model_executor.layers.quantization:get_quantization_config": DRY_RUN,
     "vllm.model_executor.models.registry:ModelRegistry.get_supported_archs": DRY_RUN,
     "vllm.model_executor.models.registry:_run_in_subprocess": DRY_RUN,

@@ -15,8 +15,7 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from glmpp.engine.build import Place
-from glmpp.engine.groups import pretend_rank
+from glmpp.engine.groups import Place, pretend
 from glmpp.engine.guards import HELPER
 from glmpp.engine.load_format import StageModelLoader
 from glmpp.engine.stage import Stages
@@ -117,8 +116,9 @@ class Bench:
 
     def build(self, rank: int, size: int) -> None:
         self.model = None  # the stage before it goes first
-        pretend_rank(rank, size)
-        built = self.stages.builder.build(Place(rank, size), "cpu")
+        place = Place(rank, size)
+        pretend(place)
+        built = self.stages.builder.build(place, "cpu")
         self.model, self.config = built.model, built.config
         self.config.load_config.use_tqdm_on_load = False
         if self.request["reader"]:

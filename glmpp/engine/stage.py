@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from vllm.model_executor.model_loader import get_model_loader
 
 from glmpp.engine.account import Account
-from glmpp.engine.build import ModelBuilder, Place
+from glmpp.engine.build import ModelBuilder
 from glmpp.engine.choices import choices
+from glmpp.engine.groups import ALONE, Place, pretend
 from glmpp.engine.guards import Guard
 from glmpp.engine.load_format import StageModelLoader
 from glmpp.engine.memory import memory
@@ -93,6 +95,8 @@ class Stages:
             load.run(self.request["all_deaths"])
             result["load_seconds"] = time.perf_counter() - started
             result["verdict"] = "dies" if load.deaths else "loads"
+            if load.deaths and ALONE in load.deaths[0]["message"]:
+                result["verdict"] = "cannot tell"
             if load.deaths:
                 result.update(load.deaths[0], deaths=[{**death, "traceback": []} for death in load.deaths])
                 needs_data = bool(NEEDS_DATA.search(load.deaths[0]["message"]))
@@ -105,13 +109,31 @@ class Stages:
             if built is not None:
                 raise  # not the model's fault
             result.update(describe(error), build_seconds=time.perf_counter() - started)
+            if ALONE in str(error):  # it would go on, with the others
+                result["verdict"] = "cannot tell"
             if error.__cause__ is not None:
                 left = describe(error.__cause__)
                 result["message"] += f" (with stand-ins: {left['exception']}: {left['message'][:300]} in {left['place']})"
             needs_data = bool(NEEDS_DATA.search(str(error)))
-            result["refused"] = self.request["gpu"] != CPU and refuses(error)
+            result["refused"] = refuses(error) and (self.request["gpu"] != CPU or self.is_layout_refused(place, device))
         result.update(stand_ins=self.builder.stand_ins.reasons, device=device, num_layers=self.builder.num_layers)
         return result, needs_data
+
+    def is_layout_refused(self, place: Place, device: str) -> bool:
+        """Whether it is for its layout that a model is refused on the CPU platform, which itself may be the reason: without
+        shards and replicas it can be built."""
+        alone = replace(place, shard=0, shards=1, replica=0, replicas=1, ep=False)
+        if alone == place:
+            return False
+        try:
+            pretend(alone)
+            self.builder.build(alone, device)
+        except Exception:
+            return False
+        finally:
+            self.builder.stand_ins.reset()  # they helped another layout
+            pretend(place)
+        return True
 
     def drafted(self) -> list[str]:
         """Prefixes of the MTP layers under the checkpoint's names."""

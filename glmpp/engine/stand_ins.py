@@ -73,6 +73,19 @@ def inspect_in_process() -> None:
     registry._run_in_subprocess = lambda function: function()
 
 
+def expert_map_on_cpu() -> None:
+    """vLLM's own map of global to local experts, with its numbers: vLLM reads them while it builds and loads a layer."""
+    import vllm.model_executor.layers.fused_moe.expert_map_manager as manager
+
+    determine = manager.determine_expert_map
+
+    def determine_on_cpu(*args, **kwargs):
+        with torch.device("cpu"):
+            return determine(*args, **kwargs)
+
+    manager.determine_expert_map = determine_on_cpu
+
+
 class Nothing(torch.nn.Module):
     """A module that takes any arguments and holds no parameter."""
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.lab.error import ErrorStats
-from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, UNEXPECTED
+from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, Stage, partition_layers, stage_bytes
 from glmpp.verdict.report import CANNOT_BUILD, CANNOT_TELL, DIES, LEAVES_AT_INIT, LOADS, DryRunReport
 
@@ -158,7 +158,15 @@ def bytes_per_stage(checkpoint: Checkpoint, splits: dict[str, list[Stage]]) -> F
     return fig
 
 
-LEDGER_COLOURS = {LOADED: BLUE, OTHER_STAGE: PALE, SPECULATIVE: PURPLE, IGNORED: GREY, UNEXPECTED: RED, NOT_REACHED: ORANGE}
+LEDGER_COLOURS = {
+    LOADED: BLUE,
+    OTHER_STAGE: PALE,
+    OTHER_RANK: VIOLET,
+    SPECULATIVE: PURPLE,
+    IGNORED: GREY,
+    UNEXPECTED: RED,
+    NOT_REACHED: ORANGE,
+}
 
 
 def ledger_bars(report: DryRunReport) -> Figure:

@@ -60,7 +60,7 @@ def try_load_format(checkpoint: Checkpoint, report: DryRunReport, strict: bool =
     Returns:
         None where that could change nothing: vLLM was not run as it is installed, no stage fails, or PP=1 fails, too.
     """
-    failing = [stage.stage.rank for stage in report.stages if stage.verdict != LOADS]
+    failing = [stage.rank for stage in report.stages if stage.verdict != LOADS]
     sound = report.control is not None and report.control.loads
     if report.guard != "installed" or not failing or not sound:
         return None
@@ -69,5 +69,8 @@ def try_load_format(checkpoint: Checkpoint, report: DryRunReport, strict: bool =
 
 def serve_line(model: str, deployment: Deployment) -> str:
     """The command that starts the server with the load format."""
-    split = f"{PARTITION_VARIABLE}={deployment.partition} " if deployment.partition else ""
-    return f"{split}vllm serve {shlex.quote(model)} --pipeline-parallel-size {deployment.pp} --load-format glmpp"
+    split = f"{PARTITION_VARIABLE}={deployment.partition} " if deployment.partition and deployment.pp > 1 else ""
+    sizes = {"tensor": deployment.tp, "pipeline": deployment.pp, "data": deployment.dp}
+    words = [f"--{name}-parallel-size {size}" for name, size in sizes.items() if size > 1]
+    words += ["--enable-expert-parallel"] if deployment.ep else []
+    return " ".join([f"{split}vllm serve", shlex.quote(model), *words, "--load-format glmpp"])

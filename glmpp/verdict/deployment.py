@@ -44,6 +44,9 @@ class Deployment:
 
     Attributes:
         pp: pipeline stages.
+        tp: GPUs that share a stage, a shard of its tensors each.
+        dp: replicas of the attention layers that take requests side by side. Their GPUs share the experts.
+        ep: experts are spread over the tp * dp GPUs of a stage; without it each of these has a slice of every expert.
         layer_counts: layers of each stage, as numbers or as in VLLM_PP_LAYER_PARTITION; None: what that variable
             says, without it vLLM's even split.
         drafter: the MTP drafter runs, too, on the last stage.
@@ -53,17 +56,25 @@ class Deployment:
         gpu: the GPU that is pretended, a name of `glmpp.gpus.GPUS` or of its architecture ("sm90"); "cpu": none. None: the
             one that is here, without one the h200 of the report.
 
+    What vLLM refuses of it, such as heads that do not divide, is vLLM's to say: a verdict, not an error.
+
     Raises:
-        GlmppError: an unknown guard or GPU, or layer counts that are not one number for each stage.
+        GlmppError: a number below 1, an unknown guard or GPU, or layer counts that are not one number for each stage.
     """
 
     pp: int = 1
+    tp: int = 1
+    dp: int = 1
+    ep: bool = False
     layer_counts: tuple[int, ...] | list[int] | str | None = None
     drafter: bool = False
     guard: str | Helper = "installed"
     gpu: str | None = None
 
     def __post_init__(self):
+        for name in ("tp", "dp"):
+            if getattr(self, name) < 1:
+                raise GlmppError(f"{name}={getattr(self, name)}: there is at least 1")
         if str(self.guard) not in GUARDS:
             raise GlmppError(f"guard {self.guard!r} is unknown; choose one of {', '.join(GUARDS)}")
         counts = os.environ.get(PARTITION_VARIABLE) if self.layer_counts is None else self.layer_counts
@@ -77,6 +88,28 @@ class Deployment:
     def of(cls, asked: Deployment | int) -> Deployment:
         """A deployment, or pipeline stages alone for a number."""
         return asked if isinstance(asked, Deployment) else cls(pp=asked)
+
+    @property
+    def gpus(self) -> int:
+        """How many it takes."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def layout(self) -> str:
+        """ "TP=8 PP=2 EP", or "PP=8" where nothing else is shared."""
+        sizes = [f"{name.upper()}={getattr(self, name)}" for name in ("tp", "pp", "dp") if getattr(self, name) > 1]
+        return " ".join([*(sizes or ["PP=1"]), *(["EP"] if self.ep else [])])
+
+    @property
+    def corners(self) -> list[tuple[int, int, int]]:
+        """The ranks that are run unless all are asked for, as (stage, shard, replica): the first and the last shard of each
+        stage, of the first and of the last replica."""
+        shards, replicas = sorted({0, self.tp - 1}), sorted({0, self.dp - 1})
+        return [(stage, shard, replica) for stage in range(self.pp) for replica in replicas for shard in shards]
+
+    @property
+    def all_ranks(self) -> list[tuple[int, int, int]]:
+        return [(stage, shard, at) for stage in range(self.pp) for at in range(self.dp) for shard in range(self.tp)]
 
     @property
     def partition(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Will every pipeline stage load this checkpoint, on the vLLM that is installed? No GPU, no weights.
+"""Will every rank of a layout load this checkpoint, on the vLLM that is installed? No GPU, no weights.
 
 The work is done in forks of a process that has imported vLLM (`glmpp.engine.child`), which `server` starts.
 """
@@ -23,7 +23,7 @@ def dry_run(
     deployment: Deployment | int,
     *,
     weights: str = "meta",
-    ranks: list[int] | None = None,
+    ranks: str | list[int] | list[tuple[int, int, int]] | None = None,
     control: bool = True,
     real_group: bool = False,
     strict: bool = False,
@@ -38,9 +38,10 @@ def dry_run(
         checkpoint: from a folder, from the Hub, or from a config alone.
         deployment: how it is to be served; a number of pipeline stages is short for `Deployment(pp=…)`.
         weights: "meta" feeds tensors without data; "real" reads the folder's bytes onto the CPU with vLLM's reader.
-        ranks: stages to run; default all.
-        control: also run PP=1 (a single stage is its own control).
-        real_group: one process per stage in a real gloo pipeline group instead of processes with rewritten ranks.
+        ranks: "all"; a list of (stage, shard, replica), or of stages; default `Deployment.corners`: of each stage the first
+            and the last shard, of the first and of the last replica.
+        control: also run PP=1, with as many shards (a single stage is its own control).
+        real_group: one process per rank in real gloo groups, all of them, instead of processes with rewritten ranks.
         strict: no stand-ins for parts of the model; a model that needs one cannot be built then.
         all_deaths: drop the tensor that a stage dies at, go on, and list every death.
         context: tokens of the longest request that the KV cache is counted for; default what vLLM takes for this model.
@@ -54,29 +55,33 @@ def dry_run(
     if weights not in ("meta", "real") or (weights == "real" and checkpoint.directory is None):
         raise GlmppError(f"weights={weights!r}: choose 'meta', or 'real' for a checkpoint with files")
     stages = deployment.stages(checkpoint.config)  # refuses what cannot be
-    ranks = list(range(pp)) if ranks is None else ranks
-    if stray := [rank for rank in ranks if rank not in range(pp)]:
-        raise GlmppError(f"there is no stage {stray[0]} of {pp}")
+    ranks = chosen_ranks(deployment, "all" if real_group else ranks)
+    if real_group and deployment.dp > 1:
+        raise GlmppError("real_group is for one replica: dp=1")
     if vllm_version() is None:
         if recorded is None:
             raise GlmppError(NO_VLLM)
         return DryRunReport.load(recorded, checkpoint)
 
-    runs = [{"rank": rank, "size": pp, "drafter": False, "control": False} for rank in ranks]
+    runs = [run_of(deployment, *rank) for rank in ranks]
     if deployment.drafter:
-        runs.append({"rank": pp - 1, "size": pp, "drafter": True, "control": False})
+        shards = sorted({0, deployment.tp - 1})
+        runs += [run_of(deployment, pp - 1, shard, drafter=True) for shard in shards]
     if control and pp > 1 and not real_group:
-        runs.append({"rank": 0, "size": 1, "drafter": False, "control": True})
+        runs.append({**run_of(deployment, 0, control=True), "size": 1})
     request = stage_request(checkpoint, deployment, weights, strict, all_deaths, context)
     started = time.perf_counter()
-    with progress_bar(what=f"vLLM dry run, PP={pp}, {deployment.guard}", total=len(runs), show=progress) as bar:
+    with progress_bar(what=f"vLLM dry run, {deployment.layout}, {deployment.guard}", total=len(runs), show=progress) as bar:
         if real_group:
-            messages = run_group(checkpoint, request, runs, pp, bar)
+            messages = run_group(checkpoint, request, runs, pp, deployment.tp, bar)
         else:
             messages = run_stages(checkpoint, request, runs, bar)
 
     evidence = {
         "pp_size": pp,
+        "tp_size": deployment.tp,
+        "dp_size": deployment.dp,
+        "ep": deployment.ep,
         "guard": str(deployment.guard),
         "gpu": deployment.gpu,
         "layer_counts": deployment.partition,
@@ -88,6 +93,40 @@ def dry_run(
     if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
         report.save(recorded)
     return report
+
+
+def chosen_ranks(deployment: Deployment, ranks: str | list[int] | list[tuple[int, int, int]] | None) -> list:
+    """Ranks of a layout as (stage, shard, replica), from what `dry_run` was asked for. Raises GlmppError for a stray one."""
+    if ranks == "all":
+        return deployment.all_ranks
+    if ranks is None:
+        return deployment.corners
+    chosen = []
+    for asked in ranks:
+        found = [one for one in deployment.corners if one[0] == asked] if isinstance(asked, int) else [tuple(asked)]
+        if not found:
+            raise GlmppError(f"there is no stage {asked} of {deployment.pp}")
+        chosen += found
+    if stray := [one for one in chosen if one not in deployment.all_ranks]:
+        raise GlmppError(f"there is no rank {stray[0]}, (stage, shard, replica), of {deployment.layout}")
+    return chosen
+
+
+def run_of(
+    deployment: Deployment, rank: int, shard: int = 0, replica: int = 0, drafter: bool = False, control: bool = False
+) -> dict:
+    """A run of one rank for the child: the attributes of `glmpp.engine.groups.Place`, and whether it is the control."""
+    return {
+        "rank": rank,
+        "size": deployment.pp,
+        "shard": shard,
+        "shards": deployment.tp,
+        "replica": replica,
+        "replicas": deployment.dp,
+        "ep": deployment.ep,
+        "drafter": drafter,
+        "control": control,
+    }
 
 
 def stage_request(

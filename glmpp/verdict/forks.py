@@ -24,19 +24,20 @@ from glmpp.verdict.server import Server
 class Fork:
     """One fork of the server at work on a request; its messages come through a pipe that closes when it ends."""
 
-    def __init__(self, path: Path, number: int, world: tuple[int, int], turns: int, server: Server):
+    def __init__(self, path: Path, number: int, world: tuple[int, int, int], turns: int, server: Server):
         """Start it.
 
         Args:
             path: the request, a JSON file; what the fork says beside its messages goes into a log in the same folder.
             number: tells it from others that work on the same request.
-            world: rank and size of the process group that it joins.
+            world: rank and size of the process group that it joins, and how many of it share a stage.
             turns: descriptor that the numbers of the runs are read from, see `_turns`; it may be shared.
         """
-        rank, size = world
+        rank, size, tp = world
         group = "group" if size > 1 else f"group-{number}"
         self.log = path.with_name(f"{number}.log")
-        names = {"request": str(path), "log": str(self.log), "group": str(path.with_name(group)), "rank": rank, "size": size}
+        names = {"request": str(path), "log": str(self.log), "group": str(path.with_name(group))}
+        names |= {"rank": rank, "size": size, "tp": tp}
         self.server, self.pid, self.ended, self.rest = server, None, False, b""
         self.messages: list[dict] = []
         self.pipe, theirs = os.pipe()
@@ -155,7 +156,7 @@ def ask(request: dict, bar: tqdm | None = None, timeout: float | None = None) ->
     with _folder(request) as path:
         turns = _turns([])
         try:
-            fork = Fork(path, 0, (0, 1), turns, Server.running(request.get("gpu")))
+            fork = Fork(path, 0, (0, 1, 1), turns, Server.running(request.get("gpu")))
         finally:
             os.close(turns)
         return collect([fork], bar, timeout)
@@ -172,7 +173,7 @@ def run_stages(
     """The messages for runs of stages, in the order of the runs.
 
     Args:
-        runs: rank, size, drafter, control of each.
+        runs: what each is, see `glmpp.verdict.dry_run.run_of`.
         workers: forks that share them, each taking the next one that is left; default one for each core.
         timeout: seconds after which they are killed.
 
@@ -185,20 +186,22 @@ def run_stages(
         try:
             number = min(workers or cores(), max(len(runs), 1))
             server = Server.running(request["gpu"])
-            forks = [Fork(path, each, (0, 1), turns, server) for each in range(number)]
+            forks = [Fork(path, each, (0, 1, 1), turns, server) for each in range(number)]
         finally:
             os.close(turns)
         return _in_order(collect(forks, bar, timeout))
 
 
-def run_group(checkpoint: Checkpoint, request: dict, runs: list[dict], size: int, bar: tqdm | None = None) -> list[dict]:
-    """The same with one fork for each stage, all joined in one pipeline group. There is no PP=1 control in it."""
+def run_group(
+    checkpoint: Checkpoint, request: dict, runs: list[dict], pp: int, tp: int, bar: tqdm | None = None
+) -> list[dict]:
+    """The same with one fork for each rank, all joined in vLLM's process groups. There is no PP=1 control in it."""
     with _folder({**request, "runs": runs}, checkpoint) as path:
         forks = []
-        for rank in range(size):
-            turns = _turns([at for at, run in enumerate(runs) if run["rank"] == rank])
+        for rank in range(pp * tp):
+            turns = _turns([at for at, run in enumerate(runs) if run["rank"] * tp + run["shard"] == rank])
             try:
-                forks.append(Fork(path, rank, (rank, size), turns, Server.running(request["gpu"])))
+                forks.append(Fork(path, rank, (rank, pp * tp, tp), turns, Server.running(request["gpu"])))
             finally:
                 os.close(turns)
         return _in_order(collect(forks, bar))

@@ -26,6 +26,7 @@ LOADS, DIES, CANNOT_BUILD = "loads", "dies", "cannot be built"
 LEAVES_AT_INIT, CANNOT_TELL = "loads, leaves parameters at init", "cannot tell"
 STAGE, DRAFTER, CONTROL = "stage", "MTP drafter", "PP=1 control"
 RANK_STAND_IN = "a real gloo group of size 1 whose rank and size fields are rewritten for each stage"
+GROUPS_STAND_IN = "real gloo groups of size 1 whose rank and size fields are rewritten for each rank of the layout"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Evidence:
         handed_over: tensors handed over before the end, good or bad.
         order: SHA-256 of their names in the order in which they came.
         missing_prefixes: vLLM's placeholders on this stage, as dot-terminated prefixes.
+        experts: numbers of those that the rank holds; None: a part or all of each.
         held: tensors of other stages that the model held to the end, or while 50 others were handed over -> bytes.
         digests: SHA-256 per parameter (weights "real" only).
     """
@@ -74,6 +76,7 @@ class Evidence:
     handed_over: int = 0
     order: str | None = None
     missing_prefixes: list[str] = field(default_factory=list)
+    experts: list[int] | None = None
     held: dict[str, int] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
 
@@ -96,12 +99,14 @@ def _of_evidence(name: str) -> property:
 
 @dataclass
 class StageReport:
-    """One stage's verdict, the evidence for it, its ledger and its times.
+    """One rank's verdict, the evidence for it, its ledger and its times.
 
     The attributes of the first death and of the evidence are the report's, too.
 
     Attributes:
-        stage: what the stage holds.
+        stage: what the pipeline stage holds.
+        shard, shards: which of its GPUs, of how many that share each of its tensors.
+        replica, replicas: the same for data parallelism.
         verdict: LOADS; DIES: an exception while loading; CANNOT_BUILD: an exception before that, although PP=1 builds, or
             because vLLM refuses the checkpoint on the GPU that is pretended;
             LEAVES_AT_INIT: the load ends well and parameters that nobody accounts for were not written; CANNOT_TELL:
@@ -122,20 +127,33 @@ class StageReport:
     accounted: dict[str, str] = field(default_factory=dict)
     times: Times = field(default_factory=Times)
     memory: Memory | None = None
+    shard: int = 0
+    shards: int = 1
+    replica: int = 0
+    replicas: int = 1
 
     tensor, exception, message, key = map(_of_first_death, ("tensor", "exception", "message", "key"))
     place, function, traceback = map(_of_first_death, ("place", "function", "traceback"))
     model_class, device, stand_ins, patched = map(_of_evidence, ("model_class", "device", "stand_ins", "patched"))
     handed_over, order, held, digests = map(_of_evidence, ("handed_over", "order", "held", "digests"))
     missing_prefixes, backends, refused = map(_of_evidence, ("missing_prefixes", "backends", "refused"))
+    experts = _of_evidence("experts")
 
     @property
     def loads(self) -> bool:
         return self.verdict == LOADS
 
     @property
+    def rank(self) -> tuple[int, int, int]:
+        """(stage, shard, replica)."""
+        return self.stage.rank, self.shard, self.replica
+
+    @property
     def label(self) -> str:
-        return f"stage {self.stage.rank}" if self.role == STAGE else self.role
+        """ "stage 1", "stage 1, rank 7 of 8", "stage 1, rank 7 of 8, replica 1 of 2", or what else was run."""
+        label = f"stage {self.stage.rank}" if self.role == STAGE else self.role
+        label += f", rank {self.shard} of {self.shards}" if self.shards > 1 else ""
+        return label + (f", replica {self.replica} of {self.replicas}" if self.replicas > 1 else "")
 
     @property
     def unaccounted(self) -> list[str]:
@@ -149,9 +167,9 @@ class DryRunReport:
 
     Attributes:
         deployment: what was asked.
-        stages: in the order of the ranks asked for.
+        stages: one for each rank that was run, in the order asked for.
         control: the PP=1 run that separates a bad checkpoint from a pipeline fault; None if it was not asked for.
-        drafter: the MTP model on the last stage, when asked for.
+        drafters: the MTP model on the last stage, on its first and its last shard, when asked for.
         versions: of python, vllm, torch, transformers in the child.
         stand_ins: part -> what stands in for it and why, on any stage.
         evidence: what the child sent, as it came.
@@ -161,7 +179,7 @@ class DryRunReport:
     deployment: Deployment
     stages: list[StageReport]
     control: StageReport | None
-    drafter: StageReport | None
+    drafters: list[StageReport]
     versions: dict[str, str]
     stand_ins: dict[str, str]
     seconds: float
@@ -174,13 +192,18 @@ class DryRunReport:
         return self.deployment.pp
 
     @property
+    def drafter(self) -> StageReport | None:
+        """The first of the drafters."""
+        return self.drafters[0] if self.drafters else None
+
+    @property
     def guard(self) -> str:
         return str(self.deployment.guard)
 
     @property
     def all(self) -> list[StageReport]:
-        """The stages, then the drafter and the control if there are any."""
-        return [*self.stages, *filter(None, (self.drafter, self.control))]
+        """The stages, then the drafters and the control if there are any."""
+        return [*self.stages, *self.drafters, *([self.control] if self.control else [])]
 
     @property
     def loads(self) -> bool:
@@ -201,7 +224,7 @@ class DryRunReport:
         reports = self.all
         return DataFrame(
             {
-                "stage": [r.stage.rank if r.role == STAGE else r.role for r in reports],
+                "stage": [r.stage.rank if r.role == STAGE and self.deployment.tp == 1 else r.label for r in reports],
                 "layers": ["MTP" if r.role == DRAFTER else f"{r.stage.layers[0]}-{r.stage.layers[-1]}" for r in reports],
                 "verdict": [r.verdict for r in reports],
                 "died at": [printable(str(r.key or r.message or "").split("\n")[0]) for r in reports],
@@ -223,7 +246,13 @@ class DryRunReport:
         evidence = json.loads(Path(path).read_text())
         recorded = evidence.pop("recorded")
         deployment = Deployment(
-            evidence["pp_size"], evidence["layer_counts"], guard=evidence["guard"], gpu=evidence.get("gpu", CPU)
+            pp=evidence["pp_size"],
+            tp=evidence.get("tp_size", 1),
+            dp=evidence.get("dp_size", 1),
+            ep=evidence.get("ep", False),
+            layer_counts=evidence["layer_counts"],
+            guard=evidence["guard"],
+            gpu=evidence.get("gpu", CPU),
         )
         return assemble(evidence, checkpoint, deployment, deployment.stages(checkpoint.config), recorded)
 
@@ -248,12 +277,14 @@ def assemble(
         for report in reports:
             if report.verdict == CANNOT_BUILD and report.role != DRAFTER and not report.refused:
                 report.verdict = CANNOT_TELL
-    stand_ins = {} if evidence["real_group"] else {"pipeline group": RANK_STAND_IN}
+    several = deployment.tp * deployment.dp > 1
+    groups = {"process groups": GROUPS_STAND_IN} if several else {"pipeline group": RANK_STAND_IN}
+    stand_ins = {} if evidence["real_group"] else groups
     return DryRunReport(
         deployment=deployment,
         stages=[report for report in reports if report.role == STAGE],
         control=control,
-        drafter=next((report for report in reports if report.role == DRAFTER), None),
+        drafters=[report for report in reports if report.role == DRAFTER],
         versions=ready["versions"],
         stand_ins={part: why for report in reports for part, why in report.stand_ins.items()} | stand_ins,
         seconds=evidence["seconds"],
@@ -276,6 +307,7 @@ def _stage_report(message: dict, checkpoint: Checkpoint, stages: list[Stage]) ->
         accounted=message.get("accounted", {}),
         times=Times(message.get("build_seconds", 0.0), message.get("load_seconds", 0.0)),
         memory=Memory.of(message["memory"]) if "memory" in message else None,
+        **{name: message[name] for name in ("shard", "shards", "replica", "replicas") if name in message},
     )
     if "columns" in message:
         columns = (column for column, count in message["columns"] for _ in range(count))

@@ -26,7 +26,7 @@ from glmpp.formats.tensor import TensorSpec
 from glmpp.gpus import CPU, target_name
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import stage_request
+from glmpp.verdict.dry_run import run_of, stage_request
 from glmpp.verdict.forks import run_stages
 from glmpp.verdict.installed import ask_vllm
 from glmpp.verdict.report import CANNOT_TELL, LOADS, DryRunReport, StageReport, assemble
@@ -296,7 +296,7 @@ def block_fp8(checkpoint: Checkpoint) -> Checkpoint:
 
 def dry_runs(checkpoint: Checkpoint, deployment: Deployment, sizes: tuple[int, ...] = SIZES) -> list[DryRunReport]:
     """`dry_run` of a deployment at several pipeline sizes in one fork, which imports the model's module once."""
-    runs = [{"rank": rank, "size": size, "drafter": False, "control": False} for size in sizes for rank in range(size)]
+    runs = [run_of(replace(deployment, pp=size), rank) for size in sizes for rank in range(size)]
     request = stage_request(checkpoint, deployment)
     messages = run_stages(checkpoint, request, runs, workers=1, timeout=SECONDS_PER_CASE)
     reports = []

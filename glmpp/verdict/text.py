@@ -8,7 +8,7 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.verdict.advice import fixed_in
 from glmpp.verdict.report import CANNOT_BUILD, CANNOT_TELL, DIES, LEAVES_AT_INIT, LOADS, STAGE, DryRunReport, StageReport
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 def overall(report: DryRunReport) -> str:
@@ -33,6 +33,9 @@ def as_json(checkpoint: Checkpoint, report: DryRunReport, again: DryRunReport | 
         "guard": report.guard,
         "gpu": report.deployment.gpu,
         "pp_size": report.pp_size,
+        "tp_size": report.deployment.tp,
+        "dp_size": report.deployment.dp,
+        "ep": report.deployment.ep,
         "verdict": overall(report),
         "stages": [_stage_json(stage) for stage in report.stages],
         "control": None if report.control is None else _stage_json(report.control),
@@ -45,6 +48,9 @@ def as_json(checkpoint: Checkpoint, report: DryRunReport, again: DryRunReport | 
 def _stage_json(stage: StageReport) -> dict:
     return {
         "rank": stage.stage.rank,
+        "shard": stage.shard,
+        "experts": stage.experts,
+        "replica": stage.replica,
         "layers": [stage.stage.layers[0], stage.stage.layers[-1]],
         "verdict": stage.verdict,
         "model_class": stage.model_class,
@@ -66,7 +72,7 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False) ->
     """The report for a terminal: nothing in it changes from run to run unless a verdict does.
 
     Args:
-        each: a paragraph for each stage; otherwise those that end alike share one.
+        each: a paragraph for each rank; otherwise those that end alike share one.
     """
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     lines = [
@@ -84,7 +90,7 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False) ->
     lines += ["", "stand-ins: " + ", ".join(report.stand_ins)]
     if any(stage.device == "cpu" for stage in report.all):
         lines.append("made-up values on the CPU: the model asks for data while it is built or loaded")
-    return "\n".join([*lines, "", f"PP={report.pp_size}: {conclusion(report)}"])
+    return "\n".join([*lines, "", f"{report.deployment.layout}: {conclusion(report)}"])
 
 
 def chosen(report: DryRunReport) -> list[str]:
@@ -110,14 +116,20 @@ def evidence_lines(stage: StageReport) -> list[str]:
 
 
 def label(stages: list[StageReport]) -> str:
-    """ "stage 3", "stages 0, 2-7", or what else was run."""
+    """ "stage 3", "stages 0, 2-7", "stages 0-1, ranks 0, 7 of 8", or what else was run."""
     if len(stages) == 1:
         return stages[0].label
-    return f"stages {_spans([stage.stage.rank for stage in stages])}"
+    numbers = sorted({stage.stage.rank for stage in stages})
+    found = f"stage{'s' * (len(numbers) > 1)} {_spans(numbers)}"
+    for name, number, count in (("rank", "shard", "shards"), ("replica", "replica", "replicas")):
+        if (of := getattr(stages[0], count)) > 1:
+            numbers = sorted({getattr(stage, number) for stage in stages})
+            found += f", {name}{'s' * (len(numbers) > 1)} {_spans(numbers)} of {of}"
+    return found
 
 
 def _layers(stages: list[StageReport]) -> str:
-    return _spans([layer for stage in stages for layer in stage.stage.layers])
+    return _spans(sorted({layer for stage in stages for layer in stage.stage.layers}))
 
 
 def _spans(numbers: list[int]) -> str:
@@ -129,12 +141,14 @@ def _spans(numbers: list[int]) -> str:
 def conclusion(report: DryRunReport) -> str:
     """The answer in one line."""
     failing = [stage for stage in report.stages if not stage.loads]
+    several = report.deployment.tp * report.deployment.dp > 1
+    of = f"{len(report.stages)} ranks that were run" if several else f"{report.pp_size} stages"
     found = overall(report)
     if found == LOADS:
         return "loads"
     if found == CANNOT_TELL:
         return "cannot tell: " + ("PP=1 cannot be built here either" if report.control else "see above")
     if report.control is not None and not report.control.loads:
-        return f"does not load, nor does PP=1: {len(failing)} of {report.pp_size} stages fail"
+        return f"does not load, nor does PP=1: {len(failing)} of {of} fail"
     although = " although PP=1 loads" if report.control else ""
-    return f"does not load: {len(failing)} of {report.pp_size} stages fail{although}"
+    return f"does not load: {len(failing)} of {of} fail{although}"
