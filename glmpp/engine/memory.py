@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -29,12 +31,24 @@ def memory(builder: ModelBuilder, place: Place, built: Built, device: str, conte
     Args:
         context: tokens of the longest request; None: what `vllm serve` takes for this model.
     """
-    parameters, others = _tensors(built, device, _shared(place))
-    message = {"parameters": parameters, "others": others, "kv_cache": None, "why": None}
+    prepare_attention(built, device)
+    shared = {storage for name, p in built.model.named_parameters() if name.endswith(_shared(place)) for storage in _of([p])}
+    parameters = _of(built.model.parameters()).keys() - shared
+    held = _of([*built.model.parameters(), *_others(built.model)])
+    layers = layer_list(built.model, builder.num_layers)
+    own = [{} if layer is None else _of([*layer.parameters(), *_others(layer)]) for layer in layers.values()]
+    several = {storage for storage, times in Counter(storage for one in own for storage in one).items() if times > 1}
+    message = {
+        "parameters": sum(held[storage] for storage in parameters),
+        "others": sum(held[storage] for storage in held.keys() - shared - parameters),
+        "layers": [sum(nbytes for storage, nbytes in one.items() if storage not in several) for one in own],
+        "kv_cache": None,
+        "why": None,
+    }
     try:
         config = serving(builder, place, built, context)
         message["utilization"] = config.cache_config.gpu_memory_utilization
-        message["kv_cache"] = kv_cache(config)
+        message["kv_cache"] = kv_cache(config, list(layers))
     except Exception as error:  # no verdict on the checkpoint depends on it
         message["why"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return message
@@ -46,21 +60,20 @@ def _shared(place: Place) -> tuple[str, ...]:
     return tuple(end for end in ends if place.size == 1 or "embed" not in end)
 
 
-def _tensors(built: Built, device: str, shared: tuple[str, ...]) -> tuple[int, int]:
-    """Bytes of a model's parameters but for those that are shared, and of all else that it holds.
-
-    The second are buffers, tables, and what attention layers keep beside their parameters once they have prepared them: MLA
-    has a second copy of `kv_b_proj`, in the model's dtype. What linear layers and experts do to theirs for a kernel needs
-    that kernel and is not done here: they put others in the place of their parameters, of the same size up to padding.
-    """
-    prepare_attention(built, device)
-    seen: set[int] = set()
-    _new_bytes((p for name, p in built.model.named_parameters() if name.endswith(shared)), seen)
-    return _new_bytes(built.model.parameters(), seen), _new_bytes(_held(built.model), seen)
+def layer_list(model: torch.nn.Module, num_layers: int) -> dict[str, torch.nn.Module | None]:
+    """The main layers by what their names begin with, None for those of other stages; {} if a model has no such list."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
+            return {f"{path}.{at}.": None if isinstance(one, PPMissingLayer) else one for at, one in enumerate(module)}
+    return {}
 
 
 def prepare_attention(built: Built, device: str) -> None:
-    """Let attention layers do what they do once all weights are loaded."""
+    """Let attention layers do what they do once all weights are loaded: MLA makes a second copy of `kv_b_proj`, in BF16.
+
+    What linear layers and experts do to their weights needs the kernel that they do it for and is left out: they put others
+    in the place of theirs, of the same size up to padding.
+    """
     dtype = set_default_torch_dtype(built.model_config.dtype)
     with set_current_vllm_config(built.config), dtype, torch.device(device), tensors_on(device):
         for module in built.model.modules():
@@ -69,20 +82,16 @@ def prepare_attention(built: Built, device: str) -> None:
                     module.process_weights_after_loading(built.model_config.dtype)
 
 
-def _held(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    for module in model.modules():
+def _others(part: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Buffers, tables, and tensors that layers keep beside their parameters."""
+    for module in part.modules():
         values = itertools.chain(module.buffers(recurse=False), vars(module).values())
         yield from (value for value in values if isinstance(value, torch.Tensor))
 
 
-def _new_bytes(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:
-    """Bytes of storages that have not been seen; a storage counts once, however many tensors or layers share it."""
-    found = 0
-    for storage in (tensor.untyped_storage() for tensor in tensors):
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            found += storage.nbytes()
-    return found
+def _of(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes of each storage: one counts once, however many tensors or layers share it."""
+    return {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 
 def serving(builder: ModelBuilder, place: Place, built: Built, context: int | None) -> VllmConfig:
@@ -97,11 +106,14 @@ def serving(builder: ModelBuilder, place: Place, built: Built, context: int | No
     return config
 
 
-def kv_cache(config: VllmConfig) -> dict | None:
+def kv_cache(config: VllmConfig, layers: list[str]) -> dict | None:
     """What one block of the KV cache takes on this rank, and how many of them a request of the longest context needs.
 
     vLLM makes the blocks of all layers together one pool, whatever their kinds, and gives every rank as many blocks as the
     rank with the least memory has. Hybrid models: vLLM groups the layers of all stages, here it is shown one stage's.
+
+    Args:
+        layers: what the names in each main layer begin with.
 
     Returns:
         None for a rank without attention layers.
@@ -113,8 +125,10 @@ def kv_cache(config: VllmConfig) -> dict | None:
             return None
         (cache,) = kv_cache_configs(config, [specs], [PLENTY])
         requests = get_max_concurrency_for_kv_cache_config(config, cache)
+    pages = [sum(spec.page_size_bytes for name, spec in specs.items() if name.startswith(layer)) for layer in layers]
     return {
-        "layers": len(specs),
+        "caches": len(specs),
+        "pages": pages,
         "block_bytes": PLENTY // cache.num_blocks,
         "blocks_per_request": round(cache.num_blocks / requests),
         "context": config.model_config.max_model_len,

@@ -15,14 +15,16 @@ class KVCache:
     """What a rank keeps of the tokens that it has seen. vLLM allots it in blocks, each of a block of every layer's.
 
     Attributes:
-        layers: caches of the rank, a sparse attention's indexers included.
+        caches: of the rank's layers, a sparse attention's indexers included.
+        pages: bytes of a block in each main layer of the model, 0 in those of other stages; () if there is no list of them.
         block_bytes: bytes of one block, all layers together.
         blocks_per_request: blocks that a request of `context` tokens needs.
         context: tokens of the longest request.
         dtype: vLLM's name of it, "auto" for the model's own.
     """
 
-    layers: int
+    caches: int
+    pages: tuple[int, ...]
     block_bytes: int
     blocks_per_request: int
     context: int
@@ -41,12 +43,14 @@ class Memory:
     Attributes:
         parameters: the model's parameters, as vLLM allocates them.
         others: buffers, tables, and what attention layers keep beside their parameters.
+        layers: of these, bytes in each main layer of the model, 0 in those of other stages; () if there is no list of them.
         kv_cache: None for a rank that needs none, or of which vLLM did not say it: `why`.
         utilization: share of the GPU's memory that vLLM takes by default.
     """
 
     parameters: int
     others: int
+    layers: tuple[int, ...]
     kv_cache: KVCache | None
     utilization: float | None = None
     why: str | None = None
@@ -55,7 +59,8 @@ class Memory:
     def of(cls, message: dict) -> Memory:
         """From what the child says."""
         cache = message["kv_cache"]
-        return cls(**{**message, "kv_cache": None if cache is None else KVCache(**cache)})
+        cache = cache and KVCache(**{**cache, "pages": tuple(cache["pages"])})
+        return cls(**{**message, "layers": tuple(message["layers"]), "kv_cache": cache})
 
     @property
     def weights(self) -> int:
@@ -76,7 +81,7 @@ class Memory:
         if len(caches) == 2:
             both = replace(
                 caches[0],
-                layers=sum(cache.layers for cache in caches),
+                caches=sum(cache.caches for cache in caches),
                 block_bytes=sum(cache.block_bytes for cache in caches),
                 blocks_per_request=max(cache.blocks_per_request for cache in caches),
             )
