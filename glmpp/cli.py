@@ -77,6 +77,14 @@ def _parser() -> argparse.ArgumentParser:
             help=f"layers per stage, as in {PARTITION_VARIABLE}; default: vLLM's split",
         )
 
+    def memory(added: argparse.ArgumentParser) -> None:
+        added.add_argument(
+            "--gpu-memory-utilization", type=_share, metavar="0.9", help="share that vLLM may take; default: vLLM's own"
+        )
+        added.add_argument(
+            "--context", type=int, metavar="TOKENS", help="of the longest request; default: what vLLM takes for the model"
+        )
+
     check = command(
         "check", _check, "Build and load the ranks of a layout with the installed vLLM's own classes, without a GPU."
     )
@@ -90,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, sm90 …, or cpu; default: the one here, or {REPORTED}"
     )
+    memory(check)
     check.add_argument("--all", action="store_true", help="every death of a rank, not only the first")
     check.add_argument("--each", action="store_true", help="a line for each rank, also where they end alike")
     check.add_argument("--strict", action="store_true", help="no stand-ins for parts that a CPU lacks")
@@ -111,6 +120,13 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--seed", type=int, default=0)
     make.add_argument("--shard-mb", type=float, default=5, metavar="MB", help="a new shard begins after so much (default 5)")
     return parser
+
+
+def _share(text: str) -> float:
+    """A share of a whole. argparse makes a message of the ValueError."""
+    if not 0 < (share := float(text)) <= 1:
+        raise ValueError
+    return share
 
 
 def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
@@ -142,12 +158,16 @@ def _check(options: argparse.Namespace) -> int:
         guard=options.guard,
         gpu=options.gpu,
     )
-    report = dry_run(checkpoint, deployment, ranks=options.ranks, all_deaths=options.all, strict=options.strict)
+    asked = {"ranks": options.ranks, "all_deaths": options.all, "strict": options.strict, "context": options.context}
+    report = dry_run(checkpoint, deployment, **asked)
     again = try_load_format(checkpoint, report, options.strict)
     if options.json:
-        print(json.dumps(as_json(checkpoint, report, again), indent=1))
+        print(json.dumps(as_json(checkpoint, report, again, options.gpu_memory_utilization), indent=1))
     else:
-        lines = [as_text(checkpoint, report, options.each), *what_to_do(options, report, again)]
+        lines = [
+            as_text(checkpoint, report, options.each, options.gpu_memory_utilization),
+            *what_to_do(options, report, again),
+        ]
         print("\n".join(printable(line) for line in lines))
     return EXIT_CODES[overall(report)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from glmpp.gpus import GPU, GPUS
+from glmpp.gpus import GPU
 
 LEFT_OUT = "activations, CUDA graphs, NCCL's buffers"
 
@@ -61,6 +61,11 @@ class Memory:
         cache = message["kv_cache"]
         cache = cache and KVCache(**{**cache, "pages": tuple(cache["pages"])})
         return cls(**{**message, "layers": tuple(message["layers"]), "kv_cache": cache})
+
+    @property
+    def figures(self) -> tuple:
+        """What two ranks have in common that take the same of their GPUs."""
+        return self.weights, self.kv_cache and (self.kv_cache.block_bytes, self.kv_cache.blocks_per_request), self.why
 
     @property
     def weights(self) -> int:
@@ -139,18 +144,3 @@ class Fit:
     def tokens(self) -> int | None:
         """What vLLM logs as "GPU KV cache size" if it takes nothing for what is left out; None if unknown."""
         return None if self.requests is None else int(self.requests * self.context)
-
-
-def fit(report, utilization: float | None = None) -> Fit | None:
-    """The room that a dry run's deployment has; None on a CPU, or if a stage was not built.
-
-    Args:
-        report: a `DryRunReport`.
-    """
-    if report.deployment.gpu not in GPUS or not all(stage.memory for stage in report.stages):
-        return None
-    memories = [stage.memory for stage in report.stages]
-    if report.drafter and report.drafter.memory:
-        last = [stage.stage.is_last for stage in report.stages]
-        memories = [m.with_drafter(report.drafter.memory) if end else m for m, end in zip(memories, last)]
-    return Fit(memories, GPUS[report.deployment.gpu], utilization)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from glmpp.checkpoint import Checkpoint
 from glmpp.formats.config import layer_count
 from glmpp.formats.files import printable
-from glmpp.gpus import CPU
+from glmpp.gpus import CPU, GPUS
 from glmpp.ledger import Ledger
 from glmpp.partition import Stage
 from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.fit import Memory
+from glmpp.verdict.fit import Fit, Memory
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -209,6 +209,20 @@ class DryRunReport:
     def loads(self) -> bool:
         """Whether every stage that was run loads (the control and the drafter included)."""
         return all(report.loads for report in self.all)
+
+    def fit(self, utilization: float | None = None) -> Fit | None:
+        """What room the deployment has for tokens; None on a CPU, or if a stage was not built.
+
+        Args:
+            utilization: share of a GPU's memory that vLLM may take; default what it takes by default.
+        """
+        if self.deployment.gpu not in GPUS or not all(stage.memory for stage in self.stages):
+            return None
+        drafter = self.drafter and self.drafter.memory
+        memories = [
+            stage.memory.with_drafter(drafter) if drafter and stage.stage.is_last else stage.memory for stage in self.stages
+        ]
+        return Fit(memories, GPUS[self.deployment.gpu], utilization)
 
     @property
     def source(self) -> str:
