@@ -45,7 +45,7 @@ class ModelBuilder:
             max_model_len: the longest context; None: what vLLM takes for this model.
             options: of `create_engine_config`.
         """
-        set_layer_counts(self.request["layer_counts"] if place.size > 1 else None)
+        set_layer_counts((place.layer_counts or self.request["layer_counts"]) if place.size > 1 else None)
         config = EngineArgs(
             model=self.request["model"],
             skip_tokenizer_init=True,
