@@ -113,7 +113,7 @@ def fork(running: server.Server, tiny: Checkpoint) -> forks.Fork:
     path.write_text("{}")
     turns = forks._turns([])
     try:
-        return forks.Fork(path, 0, (0, 1), turns, running)
+        return forks.Fork(path, 0, (0, 1, 1), turns, running)
     finally:
         os.close(turns)
 

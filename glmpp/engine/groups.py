@@ -43,17 +43,21 @@ class Place:
 
 
 class Alone:
-    """A torch process group of which this process is the only one: it knows its size and rank, and can do nothing.
+    """A process group of which one rank alone is here: it knows its size and rank, and can do nothing.
 
     Attributes:
-        real: the group of one in whose place it is.
+        real: what is in its place in a group of one.
     """
 
     def __init__(self, real: Any, rank: int, size: int):
         self.real, self.size, self.rank = real, lambda: size, lambda: rank
 
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(f"{name} of a process group of {self.size()}: {ALONE}")
+        raise RuntimeError(f"{name} of {self!r}")
+
+    def __repr__(self) -> str:
+        """Stands in what torch says of a group that it does not know."""
+        return f"<{self.size()} ranks: {ALONE}>"
 
 
 def init_groups(rank: int, size: int, tp: int, init_file: str) -> None:
@@ -85,7 +89,7 @@ def pretend(place: Place) -> None:
 
 def pretend_member(group: parallel_state.GroupCoordinator, rank: int, ranks: list[int]) -> None:
     group.ranks, group.rank, group.rank_in_group, group.world_size = ranks, rank, ranks.index(rank), len(ranks)
-    for name in ("cpu_group", "device_group"):
+    for name in ("cpu_group", "device_group", "device_communicator"):
         real = getattr(group, name)
         real = real.real if isinstance(real, Alone) else real
         setattr(group, name, real if len(ranks) == 1 else Alone(real, group.rank_in_group, len(ranks)))

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from vllm.model_executor.model_loader import get_model_loader
 
 from glmpp.engine.account import Account
@@ -25,6 +26,8 @@ from glmpp.ledger import digest
 
 # What PyTorch says when code asks a meta tensor for its data. It is no verdict on the checkpoint.
 NEEDS_DATA = re.compile(r"copy out of meta tensor|on meta tensors|_local_scalar_dense|data is not allocated yet")
+# What a rank alone says that wants to hear from others. That is no verdict either.
+NEEDS_OTHERS = re.compile(rf"{ALONE}|Could not run 'vllm::(all_reduce|all_gather|reduce_scatter)'")
 SMALL_ENOUGH = 2_000_000_000  # bytes of a checkpoint that is tried again with data, on the CPU
 
 
@@ -95,7 +98,7 @@ class Stages:
             load.run(self.request["all_deaths"])
             result["load_seconds"] = time.perf_counter() - started
             result["verdict"] = "dies" if load.deaths else "loads"
-            if load.deaths and ALONE in load.deaths[0]["message"]:
+            if load.deaths and NEEDS_OTHERS.search(load.deaths[0]["message"]):
                 result["verdict"] = "cannot tell"
             if load.deaths:
                 result.update(load.deaths[0], deaths=[{**death, "traceback": []} for death in load.deaths])
@@ -103,13 +106,14 @@ class Stages:
             result.update(Account(load, self.source.names, self.drafted() if place.drafter else None).message())
             if self.real:
                 result["digests"] = {name: digest(p) for name, p in built.model.named_parameters()}
+                self.keep(place, built.model)
             result["memory"] = memory(self.builder, place, built, device, self.request["context"])
             result["model_class"] = f"{type(built.model).__module__}.{type(built.model).__qualname__}"
         except Exception as error:
             if built is not None:
                 raise  # not the model's fault
             result.update(describe(error), build_seconds=time.perf_counter() - started)
-            if ALONE in str(error):  # it would go on, with the others
+            if NEEDS_OTHERS.search(str(error)):
                 result["verdict"] = "cannot tell"
             if error.__cause__ is not None:
                 left = describe(error.__cause__)
@@ -118,6 +122,12 @@ class Stages:
             result["refused"] = refuses(error) and (self.request["gpu"] != CPU or self.is_layout_refused(place, device))
         result.update(stand_ins=self.builder.stand_ins.reasons, device=device, num_layers=self.builder.num_layers)
         return result, needs_data
+
+    def keep(self, place: Place, model: torch.nn.Module) -> None:
+        """Save a rank's parameters if they are asked for."""
+        if folder := self.request.get("keep"):
+            name = f"{'drafter-' * place.drafter}{place.rank}-{place.shard}-{place.replica}.pt"
+            torch.save({name: parameter.data for name, parameter in model.named_parameters()}, Path(folder, name))
 
     def is_layout_refused(self, place: Place, device: str) -> bool:
         """Whether it is for its layout that a model is refused on the CPU platform, which itself may be the reason: without

@@ -29,6 +29,7 @@ def dry_run(
     strict: bool = False,
     all_deaths: bool = False,
     context: int | None = None,
+    keep: str | Path | None = None,
     recorded: str | Path | None = None,
     progress: bool | None = None,
 ) -> DryRunReport:
@@ -45,6 +46,8 @@ def dry_run(
         strict: no stand-ins for parts of the model; a model that needs one cannot be built then.
         all_deaths: drop the tensor that a stage dies at, go on, and list every death.
         context: tokens of the longest request that the KV cache is counted for; default what vLLM takes for this model.
+        keep: folder that each rank's parameters are saved to, by `torch.save`: "{stage}-{shard}-{replica}.pt", of a
+            drafter with "drafter-" before; weights "real" only.
         recorded: a saved report to return, labelled as such, where vLLM is not installed; written when GLMPP_RECORD=1.
 
     Raises:
@@ -54,6 +57,8 @@ def dry_run(
     pp = deployment.pp
     if weights not in ("meta", "real") or (weights == "real" and checkpoint.directory is None):
         raise GlmppError(f"weights={weights!r}: choose 'meta', or 'real' for a checkpoint with files")
+    if keep is not None and weights != "real":
+        raise GlmppError("keep: parameters without data are not saved; pass weights='real'")
     stages = deployment.stages(checkpoint.config)  # refuses what cannot be
     ranks = chosen_ranks(deployment, "all" if real_group else ranks)
     if real_group and deployment.dp > 1:
@@ -70,6 +75,7 @@ def dry_run(
     if control and pp > 1 and not real_group:
         runs.append({**run_of(deployment, 0, control=True), "size": 1})
     request = stage_request(checkpoint, deployment, weights, strict, all_deaths, context)
+    request["keep"] = None if keep is None else str(Path(keep).resolve())
     started = time.perf_counter()
     with progress_bar(what=f"vLLM dry run, {deployment.layout}, {deployment.guard}", total=len(runs), show=progress) as bar:
         if real_group:

@@ -99,8 +99,9 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, ut
     for stage in report.all:
         alone = each or stage.role != STAGE
         ends.setdefault(id(stage) if alone else "\n".join([stage.verdict, *evidence_lines(stage)]), []).append(stage)
+    width = max(13, *(len(label(alike)) for alike in ends.values()))
     for alike in ends.values():
-        lines += [f"{label(alike):<13} layers {_layers(alike):<8} {alike[0].verdict}", *evidence_lines(alike[0])]
+        lines += [f"{label(alike):<{width}} layers {_layers(alike):<8} {alike[0].verdict}", *evidence_lines(alike[0])]
     lines += ["", *lines_of_memory] if (lines_of_memory := memory_lines(report, utilization)) else []
     lines += ["", "stand-ins: " + ", ".join(report.stand_ins)]
     if any(stage.device == "cpu" for stage in report.all):

@@ -23,6 +23,8 @@ FAULTS = (
     "an operator of the GPU library on the first stage",
     "padded vocabulary",
     "padded vocabulary, a slice never written",
+    "waits for the other shards, building",
+    "waits for the other shards, loading",
 )
 LAYERS, HIDDEN = 12, 16
 
@@ -67,7 +69,7 @@ def __getattr__(name: str):
     """The model class, made when vLLM asks for it: this file is imported where there is no vLLM, too."""
     if name != "FaultyForCausalLM":
         raise AttributeError(name)
-    from vllm.distributed import get_pp_group
+    from vllm.distributed import get_pp_group, get_tp_group
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from vllm.model_executor.models.interfaces import SupportsPP
     from vllm.model_executor.models.utils import PPMissingLayer, is_pp_missing_parameter, make_layers
@@ -89,6 +91,8 @@ def __getattr__(name: str):
             self.norm = torch.nn.LayerNorm(HIDDEN, bias=False) if group.is_last_rank else PPMissingLayer()
             if fault == "an operator of the GPU library on the first stage" and group.is_first_rank:
                 self.operator = torch.ops._C.an_operator
+            if fault == "waits for the other shards, building":
+                get_tp_group().barrier()
             if fault == "attribute of a placeholder, building":
                 self.total = sum(layer.scale for layer in self.layers)
 
@@ -112,6 +116,8 @@ def __getattr__(name: str):
             raise NotImplementedError
 
         def load_weights(self, weights):
+            if self.fault == "waits for the other shards, loading":
+                get_tp_group().all_gather(torch.ones(2, device="cpu"), dim=0)
             params, loaded = dict(self.named_parameters()), set()
             self.held = {}
             for name, tensor in weights:
