@@ -23,11 +23,12 @@ from glmpp.formats.index import INDEX_FILE
 from glmpp.gpus import GPUS, REPORTED
 from glmpp.partition import PARTITION_VARIABLE
 from glmpp.synthetic import write_checkpoint
-from glmpp.verdict import layouts
 from glmpp.verdict.advice import fixed_in, serve_line, try_load_format
 from glmpp.verdict.deployment import GUARDS, Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
+from glmpp.verdict.layouts import CONTEXT, layouts
+from glmpp.verdict.layouts_text import layouts_json, layouts_text
 from glmpp.verdict.plan import plan_text
 from glmpp.verdict.report import CANNOT_TELL, DIES, LOADS, DryRunReport
 from glmpp.verdict.text import as_json, as_text, evidence_lines, label, overall
@@ -111,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     choose.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")
     choose.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, or sm90 …; {default_gpu}")
     memory(choose)
-    choose.set_defaults(context=layouts.CONTEXT)
+    choose.set_defaults(context=CONTEXT)
     choose.add_argument("--json", action="store_true", help="the layouts as JSON")
 
     plan = command("plan", _plan, "Layers, tensors and bytes of every stage, and the split with the smallest largest stage.")
@@ -200,12 +201,12 @@ def what_to_do(options: argparse.Namespace, report: DryRunReport, again: DryRunR
 
 def _layouts(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model, options.revision)
-    found = layouts.layouts(checkpoint, options.gpus, options.gpu, options.context, options.gpu_memory_utilization)
+    found = layouts(checkpoint, options.gpus, options.gpu, options.context, options.gpu_memory_utilization)
     model = pasted(options.model)
     if options.json:
-        print(json.dumps(layouts.as_json(model, checkpoint, found), indent=1))
+        print(json.dumps(layouts_json(model, checkpoint, found), indent=1))
     else:
-        print("\n".join(printable(line) for line in layouts.as_text(model, checkpoint, found).splitlines()))
+        print("\n".join(printable(line) for line in layouts_text(model, checkpoint, found).splitlines()))
     return EXIT_CODES[LOADS if any(one.serves for one in found.layouts) else DIES]
 
 

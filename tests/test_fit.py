@@ -13,7 +13,9 @@ from glmpp.formats.tensor import TensorSpec
 from glmpp.gpus import GPUS
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.fit import Fit, KVCache, Memory
-from glmpp.verdict.layouts import CONTEXT, Layout, distinct, layer_kinds, serve_line
+from glmpp.verdict.layout import Layout, Layouts
+from glmpp.verdict.layouts import CONTEXT, distinct, layer_kinds
+from glmpp.verdict.layouts_text import layouts_json, serve_line
 from glmpp.verdict.report import DIES, LOADS
 
 H200 = GPUS["h200"]
@@ -104,3 +106,17 @@ def test_the_line_to_paste_says_all_that_differs_from_the_default():
     )
     plain = "vllm serve m --tensor-parallel-size 8 --pipeline-parallel-size 1 --max-model-len 4096"
     assert serve_line("m", layout(8, 1), 4096, None) == plain
+
+
+def test_a_record_says_what_was_found(tmp_path):
+    found = [layout(8, 2, ep=True, layer_counts="40,38"), layout(2, 1, weights=200 * 10**9)]
+    found.append(Layout(Deployment(tp=4, gpu="h200"), DIES, "stage 0: no", None, None, 1))
+    some = Layouts(found, (16, CONTEXT), H200, None, {"PP=99": "the model has 78 layers"}, {"vllm": "0"}, 1.0)
+    some.save(tmp_path / "record.json")
+    again = Layouts.load(tmp_path / "record.json")
+    assert again.source.startswith("recorded on ") and some.source.startswith("live (vllm 0; a pretended h200")
+    assert [one.deployment for one in again.layouts] == [one.deployment for one in some.layouts]
+    assert [(one.tokens, one.requests, one.rank) for one in again.layouts] == [
+        (one.tokens, one.requests, one.rank) for one in some.layouts
+    ]
+    assert layouts_json("m", Checkpoint([], {}), again) == layouts_json("m", Checkpoint([], {}), some)

@@ -22,7 +22,7 @@ from glmpp.verdict.text import as_text
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
-LOGS = sorted((ROOT / "tests" / "logs").glob("*.json"))
+LOGS = sorted((ROOT / "data" / "logs").glob("*.json"))
 
 
 def run(checkpoint: Checkpoint, context: int | None = None, ranks=None, **layout) -> DryRunReport:
@@ -100,7 +100,7 @@ def test_a_token_takes_what_its_attention_says(tiny_config, tiny):
 
 
 def test_heads_are_shared_among_shards_until_each_has_one():
-    config = json.loads((ROOT / "tests" / "logs" / "qwen3-14b.json").read_text())["config"] | {"num_hidden_layers": 4}
+    config = json.loads((ROOT / "data" / "logs" / "qwen3-14b.json").read_text())["config"] | {"num_hidden_layers": 4}
     for tp, heads in ((1, 8), (4, 2), (8, 1)):
         (one,) = run(config_alone(config), context=1024, tp=tp, ranks=[(0, 0, 0)]).stages
         assert one.memory.kv_cache.bytes_per_token == 4 * heads * 128 * 2 * 2

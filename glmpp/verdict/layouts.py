@@ -3,90 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import shlex
+import os
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.formats.config import text_config
-from glmpp.gpus import GPU, GPUS
-from glmpp.partition import PARTITION_VARIABLE, balance_cache, layer_list
+from glmpp.gpus import GPUS
+from glmpp.partition import balance_cache, layer_list
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import run_of, stage_request
 from glmpp.verdict.fit import Fit, Memory
 from glmpp.verdict.forks import run_stages
 from glmpp.verdict.installed import NO_VLLM, vllm_version
+from glmpp.verdict.layout import Layout, Layouts
 from glmpp.verdict.report import LEAVES_AT_INIT, LOADS, DryRunReport, StageReport, assemble
 
 CONTEXT = 131_072  # tokens of a request, unless asked otherwise
 WORTH_IT = 1.01  # of the tokens of vLLM's split: below it a split of its own is not worth a variable
 EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
-CRITERION = (
-    "first those that load completely and hold a request of this length; of these first the most requests at a time, then "
-    "the fewest stages. It is about memory, not speed: every token passes all stages, one after the other, and all GPUs of "
-    "a stage exchange data in every layer, which over nodes needs a fast network"
-)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One way to use the GPUs, and what came of it.
-
-    Attributes:
-        deployment: with the split that leaves most room, its guard "installed" if vLLM's own load does, otherwise "loader".
-        verdict: LOADS, or of the first rank that does not.
-        why: what vLLM says to it, "" if it loads.
-        fit: None if a stage was not built.
-        even: tokens with vLLM's own split, where `deployment` has another.
-        ran: ranks that were built and loaded for it.
-    """
-
-    deployment: Deployment
-    verdict: str
-    why: str
-    fit: Fit | None
-    even: int | None
-    ran: int
-
-    @property
-    def requests(self) -> float:
-        return (self.fit and self.fit.requests) or 0.0
-
-    @property
-    def tokens(self) -> int:
-        return (self.fit and self.fit.tokens) or 0
-
-    @property
-    def serves(self) -> bool:
-        """Whether it loads, all of it, and has room for one request."""
-        return self.verdict == LOADS and self.requests >= 1
-
-    @property
-    def rank(self) -> tuple:
-        """Sorts the best first, see CRITERION."""
-        return not self.serves, self.verdict != LOADS, -round(self.requests, 1), self.deployment.pp, self.deployment.ep
-
-
-@dataclass(frozen=True)
-class Layouts:
-    """All layouts of some GPUs, best first.
-
-    Attributes:
-        asked: GPUs in all; tokens of a request.
-        left: sizes that were not tried -> why.
-        seconds: it took, on this machine.
-    """
-
-    layouts: list[Layout]
-    asked: tuple[int, int]
-    gpu: GPU
-    utilization: float | None
-    left: dict[str, str]
-    versions: dict[str, str]
-    seconds: float
 
 
 def layouts(
@@ -96,24 +35,29 @@ def layouts(
     context: int = CONTEXT,
     utilization: float | None = None,
     progress: bool | None = None,
+    recorded: str | Path | None = None,
 ) -> Layouts:
     """Try every TP x PP, and EP where the model has experts, that takes exactly so many GPUs.
 
     Of stages with the same kinds of layers one is run, its first shard: what they take is the same. All are loaded with the
-    load format; where that loads, vLLM's own format is asked, too, without EP, for the answer does not depend on it.
+    load format. Where that loads, vLLM's own is asked, too, at the two ends: between them they are handed all that any stage
+    is, and without EP, on which the answer does not depend.
 
     Args:
         gpus: in all.
         gpu: which, see `Deployment`.
         context: tokens of the longest request.
         utilization: share of a GPU's memory that vLLM may take; default what it takes by default.
+        recorded: where to save to with GLMPP_RECORD=1, and what to return where vLLM is not installed.
 
     Raises:
-        GlmppError: vLLM is not installed, no GPU at all, a GPU that is none, or the child broke down.
+        GlmppError: vLLM is not installed (and nothing was recorded), no GPU, or the child broke down.
     """
     started = time.perf_counter()
     if vllm_version() is None:
-        raise GlmppError(NO_VLLM)
+        if recorded is None:
+            raise GlmppError(NO_VLLM)
+        return Layouts.load(recorded)
     if gpus < 1 or context < 1:
         raise GlmppError(f"{gpus} GPUs, requests of {context} tokens: there is at least 1 of each")
     search = Search(checkpoint, gpus, Deployment(gpu=gpu), context, utilization, progress)
@@ -121,13 +65,14 @@ def layouts(
     split = {one.deployment: counts for one in even if (counts := search.better(one))}
     balanced = search.run([replace(one, layer_counts=counts) for one, counts in split.items()], "loader")
     best = search.best(even, balanced)
-    stock = search.run([one.deployment for one, _ in best if one.verdict == LOADS and not one.deployment.ep], "installed")
+    asked = [one.deployment for one, _ in best if one.verdict == LOADS and not one.deployment.ep]
+    stock = search.run(asked, "installed", ends=True)
     loads = {(one.deployment.tp, one.deployment.pp) for one in stock if one.verdict == LOADS}
     found = []
     for one, tokens in best:
         guard = "installed" if (one.deployment.tp, one.deployment.pp) in loads else "loader"
         found.append(replace(one, deployment=replace(one.deployment, guard=guard), even=tokens))
-    return Layouts(
+    result = Layouts(
         layouts=sorted(found, key=lambda one: one.rank),
         asked=(gpus, context),
         gpu=GPUS[search.base.gpu],
@@ -136,6 +81,9 @@ def layouts(
         versions=search.versions,
         seconds=time.perf_counter() - started,
     )
+    if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
+        result.save(recorded)
+    return result
 
 
 class Search:
@@ -171,13 +119,18 @@ class Search:
                 replace(base, tp=tp, pp=gpus // tp, ep=ep) for ep in (False, True)[: 1 + (experts and tp > 1)]
             ]
 
-    def run(self, deployments: list[Deployment], guard: str) -> list[Layout]:
-        """Layouts with a guard, the runs of all of them in one request."""
+    def run(self, deployments: list[Deployment], guard: str, ends: bool = False) -> list[Layout]:
+        """Layouts with a guard, the runs of all of them in one request.
+
+        Args:
+            ends: run the first and the last stage only.
+        """
         deployments = [replace(one, guard=guard) for one in deployments]
         runs, chosen = [], []
         for at, deployment in enumerate(deployments):
             split = deployment.stages(self.checkpoint.config)
             stages = distinct([self.kinds[stage.layers.start : stage.layers.stop] for stage in split])
+            stages = [stage for stage in stages if not ends or stage in (0, len(split) - 1)]
             chosen.append(stages)
             runs += [
                 {**run_of(deployment, stage), "layer_counts": deployment.partition, "layout": at} for stage in set(stages)
@@ -277,80 +230,3 @@ def reason(failing: StageReport) -> str:
     if failing.verdict == LEAVES_AT_INIT:
         return f"{failing.label}: {len(failing.unaccounted)} parameters at init, {failing.unaccounted[0]} first"
     return f"{failing.label}: {' '.join(str(failing.message or '').split())[:200]}"
-
-
-def serve_line(model: str, layout: Layout, context: int, utilization: float | None) -> str:
-    """The command to paste."""
-    one = layout.deployment
-    split = f"{PARTITION_VARIABLE}={one.partition} " if one.partition and one.pp > 1 else ""
-    words = [f"--tensor-parallel-size {one.tp}", f"--pipeline-parallel-size {one.pp}"]
-    words += ["--enable-expert-parallel"] if one.ep else []
-    words += [f"--max-model-len {context}", *([f"--gpu-memory-utilization {utilization}"] if utilization else [])]
-    words += ["--load-format glmpp"] if one.guard == "loader" else []
-    return f"{split}vllm serve {shlex.quote(model)} {' '.join(words)}"
-
-
-def as_text(model: str, checkpoint: Checkpoint, found: Layouts) -> str:
-    """For a terminal: a line for each layout, best first, and the commands of those that serve."""
-    gpus, context = found.asked
-    share = next((one.fit.share for one in found.layouts if one.fit), found.utilization or 0)
-    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-    lines = [
-        f"{checkpoint.source}: {len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB",
-        f"{gpus} x {found.gpu.name}, {share:.0%} of {found.gpu.memory / 1e9:.1f} GB each; requests of {context:,} tokens",
-        versions,
-        "",
-        f"{'layout':<14} {'verdict':<16} {'GB on the fullest':>18} {'tokens':>12} {'requests':>9}",
-    ]
-    for one in found.layouts:
-        sizes = f"{one.fit.fullest / 1e9:>18.1f} {one.tokens:>12,} {one.requests:>9.1f}" if one.fit else ""
-        verdict = one.verdict if one.verdict != LOADS or one.serves else "loads, no room" if one.fit else one.verdict
-        lines.append(f"{one.deployment.layout:<14} {verdict.split(',')[0]:<16} {sizes}".rstrip())
-        if one.even is not None:
-            lines.append(
-                f"{'':<15}with {PARTITION_VARIABLE}={one.deployment.partition}; {one.even:,} tokens with vLLM's split"
-            )
-        if one.why:
-            lines.append(f"{'':<15}{one.why}")
-    lines += [f"{sizes:<14} not tried: {why}" for sizes, why in found.left.items()]
-    lines += ["", f"best first: {CRITERION}", "left out of the memory: activations, CUDA graphs, NCCL's buffers", ""]
-    serving = [one for one in found.layouts if one.serves]
-    lines += [serve_line(model, one, context, found.utilization) for one in serving]
-    if any(one.deployment.guard == "loader" for one in serving):
-        lines.append("(--load-format glmpp where vLLM's own load dies; glmpp has to be installed where vLLM runs)")
-    ran = sum(one.ran for one in found.layouts)
-    lines += ["", f"run: {ran} ranks, of stages with the same kinds of layers one, its first shard"]
-    return "\n".join(lines)
-
-
-def as_json(model: str, checkpoint: Checkpoint, found: Layouts) -> dict:
-    """The same as plain values."""
-    gpus, context = found.asked
-    return {
-        "schema": 1,
-        "checkpoint": {"source": checkpoint.source, "tensors": len(checkpoint), "bytes": checkpoint.nbytes},
-        "versions": found.versions,
-        "gpus": gpus,
-        "gpu": found.gpu.name,
-        "context": context,
-        "criterion": CRITERION,
-        "not_tried": found.left,
-        "layouts": [_as_json(model, one, found) for one in found.layouts],
-    }
-
-
-def _as_json(model: str, one: Layout, found: Layouts) -> dict:
-    return {
-        "tp": one.deployment.tp,
-        "pp": one.deployment.pp,
-        "ep": one.deployment.ep,
-        "verdict": one.verdict,
-        "why": one.why,
-        "needs_load_format": one.deployment.guard == "loader",
-        "layer_partition": one.deployment.partition,
-        "weights_bytes": one.fit and one.fit.fullest,
-        "tokens": one.fit and one.fit.tokens,
-        "tokens_with_even_split": one.even,
-        "requests": one.fit and one.fit.requests,
-        "command": serve_line(model, one, found.asked[1], found.utilization) if one.serves else None,
-    }
