@@ -33,6 +33,7 @@ SUITES = [
     "tests/test_vllm_contract.py",
     "tests/test_vllm_targets.py",
     "tests/test_vllm_quantised.py",
+    "tests/test_vllm_memory.py",
 ]
 UPSTREAM = "tests/upstream/test_pp_weight_loading.py"
 SWEPT = ("cpu", "h100")  # targets of which notebook 06 shows the record
