@@ -8,21 +8,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import PPMissingLayer
-from vllm.platforms import current_platform
-from vllm.usage.usage_lib import UsageContext
 from vllm.utils.torch_utils import set_default_torch_dtype
-from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
-from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
+from glmpp.engine import contract
 from glmpp.engine.build import Built, ModelBuilder, Place
-from glmpp.engine.kv_cache_configs import kv_cache_configs
 from glmpp.engine.left_at_init import SHARED_BY_DRAFTER
 from glmpp.engine.targets import tensors_on
-
-PLENTY = 1 << 60  # bytes: more than the square of any block's, so that a quotient gives the block's bytes exactly
 
 
 def memory(builder: ModelBuilder, place: Place, built: Built, device: str, context: int | None) -> dict:
@@ -46,6 +40,9 @@ def memory(builder: ModelBuilder, place: Place, built: Built, device: str, conte
         "why": None,
     }
     try:
+        contract.require(contract.KV_CACHE)
+        from glmpp.engine.kv_cache import kv_cache, serving
+
         config = serving(builder, place, built, context)
         message["utilization"] = config.cache_config.gpu_memory_utilization
         message["kv_cache"] = kv_cache(config, list(layers))
@@ -92,45 +89,3 @@ def _others(part: torch.nn.Module) -> Iterator[torch.Tensor]:
 def _of(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     """Bytes of each storage: one counts once, however many tensors or layers share it."""
     return {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
-
-
-def serving(builder: ModelBuilder, place: Place, built: Built, context: int | None) -> VllmConfig:
-    """A built model's config as a server has it: models are built for a nominal context and nobody's use.
-
-    Layers go on reading the cache config that they were built with, so that is brought up to date.
-    """
-    served = builder.vllm_config(place, context, usage_context=UsageContext.OPENAI_API_SERVER)
-    config = built.config
-    config.model_config, config.scheduler_config = served.model_config, served.scheduler_config
-    vars(config.cache_config).update(vars(served.cache_config))
-    return config
-
-
-def kv_cache(config: VllmConfig, layers: list[str]) -> dict | None:
-    """What one block of the KV cache takes on this rank, and how many of them a request of the longest context needs.
-
-    vLLM makes the blocks of all layers together one pool, whatever their kinds, and gives every rank as many blocks as the
-    rank with the least memory has. Hybrid models: vLLM groups the layers of all stages, here it is shown one stage's.
-
-    Args:
-        layers: what the names in each main layer begin with.
-
-    Returns:
-        None for a rank without attention layers.
-    """
-    with set_current_vllm_config(config):
-        current_platform.update_block_size_for_backend(config)  # as the workers do once the model is loaded
-        specs = get_kv_cache_spec(config)
-        if not specs:
-            return None
-        (cache,) = kv_cache_configs(config, [specs], [PLENTY])
-        requests = get_max_concurrency_for_kv_cache_config(config, cache)
-    pages = [sum(spec.page_size_bytes for name, spec in specs.items() if name.startswith(layer)) for layer in layers]
-    return {
-        "caches": len(specs),
-        "pages": pages,
-        "block_bytes": PLENTY // cache.num_blocks,
-        "blocks_per_request": round(cache.num_blocks / requests),
-        "context": config.model_config.max_model_len,
-        "dtype": config.cache_config.cache_dtype,
-    }

@@ -35,7 +35,7 @@ def verdict_grid(several: Sequence[Layouts]) -> Figure:
         for x, tp in enumerate(tps):
             for y, pp in enumerate(pps):
                 one = next((one for one in layouts if (one.deployment.tp, one.deployment.pp) == (tp, pp)), None)
-                colour, text = (PALE, f"{tp * pp} GPUs") if one is None else said(one)
+                colour, text = (PALE, f"{tp * pp} GPU{'s' * (tp * pp > 1)}") if one is None else said(one)
                 ax.add_patch(plt.Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, color=colour, lw=0))
                 weight = {"weight": "normal" if one is None else "bold"}
                 ax.text(x, y, text, ha="center", va="center", color=ink(colour), fontsize=8, **weight)

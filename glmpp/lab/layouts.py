@@ -74,9 +74,7 @@ def logged(recorded: Path) -> pd.DataFrame:
     for path in sorted((DATA / "logs").glob("*.json")):
         log = json.loads(path.read_text())
         config = load_config(ROOT / log["config"]) if isinstance(log["config"], str) else log["config"]
-        built = Checkpoint(
-            [TensorSpec("model.norm.weight", "BF16", (config["hidden_size"],))], config
-        )
+        built = Checkpoint([TensorSpec("model.norm.weight", "BF16", (config["hidden_size"],))], config)
         deployment = Deployment(tp=log["tp"], gpu=log["gpu"], guard="loader")
         (one,) = dry_run(built, deployment, ranks=[(0, 0, 0)], control=False, progress=False).stages
         bytes_logged = log["available_gib"] * 2**30 / log["tokens"]
