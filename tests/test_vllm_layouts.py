@@ -24,6 +24,7 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.formats.glm5 import reduced_config
 from glmpp.gpus import CPU
+from glmpp.partition import OTHER_STAGE
 from glmpp.synthetic import write_checkpoint
 from glmpp.verdict.advice import serve_line
 from glmpp.verdict.deployment import Deployment
@@ -35,6 +36,7 @@ from glmpp.verdict.text import overall
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
+NEWER = tuple(map(int, vllm_version().split(".")[:2])) >= (0, 32)  # than the releases of one class for all platforms
 EXPERTS = 6  # on four ranks: 2, 2, 1, 1
 SIZED = {
     "num_hidden_layers": 5,
@@ -163,9 +165,9 @@ def test_replicas_hold_the_same_but_for_the_experts_that_they_share(glm, whole, 
     deployment = Deployment(tp=2, dp=2, ep=ep, guard="helper")
     report = run(glm, tmp_path / "ranks", deployment)
     assert [one.rank for one in report.stages] == [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)]
-    # With both, vLLM deals out the tokens for the experts' layers, and each rank has the shared expert whole:
-    # `ParallelConfig.use_sequence_parallel_moe`.
-    table = {r"shared_experts": None, **GLM} if ep else GLM
+    # With shards, replicas and dealt-out experts tokens are dealt out, too (`ParallelConfig.use_sequence_parallel_moe`):
+    # each rank has the shared expert whole, and in the class for NVIDIA's GPUs every MLP.
+    table = {(r"\.mlp\.(shared_experts\.)?(gate_up|down)" if NEWER else "shared_experts"): None, **GLM} if ep else GLM
     assert_same(assemble(tmp_path / "ranks", deployment, table), whole)
     assert [one.experts for one in report.stages] == ([[0, 1], [2, 3], [4], [5]] if ep else [None] * 4)
 
@@ -193,7 +195,7 @@ def test_a_split_by_hand_and_a_pretended_gpu_change_nothing_of_it(glm, whole, tm
 
 def test_every_shard_of_the_drafter_on_the_last_stage(glm, tmp_path):
     """Before 0.32 vLLM runs no drafter under pipeline parallelism."""
-    pp = 2 if tuple(map(int, vllm_version().split(".")[:2])) >= (0, 32) else 1
+    pp = 2 if NEWER else 1
     for tp in (1, 2):
         run(glm, tmp_path / f"{tp}", Deployment(pp=pp, tp=tp, drafter=True, guard="helper"), closes=False)
     (alone,) = (torch.load(tmp_path / "1" / f"drafter-{pp - 1}-0-0.pt"),)
@@ -203,6 +205,25 @@ def test_every_shard_of_the_drafter_on_the_last_stage(glm, tmp_path):
     assert names and all(list(shard) == list(alone) for shard in shards)
     found = {name: joined([shard[name] for shard in shards], rule(GLM, name)) for name in names}
     assert_same(found, {name: alone[name] for name in names})
+
+
+@pytest.mark.parametrize(("tp", "pp", "ep"), [(2, 1, False), (2, 2, False), (4, 1, True), (2, 3, True)])
+def test_the_load_format_hands_a_rank_what_it_can_hold_and_the_same_is_loaded(glm, whole, tmp_path, tp, pp, ep):
+    """Of another rank's experts only the scales, which vLLM's own filter lets pass, too."""
+    deployment = Deployment(pp, tp, ep=ep, guard="loader")
+    report = run(glm, tmp_path / "ranks", deployment)
+    assert_same(assemble(tmp_path / "ranks", deployment, GLM), whole)
+    for one in report.stages:
+        mine = [name for name in glm if one.stage.column(name) != OTHER_STAGE]
+        weights = [name for name in mine if ".experts." in name and name.endswith(".weight")]
+        if ep:
+            assert len(one.experts) < EXPERTS
+            # The MTP layer is handed over in case the model knows better.
+            foreign = [name for name in weights if int(name.split(".")[5]) not in one.experts and ".layers.5." not in name]
+            assert foreign
+        else:
+            foreign = []
+        assert one.handed_over == len(mine) - len(foreign)
 
 
 # --- other architectures: attention with fewer heads for keys than shards, tied, wrapped ---------------------------

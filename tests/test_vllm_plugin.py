@@ -58,6 +58,7 @@ def stage_of(plugin, monkeypatch):
         group = SimpleNamespace(rank_in_group=rank, world_size=size, is_first_rank=rank == 0, is_last_rank=rank == size - 1)
         for module in (plugin, selecting()):
             monkeypatch.setattr(module, "get_pp_group", lambda: group)
+        monkeypatch.setattr(plugin, "get_tp_group", lambda: SimpleNamespace(rank_in_group=0, world_size=1))
 
     pretend(1, 4)
     return pretend
@@ -134,6 +135,53 @@ def test_a_tensor_is_dropped_exactly_if_its_mapped_name_lies_under_a_missing_pre
 def test_layer_11_is_not_dropped_for_layer_1(plugin, stage_of):
     selection = plugin.Selection(model_with(["model.layers.1"], ["model.layers.11"]), config_of())
     assert not selection.wants("model.layers.1.mlp.weight") and selection.wants("model.layers.11.mlp.weight")
+
+
+def with_experts(model: torch.nn.Module, path: str, held: list[int], number: int = 8) -> torch.nn.Module:
+    """A module tree with a layer of experts like vLLM's under expert parallelism."""
+    local = torch.full((number,), -1)
+    local[held] = torch.arange(len(held))
+    model.get_submodule(path).expert_map_manager = SimpleNamespace(expert_map=local)
+    return model
+
+
+def test_of_another_ranks_experts_the_weights_are_dropped_and_nothing_else(plugin, stage_of):
+    """Layer 1 holds experts 2 and 3, layer 11 has all of its experts, layer 2 calls them otherwise."""
+    held = ["model.layers.1.mlp.experts.routed", "model.layers.11.mlp.experts", "model.layers.2.mlp.ffn"]
+    model = with_experts(with_experts(model_with([], held), held[0], [2, 3]), held[2], [2, 3])
+    selection = plugin.Selection(model, config_of())
+    names = [
+        f"model.layers.{layer}.mlp.{part}"
+        for layer in (1, 11, 2)
+        for part in (
+            *(f"experts.{number}.up_proj.{leaf}" for number in range(8) for leaf in ("weight", "weight_scale_inv")),
+            "shared_experts.up_proj.weight",
+            "gate.weight",
+            "experts.up_proj.weight",
+            "ffn.7.weight",
+        )
+    ]
+    dropped = {f"model.layers.1.mlp.experts.{number}.up_proj.weight" for number in range(8) if number not in (2, 3)}
+    assert not selection.is_whole
+    assert {name for name in names if not selection.wants(name)} == dropped
+    assert set(selection.among(names)) == {*names} - dropped
+
+
+def test_experts_are_looked_up_under_the_names_of_the_model(plugin, stage_of):
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    mapper = WeightsMapper(orig_to_new_prefix={"text.": "model."})
+    model = with_experts(model_with([], ["model.1.experts"], mapper=mapper), "model.1.experts", [0])
+    selection = plugin.Selection(model, config_of())
+    assert selection.wants("text.1.experts.0.up.weight") and not selection.wants("text.1.experts.1.up.weight")
+    assert selection.among(["text.1.experts.1.up.weight", "text.2.experts.1.up.weight"]) == ["text.2.experts.1.up.weight"]
+
+
+def test_where_vllm_balances_experts_a_rank_may_need_any(plugin, stage_of, monkeypatch):
+    model = with_experts(model_with([], ["model.1.experts"]), "model.1.experts", [0])
+    balanced = SimpleNamespace(parallel_config=SimpleNamespace(enable_eplb=True))
+    monkeypatch.setattr(selecting(), "get_current_vllm_config_or_none", lambda: balanced)
+    assert plugin.Selection(model, config_of()).wants("model.1.experts.1.up.weight")
 
 
 def test_the_mappers_of_parts_that_load_themselves_are_applied_after_the_outer_one(plugin, stage_of):

@@ -1,6 +1,9 @@
-"""Loading one stage of the all-names checkpoint against its peers, warm: whole loads, and the readers alone.
+"""Loading one rank of the all-names checkpoint against its peers. `make bench`.
 
-Writes data/measurements/load_cpu.json with the machine. `make bench`.
+    python tools/bench_load.py stage      # a stage of PP=8, warm: whole loads, and the readers alone
+    python tools/bench_load.py experts    # a rank of EP=8, warm and cold: whole loads
+
+Each writes a file in data/measurements with the machine.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ from glmpp.formats.shard import read_shard
 from glmpp.lab.notebook import DATA, all_names_checkpoint
 from glmpp.partition import OTHER_STAGE, make_stages
 from glmpp.progress import progress_bar
-from glmpp.verdict.load_time import FLOOR, GLMPP, STOCK, load_times
+from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.load_time import FILTERED, FLOOR, GLMPP, STOCK, load_times
 
 PP_SIZE, RANK, RUNS = 8, 3, 5
+# The small checkpoint has four heads: eight ranks share its experts as replicas of the rest.
+SPREAD, REPLICA, SPREAD_RUNS = Deployment(dp=8, ep=True), 3, 3
 
 
 def by_glmpp(files, wanted):
@@ -76,8 +82,38 @@ def copy_all(pairs, into: torch.Tensor) -> int:
     return at
 
 
-def main() -> int:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+def experts() -> None:
+    """Seconds of whole loads, warm; bytes that are read, by what is in the page cache after a cold one."""
+    checkpoint, rows = all_names_checkpoint(), []
+    for cache, runs in (("warm", SPREAD_RUNS), ("cold", 1)):
+        times = load_times(checkpoint, SPREAD, [0], (STOCK, FILTERED, GLMPP), cache, runs, replica=REPLICA)
+        for (_, form), row in times.median(cache).iterrows():
+            said = {"seconds_median": float(row.total), "tensors": int(row.tensors), "bytes": int(row.bytes_handed)}
+            read = {} if cache == "warm" else {"bytes_read": int(row.bytes_read)}
+            rows.append({"peer": f"load, {form}", "cache": cache, **said, **read})
+    what = f"rank {REPLICA} of 8 that share the experts ({SPREAD.layout})"
+    write("load_experts_cpu", checkpoint, what, {"runs": SPREAD_RUNS}, rows)
+
+
+def write(name: str, checkpoint, what: str, how: dict, rows: list[dict], *packages: str) -> None:
+    machine = {
+        "device": "CPU only",
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "vllm", "safetensors", *packages)},
+        "checkpoint": f"{len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:.2f} GB, {what}",
+        "date": time.strftime("%Y-%m-%d"),
+        **how,
+    }
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    (DATA / "measurements" / f"{name}.json").write_text(f'{{"machine": {json.dumps(machine)},\n"rows": [\n{lines}\n]}}\n')
+    for row in rows:
+        print(f"{row['peer']:<45}{row['seconds_median']:>9.3f} s")
+
+
+def stage() -> None:
     checkpoint = all_names_checkpoint()
     stage = make_stages(checkpoint.config, PP_SIZE)[RANK]
     specs = [spec for spec in checkpoint.values() if stage.column(spec.name) != OTHER_STAGE]
@@ -119,23 +155,16 @@ def main() -> int:
                 "GB_per_second": size / statistics.median(seconds[1:]) / 1e9,
             }
         )
-    machine = {
-        "device": "CPU only",
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "vllm", "safetensors", "runai-model-streamer", "fastsafetensors")},
-        "checkpoint": f"{len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:.2f} GB, stage {RANK} of {PP_SIZE}",
-        "date": time.strftime("%Y-%m-%d"),
-        "cache": "warm",
-        "runs": RUNS,
-    }
-    target = DATA / "measurements" / "load_cpu.json"
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    target.write_text(f'{{"machine": {json.dumps(machine)},\n"rows": [\n{lines}\n]}}\n')
-    for row in rows:
-        print(f"{row['peer']:<45}{row['seconds_median']:>9.3f} s")
+    how = {"cache": "warm", "runs": RUNS}
+    readers = ("runai-model-streamer", "fastsafetensors")
+    write("load_cpu", checkpoint, f"stage {RANK} of {PP_SIZE}", how, rows, *readers)
+
+
+def main() -> int:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    parts = {"stage": stage, "experts": experts}
+    for name in sys.argv[1:] or parts:
+        parts[name]()
     return 0
 
 

@@ -34,6 +34,7 @@ SUITES = [
     "tests/test_vllm_targets.py",
     "tests/test_vllm_quantised.py",
     "tests/test_vllm_memory.py",
+    "tests/test_vllm_layouts.py",
 ]
 UPSTREAM = "tests/upstream/test_pp_weight_loading.py"
 SWEPT = ("cpu", "h100")  # targets of which notebook 06 shows the record

@@ -6,7 +6,7 @@ import hashlib
 import re
 from itertools import groupby
 
-from glmpp.engine.experts import held_experts, is_elsewhere
+from glmpp.engine.experts import expert_maps, held_experts, is_elsewhere
 from glmpp.engine.left_at_init import accounted
 from glmpp.engine.padding import padding
 from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
@@ -40,7 +40,7 @@ class Account:
         self._stems = {SCALE.sub("", name) for name in stored if re.search(r"\.weight(_scale)?", name)}
         self._reached = set(load.recorder.order)
         selection = getattr(load.loader, "selection", None)
-        self.experts = held_experts(model)
+        self.experts = held_experts(expert_maps(model))
         self._dropped = set() if selection is None else {name for name in names if not selection.wants(name)}
 
     def column(self, name: str) -> str:

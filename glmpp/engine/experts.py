@@ -1,19 +1,44 @@
-"""Expert parallelism: which experts this rank holds, by vLLM's own map."""
+"""Expert parallelism: which experts this rank holds, by vLLM's own map, and which tensors are then another rank's."""
 
 from __future__ import annotations
 
 import torch
-from vllm.model_executor.model_loader.ep_weight_filter import parse_expert_id
+from vllm.model_executor.model_loader.ep_weight_filter import parse_expert_id, should_skip_weight
+
+EXPERTS = ".experts."
 
 
-def held_experts(model: torch.nn.Module) -> set[int] | None:
-    """Numbers of the experts that a model holds on this rank; None if each of its layers has them all, or has none."""
-    managers = [vars(module)["expert_map_manager"] for module in model.modules() if "expert_map_manager" in vars(module)]
-    maps = [one.expert_map.tolist() for one in managers if one.expert_map is not None]
-    return {number for numbers in maps for number, local in enumerate(numbers) if local >= 0} if maps else None
+def expert_maps(model: torch.nn.Module) -> dict[str, set[int]]:
+    """Path of a layer's experts, as in "model.layers.3.mlp.experts" -> numbers of those that this rank holds.
+
+    {} without expert parallelism. A layer whose experts are called otherwise is left out.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        numbers = getattr(vars(module).get("expert_map_manager"), "expert_map", None)
+        if numbers is not None and EXPERTS in f".{path}.":
+            stem = f"{path}.".rpartition(EXPERTS)[0]
+            found[stem + EXPERTS[:-1]] = {number for number, local in enumerate(numbers.tolist()) if local >= 0}
+    return found
+
+
+def held_experts(maps: dict[str, set[int]]) -> set[int] | None:
+    """Numbers of the experts that a rank holds in any layer; None without expert parallelism."""
+    return set().union(*maps.values()) if maps else None
 
 
 def is_elsewhere(name: str, held: set[int] | None) -> bool:
     """Whether a tensor is of an expert that another rank holds."""
     number = None if held is None else parse_expert_id(name)
     return number is not None and number not in held
+
+
+def is_not_needed(name: str, place: str, maps: dict[str, set[int]]) -> bool:
+    """Whether a rank can do without a tensor, by vLLM's own filter, which lets scales pass: some backends want all.
+
+    Args:
+        name: in the checkpoint.
+        place: the same in the model.
+    """
+    stem, found, _ = place.rpartition(EXPERTS)
+    return bool(found) and should_skip_weight(name, maps.get(stem + EXPERTS[:-1]))

@@ -1,11 +1,13 @@
-"""Load format "glmpp" for vLLM: a pipeline stage's `load_weights` is handed only what the stage can hold.
+"""Load format "glmpp" for vLLM: a rank's `load_weights` is handed only what the rank can hold.
 
     vllm serve zai-org/GLM-5.1-FP8 --pipeline-parallel-size 8 --load-format glmpp
 
 Installing the package is enough: vLLM finds `register` under the entry point group `vllm.general_plugins`. No tensor of a
 layer that lives on another stage reaches the model, so no code of the model can trip over one, and its bytes are not
-read. Everything that the filter is not sure about passes through: a filter that is too wide loses weights silently, which
-is worse than a crash. After loading, a parameter that was not written and that nobody accounts for is an error.
+read. Under expert parallelism neither are the weights of experts that live on another rank, whether or not vLLM's own
+filter of them is on. Everything that the filter is not sure about passes through: a filter that is too wide loses weights
+silently, which is worse than a crash. After loading, a parameter that was not written and that nobody accounts for is an
+error.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ contract.require(contract.LOAD_FORMAT)  # before the imports, which would not sa
 
 from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
-from vllm.distributed.parallel_state import get_pp_group
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -57,7 +59,7 @@ def register() -> None:
 
 
 class StageModelLoader(DefaultModelLoader):
-    """vLLM's default loader behind the filter of `Selection`. Without pipeline parallelism it does what that one does.
+    """vLLM's default loader behind the filter of `Selection`. Without pipeline and expert parallelism it does the same.
 
     `--model-loader-extra-config` takes, besides the default loader's keys:
         reader: "safetensors" (default: of a shard only the wanted tensors are read), or "runai_streamer" or
@@ -190,7 +192,7 @@ class StageModelLoader(DefaultModelLoader):
         return (
             config.safetensors_load_strategy in (None, "lazy")
             and not config.model_loader_extra_config.get("enable_multithread_load")
-            and self.local_expert_ids is None
+            and (self.local_expert_ids is None or bool(self.selection.experts))  # what that filter drops is dropped here
         )
 
     def _read_by_vllm(self, source: DefaultModelLoader.Source, files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -222,5 +224,7 @@ def read_fast(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def stage_name(model_config: ModelConfig) -> str:
-    group = get_pp_group()
-    return f"glmpp: {'drafter on ' if is_drafter(model_config) else ''}stage {group.rank_in_group} of {group.world_size}"
+    """ "glmpp: stage 1 of 2", or "glmpp: drafter on stage 1 of 2, shard 0 of 4"."""
+    stage, shard = get_pp_group(), get_tp_group()
+    name = f"glmpp: {'drafter on ' if is_drafter(model_config) else ''}stage {stage.rank_in_group} of {stage.world_size}"
+    return name + (f", shard {shard.rank_in_group} of {shard.world_size}" if shard.world_size > 1 else "")

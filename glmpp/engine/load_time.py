@@ -20,6 +20,8 @@ from glmpp.engine.guards import HELPER
 from glmpp.engine.load_format import StageModelLoader
 from glmpp.engine.stage import Stages
 
+FILTERED = "stock, filter of experts on"  # `--enable-ep-weight-filter`
+
 
 class Clock:
     """Seconds by part: inside the iterator of weights (choosing, reading) and inside the indexer's helper."""
@@ -114,13 +116,14 @@ class Bench:
         self.request, self.stages = request, Stages(request)
         self.shards = [Path(request["model"], file) for file in request["files"]]
 
-    def build(self, rank: int, size: int) -> None:
+    def build(self, rank: int) -> None:
         self.model = None  # the stage before it goes first
-        place = Place(rank, size)
+        place = Place.of({**self.request, "rank": rank})
         pretend(place)
         built = self.stages.builder.build(place, "cpu")
         self.model, self.config = built.model, built.config
         self.config.load_config.use_tqdm_on_load = False
+        self.config.parallel_config.enable_ep_weight_filter = self.request["format"] == FILTERED
         if self.request["reader"]:
             self.config.load_config.model_loader_extra_config = {"reader": self.request["reader"]}
         for parameter in self.model.parameters():
@@ -170,9 +173,10 @@ def measure(request: dict, send) -> None:
     """
     bench = Bench(request)
     for rank in request["ranks"]:
-        bench.build(rank, request["size"])
+        bench.build(rank)
         weights = bench.in_memory() if request["format"] == "in-memory list" else None
-        warm = request["cache"] == "warm" and (request["format"] != "stock" or rank == request["ranks"][0])
+        reads_all = request["format"] in ("stock", FILTERED)
+        warm = request["cache"] == "warm" and (not reads_all or rank == request["ranks"][0])
         for repeat in range(-1 if warm else 0, request["repeats"]):
             row = bench.load(request["cache"], weights)
             if repeat >= 0:

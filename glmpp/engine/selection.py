@@ -1,15 +1,16 @@
-"""Which tensors of a checkpoint a stage's model can hold, and so is handed."""
+"""Which tensors of a checkpoint the model of a rank can hold, and so is handed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, get_current_vllm_config_or_none
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.model_executor.models import utils as model_utils
 
 from glmpp.dequant import FP8
+from glmpp.engine.experts import expert_maps, is_not_needed
 from glmpp.formats.header import Header
 from glmpp.partition import Prefixes
 
@@ -71,6 +72,7 @@ class Selection:
 
     Attributes:
         prefixes: what is dropped, under the model's names.
+        experts: path of a layer's experts -> numbers of those that this rank holds; of the others weights are dropped.
         offered: tensors that the sources' indexes list; None when a source has no index.
         nbytes, files: bytes and shards handed over.
         names, twice, quantised: of the tensors handed over, those that came more than once, the FP8 weights.
@@ -87,6 +89,9 @@ class Selection:
             prefixes += prefixes_before_drafter(model, getattr(text, "num_hidden_layers", 0))
             self.unused = getattr(model, "is_unused_checkpoint_weight", None)  # vLLM >= 0.32: the model says so itself
         self.prefixes = prefixes
+        config = get_current_vllm_config_or_none()
+        balanced = config is not None and config.parallel_config.enable_eplb  # a rank then has copies of others' experts
+        self.experts = {} if balanced else expert_maps(model)
         self._speculative = Prefixes(speculative_prefixes(model, text))
         self._missing, self._mapped = Prefixes(prefixes), mapped(model)
         self.offered: int | None = 0
@@ -97,13 +102,14 @@ class Selection:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is dropped, as without pipeline parallelism."""
-        return not self.prefixes and self.unused is None
+        """Whether nothing is dropped, as without pipeline and expert parallelism."""
+        return not self.prefixes and self.unused is None and not self.experts
 
     def wants(self, name: str) -> bool:
-        """False only for a tensor whose mapped name lies under one of the prefixes, or that a drafter says it ignores."""
+        """False only for a tensor whose mapped name lies under one of the prefixes, for the weight of another rank's expert,
+        and for what a drafter says it ignores."""
         place = self._mapped(name) if self._mapped else name
-        if place is not None and self._missing.cover(place):
+        if place is not None and (self._missing.cover(place) or is_not_needed(name, place, self.experts)):
             return False
         return self.unused is None or not self.unused(name)
 
@@ -117,7 +123,8 @@ class Selection:
     def among(self, names: Iterable[str]) -> list[str]:
         """Those of many names that are wanted."""
         if self._mapped is None and self.unused is None:
-            return self._missing.cut(names)[0]
+            here = self._missing.cut(names)[0]
+            return [name for name in here if not is_not_needed(name, name, self.experts)] if self.experts else here
         return list(filter(self.wants, names))
 
     def saw(self, weight_map: dict[str, str], files: list[str], chosen: list[str]) -> None:

@@ -19,10 +19,12 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.partition import make_stages, stage_bytes
 from glmpp.progress import progress_bar
+from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.forks import ask
 from glmpp.verdict.installed import vllm_version
 
 STOCK, GLMPP, FLOOR = "stock", "glmpp", "in-memory list"
+FILTERED = "stock, filter of experts on"
 PARTS = ("choosing", "reading", "dequantising", "vllm")
 READERS = ("safetensors", "runai_streamer", "fastsafetensors")
 
@@ -70,12 +72,14 @@ class LoadTimes:
 
 def load_times(
     checkpoint: Checkpoint,
-    pp_size: int,
+    pp_size: int | Deployment,
     ranks: list[int] | None = None,
     formats: tuple[str, ...] = (STOCK, GLMPP, FLOOR),
     cache: str = "warm",
     repeats: int | dict[str, int] = 3,
     reader: str | None = None,
+    shard: int = 0,
+    replica: int = 0,
     recorded: str | Path | None = None,
     progress: bool | None = None,
 ) -> LoadTimes:
@@ -83,11 +87,14 @@ def load_times(
 
     Args:
         checkpoint: from a folder.
+        pp_size: pipeline stages, or a deployment.
         ranks: stages to load; default all.
-        formats: of STOCK, GLMPP, FLOOR. STOCK has the kit's helper in the place of an affected release's.
+        formats: of STOCK, FILTERED, GLMPP, FLOOR. FILTERED is STOCK with vLLM's filter of experts on. These two have the
+            kit's helper in the place of an affected release's.
         cache: "warm": a load that is not counted has read before what those that are read; "cold": the shards are
             dropped from the page cache before each load.
         repeats: loads of each stage that are counted, for all formats or by format.
+        shard, replica: which rank of each stage.
         reader: the load format's reader, see `glmpp.engine.load_format.StageModelLoader`; GLMPP only.
         recorded: where to save to with GLMPP_RECORD=1, and what to return where vLLM is not installed.
 
@@ -102,7 +109,8 @@ def load_times(
         raise GlmppError("load_times needs a checkpoint with files: from_directory, or write_checkpoint")
     if cache not in ("warm", "cold") or (reader is not None and reader not in READERS):
         raise GlmppError(f"cache={cache!r}, reader={reader!r}: choose warm or cold, and one of {', '.join(READERS)}")
-    ranks = list(range(pp_size)) if ranks is None else ranks
+    deployment = Deployment.of(pp_size)
+    ranks = list(range(deployment.pp)) if ranks is None else ranks
     rows = []
     counted = repeats if isinstance(repeats, dict) else dict.fromkeys(formats, repeats)
     loads = len(ranks) * sum(counted[form] for form in formats)
@@ -111,7 +119,7 @@ def load_times(
             request = {
                 "kind": "load_time",
                 "format": form,
-                "guard": {STOCK: "helper", GLMPP: "loader", FLOOR: "loader"}[form],
+                "guard": "helper" if form in (STOCK, FILTERED) else "loader",
                 "helper": "glmpp.loader:load_fp8_indexer_wk",
                 "callers": None,
                 "weights": "real",
@@ -119,10 +127,15 @@ def load_times(
                 "strict": False,
                 "all_deaths": False,
                 "tensors": [],
-                "layer_counts": None,
+                "layer_counts": deployment.partition,
                 "model": str(checkpoint.directory.resolve()),
                 "files": sorted({spec.file for spec in checkpoint.values()}),
-                "size": pp_size,
+                "size": deployment.pp,
+                "shards": deployment.tp,
+                "replicas": deployment.dp,
+                "ep": deployment.ep,
+                "shard": shard,
+                "replica": replica,
                 "ranks": ranks,
                 "cache": cache,
                 "repeats": counted[form],
