@@ -1,6 +1,7 @@
 """The command `glmpp`.
 
 glmpp check MODEL --pp 8      (--tp 8 --pp 2 --ep …) does it load on the installed vLLM, and if not, where does it die?
+glmpp layouts MODEL --gpus 16  which TP x PP x EP loads, what fits beside it, and the line to paste
 glmpp plan MODEL --pp 8       what does each stage hold, and which split is balanced?
 glmpp make-checkpoint …       write a synthetic checkpoint
 """
@@ -26,6 +27,8 @@ from glmpp.verdict.advice import fixed_in, serve_line, try_load_format
 from glmpp.verdict.deployment import GUARDS, Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
+from glmpp.verdict.layouts import CONTEXT, layouts
+from glmpp.verdict.layouts_text import layouts_json, layouts_text
 from glmpp.verdict.plan import plan_text
 from glmpp.verdict.report import CANNOT_TELL, DIES, INCOMPLETE, LOADS, DryRunReport
 from glmpp.verdict.text import as_json, as_text, evidence_lines, label, overall
@@ -66,9 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    def model(added: argparse.ArgumentParser) -> None:
+    def source(added: argparse.ArgumentParser) -> None:
         added.add_argument("model", metavar="MODEL", help="folder, Hub repository (org/name), or a GLM-5 config.json")
         added.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+
+    def model(added: argparse.ArgumentParser) -> None:
+        source(added)
         added.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages (default 1)")
         added.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs that share a stage (default 1)")
         added.add_argument(
@@ -77,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
             help=f"layers per stage, as in {PARTITION_VARIABLE}; default: vLLM's split",
         )
 
+    def memory(added: argparse.ArgumentParser) -> None:
+        added.add_argument(
+            "--gpu-memory-utilization", type=_share, metavar="0.9", help="share that vLLM may take; default: vLLM's own"
+        )
+        added.add_argument("--context", type=int, metavar="TOKENS", help="of the longest request")
+
+    default_gpu = f"default: the one here, or {REPORTED}"
     check = command(
         "check", _check, "Build and load the ranks of a layout with the installed vLLM's own classes, without a GPU."
     )
@@ -87,13 +100,20 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks", choices=["all"], help="every rank; default: of each stage the first and the last shard (and replica)"
     )
     check.add_argument("--guard", choices=GUARDS, default="installed", help="default: vLLM as it is installed")
-    check.add_argument(
-        "--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, sm90 …, or cpu; default: the one here, or {REPORTED}"
-    )
+    check.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, sm90 …, or cpu; {default_gpu}")
+    memory(check)
     check.add_argument("--all", action="store_true", help="every death of a rank, not only the first")
     check.add_argument("--each", action="store_true", help="a line for each rank, also where they end alike")
     check.add_argument("--strict", action="store_true", help="no stand-ins for parts that a CPU lacks")
     check.add_argument("--json", action="store_true", help="the report as JSON")
+
+    choose = command("layouts", _layouts, "Every TP x PP (x EP) that takes all GPUs: does it load, and what fits beside it?")
+    source(choose)
+    choose.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")
+    choose.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, or sm90 …; {default_gpu}")
+    memory(choose)
+    choose.set_defaults(context=CONTEXT)
+    choose.add_argument("--json", action="store_true", help="the layouts as JSON")
 
     plan = command("plan", _plan, "Layers, tensors and bytes of every stage, and the split with the smallest largest stage.")
     model(plan)
@@ -111,6 +131,13 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--seed", type=int, default=0)
     make.add_argument("--shard-mb", type=float, default=5, metavar="MB", help="a new shard begins after so much (default 5)")
     return parser
+
+
+def _share(text: str) -> float:
+    """A share of a whole. argparse makes a message of the ValueError."""
+    if not 0 < (share := float(text)) <= 1:
+        raise ValueError
+    return share
 
 
 def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
@@ -142,12 +169,16 @@ def _check(options: argparse.Namespace) -> int:
         guard=options.guard,
         gpu=options.gpu,
     )
-    report = dry_run(checkpoint, deployment, ranks=options.ranks, all_deaths=options.all, strict=options.strict)
+    asked = {"ranks": options.ranks, "all_deaths": options.all, "strict": options.strict, "context": options.context}
+    report = dry_run(checkpoint, deployment, **asked)
     again = try_load_format(checkpoint, report, options.strict)
     if options.json:
-        print(json.dumps(as_json(checkpoint, report, again), indent=1))
+        print(json.dumps(as_json(checkpoint, report, again, options.gpu_memory_utilization), indent=1))
     else:
-        lines = [as_text(checkpoint, report, options.each), *what_to_do(options, report, again)]
+        lines = [
+            as_text(checkpoint, report, options.each, options.gpu_memory_utilization),
+            *what_to_do(options, report, again),
+        ]
         print("\n".join(printable(line) for line in lines))
     return EXIT_CODES[overall(report)]
 
@@ -161,13 +192,29 @@ def what_to_do(options: argparse.Namespace, report: DryRunReport, again: DryRunR
         lines = [f"--load-format glmpp does not cure it: {label(left[:1])} {left[0].verdict}", *evidence_lines(left[0])]
     else:
         loads = f"{label(again.stages)} load{'s' * (len(again.stages) == 1)}"
-        path = Path(options.model)
-        no_shards = path.is_file() or (path.is_dir() and not any(path.glob("*.safetensors")))
-        model = "MODEL" if no_shards else options.model
+        model = pasted(options.model)
         lines = [f"with --load-format glmpp {loads} (glmpp has to be installed where vLLM runs):"]
         lines.append(f"    {serve_line(model, report.deployment)}")
     known = fixed_in(report)
     return ["", *lines, f"known to load from vLLM {known.fixed_in} on ({known.source})" if known else NO_RELEASE]
+
+
+def _layouts(options: argparse.Namespace) -> int:
+    checkpoint = open_checkpoint(options.model, options.revision)
+    found = layouts(checkpoint, options.gpus, options.gpu, options.context, options.gpu_memory_utilization)
+    model = pasted(options.model)
+    if options.json:
+        print(json.dumps(layouts_json(model, checkpoint, found), indent=1))
+    else:
+        print("\n".join(printable(line) for line in layouts_text(model, checkpoint, found).splitlines()))
+    return EXIT_CODES[LOADS if any(one.serves for one in found.layouts) else DIES]
+
+
+def pasted(model: str) -> str:
+    """What a command for a server says in the place of the model."""
+    path = Path(model)
+    no_shards = path.is_file() or (path.is_dir() and not any(path.glob("*.safetensors")))
+    return "MODEL" if no_shards else model
 
 
 def _plan(options: argparse.Namespace) -> int:

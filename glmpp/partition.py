@@ -6,10 +6,11 @@ dealt out evenly, a remainder goes to the stages before the last, `VLLM_PP_LAYER
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -280,12 +281,49 @@ def balance(checkpoint: Checkpoint, pp_size: int, drafter: bool = False) -> list
     def size(rank: int, start: int, stop: int) -> int:
         return below[stop] - below[start] + first * (rank == 0) + last * (rank == pp_size - 1)
 
-    # best[stop] = (largest stage, sum of squares, counts) over the first `rank + 1` stages holding layers [0, stop).
-    best = {stop: (size(0, 0, stop), size(0, 0, stop) ** 2, [stop]) for stop in range(1, num_layers + 1)}
+    return best_split(num_layers, pp_size, size)
+
+
+def balance_cache(
+    weights: Sequence[int], caches: Sequence[int], pp_size: int, room: int, first: int = 0, last: int = 0
+) -> list[int] | None:
+    """Layers per stage that leave the stage with the least room as much of it, in tokens, as it can have.
+
+    vLLM gives every stage as many blocks of KV cache as the one with the least room for them has. A stage has room for
+    (`room` - its weights) / (its bytes of cache for a token) tokens.
+
+    Args:
+        weights: bytes of each layer on its GPU.
+        caches: bytes of KV cache in each layer, for a token or for any number of them.
+        room: bytes of a GPU for weights and cache.
+        first, last: bytes of what else the first and the last stage hold.
+
+    Returns:
+        Layers per stage, at least one each; None if no split fits.
+    """
+    below, cached = [0, *accumulate(weights)], [0, *accumulate(caches)]
+
+    def cost(rank: int, start: int, stop: int) -> float:
+        left = room - (below[stop] - below[start] + first * (rank == 0) + last * (rank == pp_size - 1))
+        return (cached[stop] - cached[start]) / left if left > 0 else math.inf
+
+    counts = best_split(len(weights), pp_size, cost)
+    ends = pairwise(accumulate(counts, initial=0))
+    return None if any(math.isinf(cost(rank, *stage)) for rank, stage in enumerate(ends)) else counts
+
+
+def best_split(num_layers: int, pp_size: int, cost: Callable[[int, int, int], float]) -> list[int]:
+    """Layers per stage, at least one each, whose largest cost is smallest; of several the one with the least sum of squares.
+
+    Args:
+        cost: of a stage, from its rank, its first layer and the one after its last.
+    """
+    # best[stop] = (largest cost, sum of squares, counts) over the first `rank + 1` stages holding layers [0, stop).
+    best = {stop: (cost(0, 0, stop), cost(0, 0, stop) ** 2, [stop]) for stop in range(1, num_layers + 1)}
     for rank in range(1, pp_size):
         best = {
             stop: min(
-                (max(largest, size(rank, start, stop)), squares + size(rank, start, stop) ** 2, [*counts, stop - start])
+                (max(largest, cost(rank, start, stop)), squares + cost(rank, start, stop) ** 2, [*counts, stop - start])
                 for start, (largest, squares, counts) in best.items()
                 if start < stop
             )

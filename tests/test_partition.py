@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import combinations
 
 import pytest
@@ -19,6 +20,7 @@ from glmpp.partition import (
     Prefixes,
     Stage,
     balance,
+    balance_cache,
     make_stages,
     partition_layers,
     stage_bytes,
@@ -173,3 +175,32 @@ def test_prefixes_cover_what_startswith_says(prefixes, names):
     covered = [name for name in names if name.startswith(tuple(prefixes))]
     assert [name for name in names if asked.cover(name)] == covered
     assert asked.cut(names) == (sorted(name for name in names if name not in covered), sorted(covered))
+
+
+@given(st.data())
+def test_the_split_that_leaves_most_tokens_equals_brute_force(data):
+    num_layers = data.draw(st.integers(1, 8))
+    pp_size = data.draw(st.integers(1, num_layers))
+    weights = data.draw(st.lists(st.integers(1, 30), min_size=num_layers, max_size=num_layers))
+    caches = data.draw(st.lists(st.integers(1, 4), min_size=num_layers, max_size=num_layers))
+    first, last, room = data.draw(st.integers(0, 20)), data.draw(st.integers(0, 20)), data.draw(st.integers(1, 200))
+
+    def tokens(split: list[int]) -> Fraction:
+        """Of the stage with the least room; nothing if one has none."""
+        layers = list(range(num_layers))
+        least = None
+        for rank, count in enumerate(split):
+            stage, layers = layers[:count], layers[count:]
+            held = sum(weights[n] for n in stage) + (first if rank == 0 else 0) + (last if rank == pp_size - 1 else 0)
+            here = Fraction(max(0, room - held), sum(caches[n] for n in stage))
+            least = here if least is None else min(least, here)
+        return least
+
+    cuts = combinations(range(1, num_layers), pp_size - 1)
+    most = max(tokens([b - a for a, b in zip((0, *cut), (*cut, num_layers))]) for cut in cuts)
+    found = balance_cache(weights, caches, pp_size, room, first, last)
+    if most == 0:
+        assert found is None
+    else:
+        assert sum(found) == num_layers and min(found) >= 1
+        assert float(tokens(found)) == pytest.approx(float(most))

@@ -35,6 +35,7 @@ SUITES = [
     "tests/test_vllm_contract.py",
     "tests/test_vllm_targets.py",
     "tests/test_vllm_quantised.py",
+    "tests/test_vllm_memory.py",
     "tests/test_vllm_layouts.py",
 ]
 UPSTREAM = "tests/upstream/test_pp_weight_loading.py"

@@ -15,6 +15,8 @@ from glmpp.engine.groups import Place, set_layer_counts
 from glmpp.engine.stand_ins import StandIns
 from glmpp.engine.targets import tensors_on
 
+NOMINAL = 512  # tokens of context: nothing is generated
+
 
 @dataclass
 class Built:
@@ -36,23 +38,28 @@ class ModelBuilder:
     def __init__(self, request: dict):
         self.request, self.stand_ins, self.num_layers = request, StandIns(request["gpu"], request["strict"]), None
 
-    def vllm_config(self, place: Place) -> VllmConfig:
-        """The config that `vllm serve` would make, after all its checks. Raises whatever vLLM refuses it with."""
-        set_layer_counts(self.request["layer_counts"] if place.size > 1 else None)
+    def vllm_config(self, place: Place, max_model_len: int | None = NOMINAL, **options) -> VllmConfig:
+        """The config that `vllm serve` would make, after all its checks. Raises whatever vLLM refuses it with.
+
+        Args:
+            max_model_len: the longest context; None: what vLLM takes for this model.
+            options: of `create_engine_config`.
+        """
+        set_layer_counts((place.layer_counts or self.request["layer_counts"]) if place.size > 1 else None)
         config = EngineArgs(
             model=self.request["model"],
             skip_tokenizer_init=True,
             load_format="glmpp" if self.request["guard"] == "loader" else "safetensors",
             enforce_eager=True,
             enable_prefix_caching=False,  # the CPU platform turns it off halfway, and then other checks fail
-            max_model_len=512,  # nominal: nothing is generated
+            max_model_len=max_model_len,
             pipeline_parallel_size=place.size,
             tensor_parallel_size=place.shards,
             data_parallel_size=place.replicas,
             enable_expert_parallel=place.ep,
             distributed_executor_backend="mp",
             speculative_config={"method": "mtp", "num_speculative_tokens": 1} if place.drafter else None,
-        ).create_engine_config()
+        ).create_engine_config(**options)
         config.parallel_config.rank = place.rank * place.shards + place.shard
         if place.replicas > 1:
             become_replica(config, place.replica)

@@ -15,12 +15,14 @@ from glmpp.errors import GlmppError
 LAST_SEEN = "0.33.0"
 LOAD_FORMAT, DRY_RUN, REFERENCE = "the load format", "the dry run", "the reference platform"
 PRETENDED = "the pretended GPU"
+KV_CACHE = "the account of the KV cache"
 
 
 STILL_WORKS = {
     LOAD_FORMAT: "vLLM's own load formats, and everything of the kit that does not import vLLM",
     DRY_RUN: "the load format, and everything of the kit that does not import vLLM",
     PRETENDED: "the load format, the dry run with --gpu cpu, and everything of the kit that does not import vLLM",
+    KV_CACHE: "everything but the number of tokens that fit",
     REFERENCE: "the load format and the dry run, and everything of the kit that does not import vLLM",
 }
 
@@ -74,6 +76,10 @@ NAMES = {
     "vllm.platforms.interface:DeviceCapability": PRETENDED,
     "vllm.v1.worker.workspace:init_workspace_manager": PRETENDED,
     "vllm.v1.worker.workspace:reset_workspace_manager": PRETENDED,
+    "vllm.platforms.interface:Platform.update_block_size_for_backend": KV_CACHE,
+    "vllm.usage.usage_lib:UsageContext.OPENAI_API_SERVER": KV_CACHE,
+    "vllm.v1.core.kv_cache_utils:get_max_concurrency_for_kv_cache_config": KV_CACHE,
+    "vllm.v1.worker.gpu.attn_utils:get_kv_cache_spec": KV_CACHE,
     "vllm.config:CompilationMode.STOCK_TORCH_COMPILE": REFERENCE,
     "vllm.forward_context:get_forward_context": REFERENCE,
     "vllm.model_executor.custom_op:op_registry_oot": REFERENCE,

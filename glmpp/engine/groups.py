@@ -24,6 +24,7 @@ class Place:
         shard, shards: the same for tensor parallelism.
         replica, replicas: the same for data parallelism.
         ep: experts are spread over the shards of all replicas.
+        layer_counts: of this run alone, as in VLLM_PP_LAYER_PARTITION; None: those of the request.
     """
 
     rank: int
@@ -34,6 +35,7 @@ class Place:
     replicas: int = 1
     ep: bool = False
     drafter: bool = False
+    layer_counts: str | None = None
 
     @classmethod
     def of(cls, run: dict) -> Place:

@@ -16,6 +16,7 @@ from glmpp.engine.choices import choices
 from glmpp.engine.groups import ALONE, Place, pretend
 from glmpp.engine.guards import Guard
 from glmpp.engine.load_format import StageModelLoader
+from glmpp.engine.memory import memory
 from glmpp.engine.source import Source, answer_for_headers
 from glmpp.engine.stage_load import StageLoad
 from glmpp.engine.targets import refuses
@@ -107,6 +108,7 @@ class Stages:
             if self.real:
                 result["digests"] = {name: digest(p) for name, p in built.model.named_parameters()}
                 self.keep(place, built.model)
+            result["memory"] = memory(self.builder, place, built, device, self.request["context"])
             result["model_class"] = f"{type(built.model).__module__}.{type(built.model).__qualname__}"
         except Exception as error:
             if built is not None:

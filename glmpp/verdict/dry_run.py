@@ -28,6 +28,7 @@ def dry_run(
     real_group: bool = False,
     strict: bool = False,
     all_deaths: bool = False,
+    context: int | None = None,
     keep: str | Path | None = None,
     recorded: str | Path | None = None,
     progress: bool | None = None,
@@ -44,6 +45,7 @@ def dry_run(
         real_group: one process per rank in real gloo groups, all of them, instead of processes with rewritten ranks.
         strict: no stand-ins for parts of the model; a model that needs one cannot be built then.
         all_deaths: drop the tensor that a stage dies at, go on, and list every death.
+        context: tokens of the longest request that the KV cache is counted for; default what vLLM takes for this model.
         keep: folder that each rank's parameters are saved to, by `torch.save`: "{stage}-{shard}-{replica}.pt", of a
             drafter with "drafter-" before; weights "real" only.
         recorded: a saved report to return, labelled as such, where vLLM is not installed; written when GLMPP_RECORD=1.
@@ -72,7 +74,7 @@ def dry_run(
         runs += [run_of(deployment, pp - 1, shard, drafter=True) for shard in shards]
     if control and pp > 1 and not real_group:
         runs.append({**run_of(deployment, 0, control=True), "size": 1})
-    request = stage_request(checkpoint, deployment, weights, strict, all_deaths)
+    request = stage_request(checkpoint, deployment, weights, strict, all_deaths, context)
     request["keep"] = None if keep is None else str(Path(keep).resolve())
     started = time.perf_counter()
     with progress_bar(what=f"vLLM dry run, {deployment.layout}, {deployment.guard}", total=len(runs), show=progress) as bar:
@@ -139,6 +141,7 @@ def stage_request(
     weights: str = "meta",
     strict: bool = False,
     all_deaths: bool = False,
+    context: int | None = None,
 ) -> dict:
     """What the child has to know to build and load stages of a checkpoint."""
     helper = deployment.guard if isinstance(deployment.guard, Helper) else Helper()
@@ -153,5 +156,6 @@ def stage_request(
         "gpu": deployment.gpu,
         "strict": strict,
         "all_deaths": all_deaths,
+        "context": context,
         "layer_counts": deployment.partition,
     }

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from glmpp.checkpoint import Checkpoint
 from glmpp.formats.config import layer_count
 from glmpp.formats.files import printable
-from glmpp.gpus import CPU
+from glmpp.gpus import CPU, GPUS
 from glmpp.ledger import EXPECTED, UNEXPECTED, Ledger, Left
 from glmpp.partition import Stage
 from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.fit import Fit, Memory
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -114,6 +115,7 @@ class StageReport:
         deaths: all of them, when asked for; otherwise the first. A failed build is one.
         ledger: every tensor and every parameter, from the writes that were observed; None if the model was not built.
         left: what was left at init, or partly -> of which kind it is and why.
+        memory: what the rank takes of its GPU; None if the model was not built.
     """
 
     stage: Stage
@@ -124,6 +126,7 @@ class StageReport:
     ledger: Ledger | None = None
     left: dict[str, Left] = field(default_factory=dict)
     times: Times = field(default_factory=Times)
+    memory: Memory | None = None
     shard: int = 0
     shards: int = 1
     replica: int = 0
@@ -216,6 +219,20 @@ class DryRunReport:
     def loads(self) -> bool:
         """Whether every stage that was run loads (the control and the drafter included)."""
         return all(report.loads for report in self.all)
+
+    def fit(self, utilization: float | None = None) -> Fit | None:
+        """What room the deployment has for tokens; None on a CPU, or if a stage was not built.
+
+        Args:
+            utilization: share of a GPU's memory that vLLM may take; default what it takes by default.
+        """
+        if self.deployment.gpu not in GPUS or not all(stage.memory for stage in self.stages):
+            return None
+        drafter = self.drafter and self.drafter.memory
+        memories = [
+            stage.memory.with_drafter(drafter) if drafter and stage.stage.is_last else stage.memory for stage in self.stages
+        ]
+        return Fit(memories, GPUS[self.deployment.gpu], utilization)
 
     @property
     def source(self) -> str:
@@ -313,6 +330,7 @@ def _stage_report(message: dict, checkpoint: Checkpoint, stages: list[Stage]) ->
         evidence=Evidence(**_fields(Evidence, message)),
         left={name: Left(**one) for name, one in message.get("left", {}).items()},
         times=Times(message.get("build_seconds", 0.0), message.get("load_seconds", 0.0)),
+        memory=Memory.of(message["memory"]) if "memory" in message else None,
         **{name: message[name] for name in ("shard", "shards", "replica", "replicas") if name in message},
     )
     if "columns" in message:

@@ -8,6 +8,7 @@ from itertools import groupby
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.verdict.advice import fixed_in
+from glmpp.verdict.fit import LEFT_OUT, Fit
 from glmpp.verdict.report import (
     CANNOT_BUILD,
     CANNOT_TELL,
@@ -32,13 +33,16 @@ def overall(report: DryRunReport) -> str:
     return next((verdict for verdict in (INCOMPLETE, CANNOT_TELL) if verdict in verdicts), LOADS)
 
 
-def as_json(checkpoint: Checkpoint, report: DryRunReport, again: DryRunReport | None = None) -> dict:
+def as_json(
+    checkpoint: Checkpoint, report: DryRunReport, again: DryRunReport | None = None, utilization: float | None = None
+) -> dict:
     """The report as plain values; `tests/check.schema.json` is its schema.
 
     Args:
         again: the failing stages with the load format, see `glmpp.verdict.advice`.
+        utilization: share of a GPU's memory that vLLM may take; default what it takes by default.
     """
-    known = fixed_in(report)
+    known, found = fixed_in(report), report.fit(utilization)
     return {
         "schema": SCHEMA_VERSION,
         "checkpoint": {"source": checkpoint.source, "tensors": len(checkpoint), "bytes": checkpoint.nbytes},
@@ -50,7 +54,15 @@ def as_json(checkpoint: Checkpoint, report: DryRunReport, again: DryRunReport | 
         "dp_size": report.deployment.dp,
         "ep": report.deployment.ep,
         "verdict": overall(report),
-        "stages": [_stage_json(stage) for stage in report.stages],
+        "fit": found
+        and {
+            "gpu_memory_bytes": found.gpu.memory,
+            "gpu_memory_utilization": found.share,
+            "tokens": found.tokens,
+            "context": found.context if found.known else None,
+            "left_out": LEFT_OUT,
+        },
+        "stages": [_stage_json(stage, found) for stage in report.stages],
         "control": None if report.control is None else _stage_json(report.control),
         "stand_ins": report.stand_ins,
         "with_load_format": again and {"verdict": overall(again), "stages": [_stage_json(stage) for stage in again.stages]},
@@ -58,7 +70,7 @@ def as_json(checkpoint: Checkpoint, report: DryRunReport, again: DryRunReport | 
     }
 
 
-def _stage_json(stage: StageReport) -> dict:
+def _stage_json(stage: StageReport, found: Fit | None = None) -> dict:
     return {
         "rank": stage.stage.rank,
         "shard": stage.shard,
@@ -79,14 +91,16 @@ def _stage_json(stage: StageReport) -> dict:
         "left_at_init": {name: asdict(one) for name, one in stage.left.items()},
         "dropped": [] if stage.deaths else stage.dropped,
         "held": stage.held,
+        "memory": memory_json(stage, found),
     }
 
 
-def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False) -> str:
+def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, utilization: float | None = None) -> str:
     """The report for a terminal: nothing in it changes from run to run unless a verdict does.
 
     Args:
         each: a paragraph for each rank; otherwise those that end alike share one.
+        utilization: share of a GPU's memory that vLLM may take; default what it takes by default.
     """
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     lines = [
@@ -102,6 +116,7 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False) ->
     width = max(13, *(len(label(alike)) for alike in ends.values()))
     for alike in ends.values():
         lines += [f"{label(alike):<{width}} layers {_layers(alike):<8} {alike[0].verdict}", *evidence_lines(alike[0])]
+    lines += ["", *lines_of_memory] if (lines_of_memory := memory_lines(report, utilization)) else []
     lines += ["", "stand-ins: " + ", ".join(report.stand_ins)]
     if any(stage.device == "cpu" for stage in report.all):
         lines.append("made-up values on the CPU: the model asks for data while it is built or loaded")
@@ -143,6 +158,44 @@ def _left_lines(stage: StageReport) -> list[str]:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:SHOWN])
     return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN:,} more"
+
+
+def memory_lines(report: DryRunReport, utilization: float | None = None) -> list[str]:
+    """What each rank takes, those that take the same on one line, and what the deployment has room for."""
+    found = report.fit(utilization)
+    if found is None:
+        return []
+    of = f"{found.share:.0%} of the {found.gpu.memory / 1e9:.1f} GB of {found.gpu.name}"
+    lines = [f"memory, {of}; left out: {LEFT_OUT}"]
+    alike: dict[tuple, list] = {}
+    for stage, memory in zip(report.stages, found.memories):
+        alike.setdefault(memory.figures, []).append((stage, memory))
+    for same in alike.values():
+        memory, where = same[0][1], label([stage for stage, _ in same])
+        cache = f"KV cache not counted: {memory.why}" if memory.why else "no KV cache"
+        if memory.kv_cache:
+            tokens = found.tokens_of(memory)
+            room = f"{tokens:>12,} tokens fit" if memory.room(found.gpu, utilization) > 0 else f"{'does not fit':>24}"
+            cache = f"{memory.kv_cache.bytes_per_token:>10,.0f} bytes of KV cache per token {room}"
+        lines.append(f"    {where:<26} {memory.weights / 1e9:>7.1f} GB of weights {cache}")
+    if found.known:
+        lines.append(f"    requests of {found.context:,} tokens at a time: {found.requests:.1f}")
+    return lines
+
+
+def memory_json(stage: StageReport, found: Fit | None) -> dict | None:
+    """What a rank takes, as plain values. `found` is of its deployment."""
+    memory = stage.memory
+    if memory is None:
+        return None
+    cache = memory.kv_cache
+    return {
+        "weights_bytes": memory.weights,
+        "kv_cache_bytes_per_token": cache and cache.bytes_per_token,
+        "kv_cache_dtype": cache and cache.dtype,
+        "tokens": found and found.tokens_of(memory),
+        "not_counted_because": memory.why,
+    }
 
 
 def label(stages: list[StageReport]) -> str:

@@ -1,0 +1,104 @@
+"""What notebook 08 shows: which rank holds which part of a layer, and what servers logged beside what the kit counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from glmpp.checkpoint import Checkpoint
+from glmpp.formats.config import load_config
+from glmpp.formats.tensor import TensorSpec
+from glmpp.lab.notebook import DATA, ROOT
+from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.dry_run import dry_run
+from glmpp.verdict.installed import vllm_version
+from glmpp.verdict.layout import Layouts
+
+# Parts of a layer, by what their names hold in the checkpoint and in vLLM.
+PARTS = {
+    "heads (q_b, kv_b, o)": r"self_attn\.(q_b|kv_b|o)_proj\.",
+    "latents (q_a, kv_a)": r"self_attn\.(fused_qkv_a|q_a|kv_a)_",
+    "indexer": r"self_attn\.indexer\.",
+    "router": r"mlp\.gate\.",
+    "shared expert": r"mlp\.shared_experts\.",
+    "256 experts": r"mlp\.experts\.",
+}
+HERE, NOWHERE = "all", ""
+
+
+def parts_of_layer(checkpoint: Checkpoint, deployment: Deployment, layer: int, recorded: Path) -> pd.DataFrame:
+    """What each GPU of a deployment holds of a layer: "all" of a part, "1/8", "32-63" for experts, "" for nothing.
+
+    Ranks of the layer's stage are run with the load format; those of other stages hold nothing of it. Recorded as `dry_run`.
+
+    Returns:
+        Parts in rows, GPUs in columns.
+    """
+    if vllm_version() is None:
+        return pd.DataFrame(json.loads(recorded.read_text())).rename(columns=int)
+    (stage,) = [one.rank for one in deployment.stages(checkpoint.config) if layer in one.layers]
+    ranks = [(stage, shard, 0) for shard in range(deployment.tp)]
+    report = dry_run(checkpoint, replace(deployment, guard="loader"), ranks=ranks, control=False)
+    whole = _elements({name: spec.numel for name, spec in checkpoint.items()}, layer)
+    table = pd.DataFrame(NOWHERE, index=list(PARTS), columns=range(deployment.gpus))
+    for one in report.stages:
+        held = _elements({name: size for name, (_, size) in one.ledger.parameters.items()}, layer)
+        table[stage * deployment.tp + one.shard] = [_share(held[part], whole[part], part, one.experts) for part in PARTS]
+    if os.environ.get("GLMPP_RECORD") == "1":
+        recorded.write_text(table.to_json(indent=1) + "\n")
+    return table
+
+
+def _elements(sizes: dict[str, int], layer: int) -> dict[str, int]:
+    """Elements of each part of a layer, scales left out."""
+    own = {name: size for name, size in sizes.items() if f"layers.{layer}." in name and "scale" not in name}
+    return {part: sum(size for name, size in own.items() if re.search(pattern, name)) for part, pattern in PARTS.items()}
+
+
+def _share(held: int, whole: int, part: str, experts: list[int] | None) -> str:
+    if experts and part.endswith("experts"):
+        return f"{experts[0]}-{experts[-1]}"
+    return HERE if held >= whole else f"1/{round(whole / held)}" if held else NOWHERE
+
+
+def logged(recorded: Path) -> pd.DataFrame:
+    """For each log under data/logs the bytes that a token took on a rank, and what vLLM's classes say here."""
+    if vllm_version() is None:
+        return pd.DataFrame(json.loads(recorded.read_text()))
+    rows = []
+    for path in sorted((DATA / "logs").glob("*.json")):
+        log = json.loads(path.read_text())
+        config = load_config(ROOT / log["config"]) if isinstance(log["config"], str) else log["config"]
+        built = Checkpoint([TensorSpec("model.norm.weight", "BF16", (config["hidden_size"],))], config)
+        deployment = Deployment(tp=log["tp"], gpu=log["gpu"], guard="loader")
+        (one,) = dry_run(built, deployment, ranks=[(0, 0, 0)], control=False, progress=False).stages
+        bytes_logged = log["available_gib"] * 2**30 / log["tokens"]
+        here = one.memory.kv_cache.bytes_per_token
+        rows.append({"model": path.stem, "on": log["gpus"], "logged": log["said"][-1], "TP": log["tp"]})
+        rows[-1] |= {"bytes per token, logged": bytes_logged, "here": here, "off by, %": 100 * (here / bytes_logged - 1)}
+    if os.environ.get("GLMPP_RECORD") == "1":
+        recorded.write_text(json.dumps(rows, indent=1) + "\n")
+    return pd.DataFrame(rows)
+
+
+def table(found: Layouts) -> pd.DataFrame:
+    """A row for each layout, best first."""
+    rows = [
+        {
+            "layout": one.deployment.layout,
+            "verdict": one.verdict,
+            "split": one.deployment.partition or "even",
+            "GB on the fullest": one.fit.fullest / 1e9 if one.fit else float("nan"),
+            "tokens": one.tokens,
+            "with vLLM's split": one.even or one.tokens,
+            f"requests of {found.asked[1]:,}": one.requests,
+            "load format": "glmpp" if one.deployment.guard == "loader" else "vLLM's own",
+        }
+        for one in found.layouts
+    ]
+    return pd.DataFrame(rows).set_index("layout")
