@@ -15,7 +15,7 @@ from glmpp.formats.glm5 import reduced_config
 from glmpp.formats.tensor import TensorSpec
 from glmpp.ledger import Ledger
 from glmpp.loader import load_fp8_indexer_wk, load_stage
-from glmpp.partition import Stage, balance, make_stages, partition_layers, stage_bytes
+from glmpp.partition import Stage, balance, balance_cache, make_stages, partition_layers, stage_bytes
 from glmpp.synthetic import synthetic_original, write_checkpoint
 
 # Imported when they are asked for: a serving process that wants the load format alone needs none of it.
@@ -36,6 +36,7 @@ __all__ = [
     "Stage",
     "TensorSpec",
     "balance",
+    "balance_cache",
     "dequantize",
     "load_config",
     "load_fp8_indexer_wk",

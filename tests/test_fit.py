@@ -15,7 +15,7 @@ from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.fit import Fit, KVCache, Memory
 from glmpp.verdict.layout import Layout, Layouts
 from glmpp.verdict.layouts import CONTEXT, distinct, layer_kinds
-from glmpp.verdict.layouts_text import layouts_json, serve_line
+from glmpp.verdict.layouts_text import layouts_json, layouts_text, serve_line
 from glmpp.verdict.report import DIES, LOADS
 
 H200 = GPUS["h200"]
@@ -106,6 +106,16 @@ def test_the_line_to_paste_says_all_that_differs_from_the_default():
     )
     plain = "vllm serve m --tensor-parallel-size 8 --pipeline-parallel-size 1 --max-model-len 4096"
     assert serve_line("m", layout(8, 1), 4096, None) == plain
+
+
+def test_a_terminal_is_told_why_a_layout_does_not_serve():
+    unknown = Fit([Memory(10**9, 0, (), None, 0.9, "ValueError: longer")], H200)
+    found = [layout(8, 2), layout(2, 1, weights=200 * 10**9), layout(4, 1, DIES)]
+    found.append(Layout(Deployment(tp=16, gpu="h200"), LOADS, "ValueError: longer", unknown, None, 1))
+    assert [one.answer for one in found] == ["loads", "loads, no room", "dies", "loads, not counted"]
+    text = layouts_text("m", Checkpoint([], {}), Layouts(found, (16, CONTEXT), H200, None, {}, {"vllm": "0"}, 1.0))
+    assert [line.split()[0] for line in text.splitlines() if " serve " in line] == ["vllm"]
+    assert "TP=2           loads, no room" in text and "ValueError: longer" in text and "run: 4 ranks" in text
 
 
 def test_a_record_says_what_was_found(tmp_path):

@@ -216,6 +216,11 @@ def test_more_stages_than_layers_are_left_out_and_a_cpu_is_refused(llama):
         layouts(llama, 0, "h200")
 
 
+def test_a_context_that_is_longer_than_the_models_is_refused_in_vllms_words(llama):
+    for one in layouts(llama, 1, "h200", context=100_000, progress=False).layouts:
+        assert one.verdict == LOADS and not one.serves and "100000" in one.why, one.why
+
+
 def test_a_split_of_its_own_is_taken_where_it_leaves_more_tokens():
     """Embedding and lm_head weigh more than all layers together, and vLLM's split does not ask."""
     config = GEMMA | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "sliding_window": None}

@@ -6,6 +6,7 @@ Nothing else of the kit needs what is imported here: where vLLM has moved a name
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -16,6 +17,7 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
 from glmpp.engine.build import Built, ModelBuilder, Place
 
+ANY_LENGTH = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 PLENTY = 1 << 60  # bytes: more than the square of any block's, so that a quotient gives the block's bytes exactly
 # From 0.3x on the plan is made in two steps, of which the first also wants to know in which order blocks lie in memory.
 PLANNING = "vllm.v1.core.kv_cache_planning"
@@ -25,8 +27,16 @@ def serving(builder: ModelBuilder, place: Place, built: Built, context: int | No
     """A built model's config as a server has it: models are built for a nominal context and nobody's use.
 
     Layers go on reading the cache config that they were built with, so that is brought up to date.
+
+    Raises:
+        Exception: vLLM refuses a context that is longer than the model's, in its words.
     """
-    served = builder.vllm_config(place, context, usage_context=UsageContext.OPENAI_API_SERVER)
+    allowed = os.environ.pop(ANY_LENGTH, None)  # of a nominal length: this one is meant
+    try:
+        served = builder.vllm_config(place, context, usage_context=UsageContext.OPENAI_API_SERVER)
+    finally:
+        if allowed is not None:
+            os.environ[ANY_LENGTH] = allowed
     config = built.config
     config.model_config, config.scheduler_config = served.model_config, served.scheduler_config
     vars(config.cache_config).update(vars(served.cache_config))

@@ -17,10 +17,10 @@ from glmpp.verdict.report import LOADS
 def said(one: Layout) -> tuple[str, str]:
     """The colour of a layout's cell, and what stands in it."""
     if one.verdict != LOADS:
-        return RED, one.verdict
+        return RED, one.answer
     gigabytes = f"{one.fit.fullest / 1e9:.0f} GB"
     if not one.serves:
-        return ORANGE, f"no room\n{gigabytes}"
+        return ORANGE, f"{one.answer}\n{gigabytes}"
     split = "\nown split" if one.deployment.layer_counts else ""
     return BLUE, f"loads\n{gigabytes}\n{one.tokens / 1e6:.2f} M tokens{split}"
 

@@ -28,7 +28,7 @@ class Layout:
     Attributes:
         deployment: with the split that leaves most room, its guard "installed" if vLLM's own load does, otherwise "loader".
         verdict: LOADS, or of the first rank that does not.
-        why: what vLLM says to it, "" if it loads.
+        why: what vLLM says to it, "" if it loads and vLLM says how much a token takes.
         fit: None if a stage was not built.
         even: tokens with vLLM's own split, where `deployment` has another.
         ran: ranks that were built and loaded for it.
@@ -53,6 +53,13 @@ class Layout:
     def serves(self) -> bool:
         """Whether it loads, all of it, and has room for one request."""
         return self.verdict == LOADS and self.requests >= 1
+
+    @property
+    def answer(self) -> str:
+        """In a word or two: the verdict, or why it is no help that it loads."""
+        if self.serves or self.verdict != LOADS:
+            return self.verdict.split(",")[0]
+        return "loads, no room" if self.fit and self.fit.known else "loads, not counted"
 
     def plain(self) -> dict:
         """As values that JSON knows; memories that are alike once, without what each layer takes."""

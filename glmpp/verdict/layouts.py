@@ -160,7 +160,8 @@ class Search:
         memories = [by_rank[rank].memory for rank in stages]
         found = Fit(memories, GPUS[self.base.gpu], self.utilization) if all(memories) else None
         verdict = LOADS if failing is None else failing.verdict
-        return Layout(report.deployment, verdict, reason(failing) if failing else "", found, None, len(by_rank))
+        why = reason(failing) if failing else next((memory.why for memory in memories if memory and memory.why), "")
+        return Layout(report.deployment, verdict, why, found, None, len(by_rank))
 
     def better(self, one: Layout) -> list[int] | None:
         """Layers per stage that leave more tokens than vLLM's split, by what each layer takes; None if none does."""

@@ -8,7 +8,6 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.partition import PARTITION_VARIABLE
 from glmpp.verdict.fit import LEFT_OUT
 from glmpp.verdict.layout import CRITERION, Layout, Layouts
-from glmpp.verdict.report import LOADS
 
 
 def serve_line(model: str, layout: Layout, context: int, utilization: float | None) -> str:
@@ -32,12 +31,11 @@ def layouts_text(model: str, checkpoint: Checkpoint, found: Layouts) -> str:
         f"{gpus} x {found.gpu.name}, {share:.0%} of {found.gpu.memory / 1e9:.1f} GB each; requests of {context:,} tokens",
         versions,
         "",
-        f"{'layout':<14} {'verdict':<16} {'GB on the fullest':>18} {'tokens':>12} {'requests':>9}",
+        f"{'layout':<14} {'verdict':<18} {'GB on the fullest':>18} {'tokens':>12} {'requests':>9}",
     ]
     for one in found.layouts:
         sizes = f"{one.fit.fullest / 1e9:>18.1f} {one.tokens:>12,} {one.requests:>9.1f}" if one.fit else ""
-        verdict = one.verdict if one.verdict != LOADS or one.serves else "loads, no room" if one.fit else one.verdict
-        lines.append(f"{one.deployment.layout:<14} {verdict.split(',')[0]:<16} {sizes}".rstrip())
+        lines.append(f"{one.deployment.layout:<14} {one.answer:<18} {sizes}".rstrip())
         if one.even is not None:
             lines.append(
                 f"{'':<15}with {PARTITION_VARIABLE}={one.deployment.partition}; {one.even:,} tokens with vLLM's split"
