@@ -298,8 +298,8 @@ def test_a_layout_that_vllm_refuses_is_refused_in_its_words_before_anything_is_r
 def test_a_rank_that_waits_for_others_is_not_told_dead(tmp_path, moment):
     """They are not here. What it would do with them cannot be told."""
     checkpoint = Checkpoint.from_directory(faulty.write_faulty(f"waits for the other shards, {moment}", tmp_path))
-    report = dry_run(checkpoint, Deployment(tp=2), progress=False)
-    assert [one.verdict for one in report.stages] == [CANNOT_TELL] * 2 and overall(report) == CANNOT_TELL
+    report = dry_run(checkpoint, Deployment(pp=2, tp=2), control=False, progress=False)
+    assert [one.verdict for one in report.stages] == [CANNOT_TELL] * 4 and overall(report) == CANNOT_TELL
     words = {"building": "<2 ranks: no other process of this group is here>", "loading": "'vllm::all_gather'"}
     assert words[moment] in report.stages[0].message
     assert dry_run(checkpoint, Deployment(tp=1), progress=False).loads
