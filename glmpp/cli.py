@@ -30,15 +30,15 @@ from glmpp.verdict.installed import vllm_version
 from glmpp.verdict.layouts import CONTEXT, layouts
 from glmpp.verdict.layouts_text import layouts_json, layouts_text
 from glmpp.verdict.plan import plan_text
-from glmpp.verdict.report import CANNOT_TELL, DIES, LOADS, DryRunReport
+from glmpp.verdict.report import CANNOT_TELL, DIES, INCOMPLETE, LOADS, DryRunReport
 from glmpp.verdict.text import as_json, as_text, evidence_lines, label, overall
 
 NO_RELEASE = "no release of vLLM is known here to load it"
-EXIT_CODES = {LOADS: 0, DIES: 1, CANNOT_TELL: 2}
+EXIT_CODES = {LOADS: 0, DIES: 1, INCOMPLETE: 1, CANNOT_TELL: 2}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns 0: loads, 1: does not, 2: cannot tell, or the arguments or the checkpoint are bad."""
+    """Run a command. Returns 0: loads completely, 1: does not, 2: cannot tell, or bad arguments or checkpoint."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)

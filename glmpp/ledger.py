@@ -16,6 +16,32 @@ from glmpp.partition import EXPERT, OTHER_STAGE, OWN, SPECULATIVE, Stage
 LOADED, UNEXPECTED, NOT_REACHED = "loaded", "unexpected", "not reached"
 IGNORED, OTHER_RANK = "ignored by the model", "another rank's expert"
 COLUMNS = (LOADED, OTHER_STAGE, OTHER_RANK, SPECULATIVE, IGNORED, UNEXPECTED, NOT_REACHED)
+EXPECTED, LOST, UNTIED, ABSENT = "expected", "lost", "untied", "absent"
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a load left at init, or partly: a parameter, or a buffer that the checkpoint has a value for.
+
+    Attributes:
+        kind: EXPECTED: no checkpoint has to hold it; LOST: the checkpoint holds it, under a name that the model drops;
+            UNTIED: the config ties it to the embedding, and the model does not; ABSENT: nothing like it was handed over.
+        why: in words.
+        tensor: the checkpoint's tensor that it should have come from, of LOST and UNTIED.
+        in_file, in_model: the values where that tensor and the model first differ after a load of real bytes; None
+            without one. A finding of these kinds whose bytes are in the model all the same is EXPECTED.
+    """
+
+    kind: str
+    why: str
+    tensor: str | None = None
+    in_file: str | None = None
+    in_model: str | None = None
+
+    def __str__(self) -> str:
+        values = "" if self.in_model is None else f"; in the model {self.in_model}"
+        values = values if self.in_file is None else f"; {self.in_file} in the file, {self.in_model} in the model"
+        return f"{self.kind}: {self.why}{values}"
 
 
 @dataclass
@@ -29,12 +55,14 @@ class Ledger:
         parameters: parameter -> (elements written, elements it has).
         unpaired: tensor that came -> its other half, FP8 weight or scale, that never did.
         padding: parameter -> elements of it that no checkpoint fills.
+        filled: parameter -> elements that have a value, where that is not what was written: a region was written twice.
     """
 
     tensors: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, tuple[int, int]] = field(default_factory=dict)
     unpaired: dict[str, str] = field(default_factory=dict)
     padding: dict[str, int] = field(default_factory=dict)
+    filled: dict[str, int] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """Tensors per column; the columns add up to the checkpoint."""
@@ -44,8 +72,12 @@ class Ledger:
     @property
     def left_at_init(self) -> list[str]:
         """Parameters of which not every element was written, padding apart."""
-        padding = self.padding
-        return [name for name, (written, size) in self.parameters.items() if written < size - padding.get(name, 0)]
+        padding, filled = self.padding, self.filled
+        return [
+            name
+            for name, (written, size) in self.parameters.items()
+            if filled.get(name, written) < size - padding.get(name, 0)
+        ]
 
     @property
     def written_twice(self) -> list[str]:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,24 +64,22 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path):
     assert "File too large" in done.stderr
 
 
-def test_of_two_runs_that_write_the_same_folder_one_wins_and_the_other_is_told(tiny_config, tmp_path):
-    def write(seed: int) -> str:
-        try:
-            write_checkpoint(tiny_config, tmp_path / "made", seed)
-        except GlmppError as error:
-            return str(error)
-        return "written"
+def test_of_two_runs_that_write_the_same_folder_one_wins_and_the_other_is_told(tiny_config, tmp_path, monkeypatch):
+    """The other begins and ends while the first writes its last file."""
+    made, original = tmp_path / "made", Path.chmod
 
-    with ThreadPoolExecutor(2) as pool:
-        outcomes = sorted(pool.map(write, [1, 2]))
-    assert outcomes[1] == "written" and str(tmp_path / "made") in outcomes[0]
+    def chmod(path, mode):  # the last step before it looks whether it may take another's place
+        monkeypatch.setattr(Path, "chmod", original)
+        write_checkpoint(tiny_config, made, seed=2)
+        original(path, mode)
+
+    monkeypatch.setattr(Path, "chmod", chmod)
+    with pytest.raises(GlmppError, match=f"{made}: not written, nothing is left of it"):
+        write_checkpoint(tiny_config, made, seed=1)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
-    found = dict(Checkpoint.from_directory(tmp_path / "made").read())
-    same = []
-    for seed in (1, 2):
-        whole = dict(write_checkpoint(tiny_config, tmp_path / str(seed), seed).read())
-        same.append(all(torch.equal(found[n].view(torch.uint8), whole[n].view(torch.uint8)) for n in whole))
-    assert sorted(same) == [False, True]  # one of the two, whole
+    found = dict(Checkpoint.from_directory(made).read())
+    whole = dict(write_checkpoint(tiny_config, tmp_path / "whole", seed=2).read())
+    assert all(torch.equal(found[name].view(torch.uint8), whole[name].view(torch.uint8)) for name in whole)
 
 
 # --- the dry run's child ------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.lab import engine
-from glmpp.lab.engine import Answer
+from glmpp.lab import engine, served, server
+from glmpp.lab.oracle import Answer
 
 LOG = """\
 INFO 11-24 21:05:19 [__init__.py:44] Available plugins for group vllm.platform_plugins:
@@ -27,11 +27,11 @@ INFO 11-24 21:05:19 [__init__.py:44] Available plugins for group vllm.platform_p
 
 
 def test_a_worker_s_death_is_the_first_error_that_it_ends_in():
-    assert engine.deaths(LOG) == {"Worker_PP1": "KeyError: 'layers.0.x'", "Worker_PP0": "KeyError: 'layers.6.x'"}
+    assert server.deaths(LOG) == {"Worker_PP1": "KeyError: 'layers.0.x'", "Worker_PP0": "KeyError: 'layers.6.x'"}
 
 
 def test_an_excerpt_has_no_times_no_process_numbers_and_no_folders_and_says_nothing_twice():
-    text = engine.excerpt(LOG + LOG, *engine.EVIDENCE, "File ")
+    text = server.excerpt(LOG + LOG, *engine.EVIDENCE, "File ")
     assert text.splitlines() == [
         "(Worker_PP1) glmpp: stage 1 of 2: 377 of 618 tensors",
         '(Worker_PP1) File "…/deepseek_v2.py", line 774, in f',
@@ -42,7 +42,7 @@ def test_an_excerpt_has_no_times_no_process_numbers_and_no_folders_and_says_noth
         '(APIServer) File "…/utils.py", line 1209, in wait_for_engine_startup',
         "(APIServer) RuntimeError: Engine core initialization failed.",
     ]
-    assert engine.last_lines(LOG, 1) == "RuntimeError: Engine core initialization failed."
+    assert server.last_lines(LOG, 1) == "RuntimeError: Engine core initialization failed."
 
 
 def test_answers_are_compared_up_to_the_first_token_that_is_another():
@@ -54,22 +54,22 @@ def test_answers_are_compared_up_to_the_first_token_that_is_another():
 
 def test_up_to_index_topk_tokens_an_answer_does_not_depend_on_the_indexer():
     """A prompt of 12: tokens 13, 14, 15, 16 and 17 are chosen after 12 to 16 tokens were attended to, all of them."""
-    assert [engine.right_steps(prompt) for prompt in (*engine.SHORT, *engine.LONG)] == [12, 5, 0, 0]
+    assert [served.right_steps(prompt) for prompt in (*served.SHORT, *served.LONG)] == [12, 5, 0, 0]
 
 
-@pytest.mark.parametrize("mutation", [engine.swapped, engine.shifted, engine.without_a_scale])
+@pytest.mark.parametrize("mutation", [served.swapped, served.shifted, served.without_a_scale])
 def test_a_mutated_checkpoint_has_the_same_names_and_other_tensors_under_them(tmp_path, mutation):
-    whole = engine.write_served_checkpoint(ROOT / "data" / "glm-5.1-fp8", tmp_path / "whole")
-    other = Checkpoint.from_directory(engine.mutated(whole, tmp_path / "other", mutation))
-    lost = {engine.LOST} if mutation is engine.without_a_scale else set()
+    whole = served.write_served_checkpoint(ROOT / "data" / "glm-5.1-fp8", tmp_path / "whole")
+    other = Checkpoint.from_directory(served.mutated(whole, tmp_path / "other", mutation))
+    lost = {served.LOST} if mutation is served.without_a_scale else set()
     assert whole.keys() - other.keys() == lost and other.keys() <= whole.keys()
     before, after = dict(whole.read()), dict(other.read())
     changed = {name for name in after if not before[name].equal(after[name])}
-    if mutation is engine.swapped:
+    if mutation is served.swapped:
         wk = "model.layers.{}.self_attn.indexer.wk.weight{}"
         assert changed == {wk.format(layer, part) for layer in (4, 8) for part in ("", "_scale_inv")}
         assert after[wk.format(4, "")].equal(before[wk.format(8, "")])
-    elif mutation is engine.shifted:
+    elif mutation is served.shifted:
         assert {name.split(".")[2] for name in changed} == {"6", "7", "8", "9", "10", "11"}
         name = "model.layers.{}.mlp.gate.weight"
         assert after[name.format(7)].equal(before[name.format(6)]) and after[name.format(6)].equal(before[name.format(11)])

@@ -16,7 +16,7 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import CANNOT_BUILD, DIES, LEAVES_AT_INIT, LOADS
+from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -82,8 +82,8 @@ def test_rows_that_vllm_adds_to_a_vocabulary_may_stay_at_init_and_others_may_not
     for fault, guard, expected in (
         ("padded vocabulary", "installed", LOADS),
         ("padded vocabulary", "loader", LOADS),
-        ("padded vocabulary, a slice never written", "installed", LEAVES_AT_INIT),
-        ("padded vocabulary, a slice never written", "loader", DIES if weights == "real" else LEAVES_AT_INIT),
+        ("padded vocabulary, a slice never written", "installed", INCOMPLETE),
+        ("padded vocabulary, a slice never written", "loader", DIES if weights == "real" else INCOMPLETE),
     ):
         (tmp_path / fault / guard).mkdir(parents=True)
         checkpoint = Checkpoint.from_directory(faulty.write_faulty(fault, tmp_path / fault / guard))
@@ -105,7 +105,7 @@ def test_none_where_a_placeholder_belongs_is_a_death_and_the_load_format_does_no
 
 def test_a_guard_too_wide_that_vllm_is_silent_about_leaves_named_parameters_at_init(checked):
     report = checked("guard too wide")
-    assert [stage.verdict for stage in report.stages] == [LEAVES_AT_INIT] * 3
+    assert [stage.verdict for stage in report.stages] == [INCOMPLETE] * 3
     assert [stage.unaccounted for stage in report.stages] == [[f"model.layers.{n}.ab.weight"] for n in (0, 4, 8)]
 
 
@@ -190,7 +190,11 @@ def test_what_the_load_format_cures_is_said_where_no_release_is_known_to(tmp_pat
 
 def test_check_with_the_load_format_ends_with_0_and_prints_the_same_twice(tiny, capsys):
     first = command(capsys, "check", tiny.directory, "--pp", 3, "--guard", "loader", "--layer-partition", "1,9,2")
-    assert first[0] == 0 and first[1].endswith("PP=3: loads\n") and "stages 0-2    layers 0-11     loads\n" in first[1]
+    assert (
+        first[0] == 0
+        and first[1].endswith("PP=3: loads, complete\n")
+        and "stages 0-2    layers 0-11     loads\n" in first[1]
+    )
     assert command(capsys, "check", tiny.directory, "--pp", 3, "--guard", "loader", "--layer-partition", "1,9,2") == first
 
 
@@ -241,4 +245,4 @@ def test_a_tensor_that_the_checkpoint_lacks_is_not_called_a_pipeline_fault(tiny,
     monkeypatch.setattr(cli, "open_checkpoint", lambda *_: partial)
     code, out, _ = command(capsys, "check", "partial", "--pp", 2, "--guard", "loader")
     assert code == 1 and out.count(f"    left at init: {lost}\n") == 2  # on its stage and at PP=1
-    assert out.endswith("PP=2: does not load, nor does PP=1: 1 of 2 stages fail\n")
+    assert out.endswith("PP=2: loads, and is not complete, nor is PP=1: 1 absent\n")

@@ -12,7 +12,7 @@ from glmpp.partition import OTHER_STAGE, make_stages
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import CANNOT_BUILD, DIES, LEAVES_AT_INIT, LOADS, DryRunReport
+from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS, DryRunReport
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -191,7 +191,7 @@ def test_a_tensor_missing_from_the_checkpoint_is_found_although_vllm_says_nothin
     lost = "model.layers.2.mlp.down_proj.weight"
     checkpoint = Checkpoint([spec for spec in tiny.values() if spec.name != lost], tiny.config)
     report = dry_run(checkpoint, Deployment(pp=2, guard="helper"), progress=False)
-    assert report.stages[0].verdict == report.control.verdict == LEAVES_AT_INIT
+    assert report.stages[0].verdict == report.control.verdict == INCOMPLETE
     assert report.stages[0].ledger.left_at_init == [lost] and report.stages[1].verdict == LOADS
     assert not report.loads
 

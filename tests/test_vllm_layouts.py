@@ -356,6 +356,7 @@ def test_json_of_a_layout_follows_the_schema(glm, capsys):
     assert cli.main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     jsonschema.validate(report, json.loads((ROOT / "tests" / "check.schema.json").read_text()))
+    assert {one["device"] for one in report["stages"]} == {"meta"}
     assert (report["tp_size"], report["pp_size"], report["dp_size"], report["ep"]) == (4, 1, 1, True)
     assert [(one["rank"], one["shard"], one["experts"]) for one in report["stages"]] == [
         (0, 0, [0, 1]), (0, 1, [2, 3]), (0, 2, [4]), (0, 3, [5])

@@ -22,14 +22,14 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.formats.index import INDEX_FILE
 from glmpp.formats.shard import read_shard
-from glmpp.ledger import LOADED, UNEXPECTED
+from glmpp.ledger import ABSENT, EXPECTED, LOADED, UNEXPECTED, Left
 from glmpp.loader import SPECULATIVE
 from glmpp.partition import OTHER_STAGE, make_stages
 from glmpp.synthetic import checkpoint_without
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import CANNOT_BUILD, DIES, LEAVES_AT_INIT, LOADS
+from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -409,16 +409,23 @@ def test_registering_again_changes_nothing(plugin):
 # --- what may stay at init ----------------------------------------------------------------------------------------
 
 
-def test_a_parameter_left_at_init_is_an_error_unless_somebody_accounts_for_it(plugin, stage_of):
-    model, config = model_with([], ["model.layers.4"]), config_of()
-    left = ["model.layers.4.weight", "model.layers.4.bias"]
-    with pytest.raises(GlmppError, match=r"stage 1 of 4: 2 parameters .*model\.layers\.4\.weight, model\.layers\.4\.bias"):
-        loader_of(plugin).check(left, model, config)
+def test_a_parameter_left_at_init_is_an_error_unless_somebody_accounts_for_it(plugin, stage_of, monkeypatch):
+    names = ["model.layers.4.weight", "model.layers.4.bias"]
+    left, config = {name: Left(ABSENT, "nothing") for name in names}, config_of()
+    said = r"stage 1 of 4: 2 parameters .*model\.layers\.4\.bias, model\.layers\.4\.weight \(absent: nothing\)"
+    with pytest.raises(GlmppError, match=said):
+        loader_of(plugin).check(left, config)
     allowed = {"may_stay_at_init": ["*.bias"]}
-    with pytest.raises(GlmppError, match=r"1 parameters .*: model\.layers\.4\.weight\. "):
-        loader_of(plugin, model_loader_extra_config=allowed).check(left, model, config)
-    loader_of(plugin, model_loader_extra_config=allowed).check(left[1:], model, config)
-    loader_of(plugin).check([], model, config)
+    with pytest.raises(GlmppError, match=r"1 parameters .*: model\.layers\.4\.weight \("):
+        loader_of(plugin, model_loader_extra_config=allowed).check(left, config)
+    loader_of(plugin, model_loader_extra_config=allowed).check({names[1]: left[names[1]]}, config)
+    loader_of(plugin).check({names[0]: Left(EXPECTED, "made later")}, config)
+    warned = []
+    monkeypatch.setattr(plugin.logger, "warning", lambda form, *values: warned.append(form % values))
+    loader_of(plugin, model_loader_extra_config={"incomplete": "warn"}).check(left, config)
+    assert len(warned) == 1 and re.search(said, warned[0])
+    with pytest.raises(GlmppError, match="incomplete: 'perhaps' is unknown; choose one of refuse, warn"):
+        loader_of(plugin, model_loader_extra_config={"incomplete": "perhaps"})
 
 
 class FourLayers(torch.nn.Module):
@@ -456,7 +463,9 @@ def test_a_filter_one_layer_too_wide_is_caught_by_the_books(plugin, stage_of, mo
     load(plugin, monkeypatch, four_layers)
     right = selecting().missing_prefixes
     monkeypatch.setattr(selecting(), "missing_prefixes", lambda model: [*right(model), "layers.2."])
-    with pytest.raises(GlmppError, match=r"2 parameters were left at init, or partly: layers\.2\.weight, layers\.2\.bias"):
+    with pytest.raises(
+        GlmppError, match=r"2 parameters were left at init, or partly: layers\.2\.bias, layers\.2\.weight \(absent: "
+    ):
         load(plugin, monkeypatch, four_layers)
 
 
@@ -506,13 +515,15 @@ def test_padding_is_what_vllms_own_attributes_say():
 def test_kv_cache_scales_and_what_a_drafter_shares_are_accounted_for(plugin, stage_of):
     from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
+    from glmpp.engine.left_at_init import accounted
+
     drafted = ["model.embed_tokens", "model.layers.6.shared_head.head", "model.layers.6.eh_proj"]
     model = model_with([], ["attn", "mlp", *drafted])
     model.attn.quant_method = object.__new__(BaseKVCacheMethod)
-    assert list(plugin.accounted(["attn.weight", "mlp.weight"], model, config_of())) == ["attn.weight"]
+    assert list(accounted(["attn.weight", "mlp.weight"], model, config_of())) == ["attn.weight"]
     shared = [f"{path}.weight" for path in drafted]
-    assert list(plugin.accounted(shared, model, config_of(runner="draft"))) == shared[:2]
-    assert plugin.accounted(shared, model, config_of()) == {}
+    assert list(accounted(shared, model, config_of(runner="draft"))) == shared[:2]
+    assert accounted(shared, model, config_of()) == {}
 
 
 # --- the installed vLLM's own classes -----------------------------------------------------------------------------
@@ -666,7 +677,7 @@ def test_a_tensor_that_is_missing_ends_the_load_with_its_parameters_name(tiny, l
     assert (one.verdict, one.exception) == (DIES, "GlmppError")
     assert "stage 1 of 4: 1 parameters were left at init, or partly" in one.message and parameter in one.message
     assert one.place.startswith("glmpp/engine/load_format.py:")
-    assert [name for name in one.ledger.left_at_init] == [n for n in one.ledger.parameters if n in one.message]
+    assert one.unaccounted == [n for n in one.ledger.parameters if n in one.message]
 
 
 def test_the_books_name_the_mtp_layer_and_nothing_unexpected(tiny):
@@ -684,7 +695,7 @@ def test_a_tensor_that_is_lost_is_reported_on_its_stage_with_its_parameter(tiny,
     checkpoint = Checkpoint([spec for spec in tiny.values() if spec.name != lost], tiny.config)
     report = dry_run(checkpoint, Deployment(pp=3, guard="loader"), control=False, progress=False)
     (stage,) = (stage for stage in report.stages if not stage.loads)
-    assert stage.verdict == LEAVES_AT_INIT and stage.stage.owns(lost)
+    assert stage.verdict == INCOMPLETE and stage.stage.owns(lost)
     (parameter,) = stage.unaccounted
     layer = re.match(r"model\.layers\.\d+\.", lost)
     assert parameter.startswith(layer[0]) if layer else parameter == lost

@@ -12,9 +12,12 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import quantize
 from glmpp.errors import GlmppError
 from glmpp.formats.tensor import TensorSpec
+from glmpp.ledger import UNTIED
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import CANNOT_BUILD, DIES, LOADS
-from glmpp.verdict.sweep import Sweep, block_fp8, sweep
+from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
+from glmpp.verdict.sweep import sweep
+from glmpp.verdict.sweep_report import NUMBER, Sweep
+from glmpp.verdict.variants import block_fp8
 
 affected = pytest.mark.skipif(vllm_version() != "0.22.1", reason="pins what the last affected release does")
 
@@ -45,6 +48,30 @@ def test_tied_embeddings_are_a_case_of_their_own_and_a_stage_that_cannot_be_buil
     assert "'PPMissingLayer' object has no attribute 'weight'" in case.findings[0].message
     assert case.findings[0].place.startswith("vllm/model_executor/models/ernie45_moe.py:")
     assert not any(finding.cured for finding in case.findings)
+
+
+@pytest.mark.vllm
+@affected
+def test_a_head_that_is_not_tied_counts_and_its_bytes_are_shown_at_every_size():
+    """DeepSeek-V2 leaves its head at init where the config ties it: PP=1 loads, and is not complete."""
+    found = sweep(["DeepseekV2ForCausalLM"], ("plain", "tied"), progress=False)
+    plain, tied = found.cases
+    assert (plain.verdicts, plain.left) == ({1: LOADS, 2: LOADS, 3: LOADS}, {})
+    assert tied.verdicts == {1: INCOMPLETE, 2: INCOMPLETE, 3: INCOMPLETE} and tied.findings == []
+    (row,) = found.incomplete().to_dict("records")
+    assert (row["parameter"], row["kind"], row["tensor"]) == ("lm_head.weight", UNTIED, "model.embed_tokens.weight")
+    assert row["in the file"] != row["in the model"] and row["in the model"]
+
+
+@pytest.mark.vllm
+@affected
+def test_in_block_fp8_the_bytes_have_the_last_word():
+    (case,) = sweep(["GraniteMoeForCausalLM"], ("fp8",), progress=False).cases
+    assert case.verdicts[1] == INCOMPLETE
+    assert {NUMBER.sub(".*.", name) for name in case.left} == {
+        "model.layers.*.block_sparse_moe.experts.w13_weight_scale_inv",
+        "model.layers.*.block_sparse_moe.experts.w2_weight_scale_inv",
+    }
 
 
 @pytest.mark.vllm
@@ -106,7 +133,7 @@ def test_the_recorded_sweep_of_the_newest_release_has_an_answer_for_every_findin
     assert recorded.versions["vllm"] in path.name and recorded.gpu == gpu and len(recorded.classes) >= classes
     assert {case.variant for case in recorded.counted} == {"plain", "tied", "fp8"}
     for case in recorded.counted:
-        assert case.verdicts[1] == LOADS and case.model_class.startswith("vllm.")
+        assert case.verdicts[1] == (INCOMPLETE if case.left else LOADS) and case.model_class.startswith("vllm.")
         for finding in case.findings:
             assert re.fullmatch(r"vllm/[\w/]+\.py:\d+", finding.place) or finding.left_at_init
             assert finding.with_load_format != "cannot tell"

@@ -21,15 +21,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ["pytest>=8", "hypothesis>=6.100"]
+TOOLS = ["pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3.5"]
+SIDE_BY_SIDE = ["-n", "logical", "--maxprocesses", "4", "--dist", "loadgroup", "--no-loadscope-reorder"]  # as `make test`
 SUITES = [
     "tests/test_vllm_plugin.py",
     "tests/test_vllm_check.py",
+    "tests/test_vllm_losses.py",
     "tests/test_vllm_contract.py",
     "tests/test_vllm_targets.py",
     "tests/test_vllm_quantised.py",
@@ -129,10 +131,10 @@ def installed(environment: Environment, extra: str = "") -> Iterator[Path]:
         yield folder
 
 
-def test(environment: Environment, paths: list[str], extra: str = "") -> bool:
+def test(environment: Environment, paths: list[str], extra: str = "", how: Sequence[str] = ()) -> bool:
     """Run tests in the environment, from a folder that has no other copy of this checkout."""
     with installed(environment, extra) as folder, tempfile.TemporaryDirectory() as elsewhere:
-        command = [folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider", *(ROOT / path for path in paths)]
+        command = [folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider", *how, *(ROOT / path for path in paths)]
         variables = {**os.environ, "GLMPP_EVERY_CASE": "1"}  # test_vllm_quantised.py
         return subprocess.run([str(part) for part in command], cwd=elsewhere, env=variables).returncode == 0
 
@@ -142,7 +144,7 @@ def engine() -> int:
 
 
 def matrix() -> int:
-    results = {one.name: test(one, SUITES, "[readers]") for one in MATRIX}
+    results = {one.name: test(one, SUITES, "[readers]", SIDE_BY_SIDE) for one in MATRIX}
     results |= {f"{one.name}, upstream": upstream(one) for one in MATRIX}
     return report(results)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
 
 from glmpp.engine.experts import expert_maps, held_experts, is_elsewhere
-from glmpp.engine.left_at_init import accounted
+from glmpp.engine.losses import confirmed, losses
 from glmpp.engine.padding import padding
 from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
 from glmpp.engine.stage_load import StageLoad
@@ -25,12 +27,12 @@ class Account:
         experts: numbers of those that this rank holds; None: all.
     """
 
-    def __init__(self, load: StageLoad, names: list[str], drafted: list[str] | None):
+    def __init__(self, load: StageLoad, shapes: Mapping[str, Sequence[int]], drafted: list[str] | None):
         """Args:
-        names: all tensors of the checkpoint, in its order.
+        shapes: all tensors of the checkpoint, in its order -> shape.
         drafted: for a drafter the prefixes of its own layers under the checkpoint's names, otherwise None.
         """
-        self.load, self.names, model = load, names, load.built.model
+        self.load, self.shapes, model = load, shapes, load.built.model
         self.missing, self._rename = missing_prefixes(model), mapped(model) or (lambda name: name)
         self._elsewhere = Prefixes(self.missing)
         self._speculative = Prefixes(speculative_prefixes(model, load.built.model_config.hf_text_config))
@@ -41,7 +43,7 @@ class Account:
         self._reached = set(load.recorder.order)
         selection = getattr(load.loader, "selection", None)
         self.experts = held_experts(expert_maps(model))
-        self._dropped = set() if selection is None else {name for name in names if not selection.wants(name)}
+        self._dropped = set() if selection is None else {name for name in shapes if not selection.wants(name)}
 
     def column(self, name: str) -> str:
         """Where a tensor belongs in the ledger."""
@@ -59,18 +61,28 @@ class Account:
             return SPECULATIVE
         return OTHER_STAGE if self._elsewhere.cover(place) else rest
 
-    def message(self) -> dict:
-        """The account as plain values; neighbours in the same column are one entry."""
+    def message(self, folder: str | None) -> dict:
+        """The account as plain values; neighbours in the same column are one entry.
+
+        Args:
+            folder: of the checkpoint, if its bytes were loaded: what was left at init is compared with them.
+        """
         load, recorder, model = self.load, self.load.recorder, self.load.built.model
-        sizes, added = {name: p.numel() for name, p in model.named_parameters()}, padding(model)
+        sizes, added, written = {name: p.numel() for name, p in model.named_parameters()}, padding(model), recorder.written
+        columns = {name: self.column(name) for name in self.shapes}
+        dropped = {name: self.shapes[name] for name, column in columns.items() if column in (UNEXPECTED, IGNORED)}
+        left = losses(recorder.left_at_init(added), model, load.built.model_config, dropped, recorder.overwritten)
+        if folder is not None:
+            left = confirmed(left, model, folder, self.shapes)
         return {
             "handed_over": len(recorder.order),
             "order": hashlib.sha256("\n".join(recorder.order).encode()).hexdigest(),
-            "columns": [[column, len(list(run))] for column, run in groupby(map(self.column, self.names))],
-            "parameters": {name: [recorder.written.get(name, size), size] for name, size in sizes.items()},
+            "columns": [[column, len(list(run))] for column, run in groupby(columns.values())],
+            "parameters": {name: [written.get(name, size), size] for name, size in sizes.items()},
+            "filled": {name: recorder.filled[name] for name in recorder.overwritten & sizes.keys()},
             "missing_prefixes": self.missing,
             "experts": None if self.experts is None else sorted(self.experts),
             "padding": added,
-            "accounted": accounted(recorder.left_at_init(added), model, load.built.model_config),
-            "held": {name: size for name, size in load.held.items() if self.column(name) in (OTHER_STAGE, OTHER_RANK)},
+            "left": {name: asdict(one) for name, one in left.items()},
+            "held": {name: size for name, size in load.held.items() if columns[name] in (OTHER_STAGE, OTHER_RANK)},
         }

@@ -1,4 +1,4 @@
-"""What may stay at init: the parameters that no checkpoint has to hold, and why."""
+"""What may stay at init: the parameters that no checkpoint has to hold, and why. What may not is sorted in `losses`."""
 
 from __future__ import annotations
 

@@ -37,15 +37,18 @@ from vllm.model_executor.model_loader import get_model_loader, register_model_lo
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm, runai_safetensors_weights_iterator
 
-from glmpp.engine.left_at_init import accounted, quantises_online
+from glmpp.engine.left_at_init import quantises_online
+from glmpp.engine.losses import losses
 from glmpp.engine.padding import padding
 from glmpp.engine.selection import Selection, is_drafter
 from glmpp.engine.writes import WriteLog
 from glmpp.errors import GlmppError
 from glmpp.formats.index import INDEX_FILE, load_index, natural_key, shard_path
 from glmpp.formats.shard import READERS, read_shard
+from glmpp.ledger import EXPECTED, Left
 
 LOAD_FORMAT = "glmpp"
+INCOMPLETE = ("refuse", "warn")
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -65,6 +68,7 @@ class StageModelLoader(DefaultModelLoader):
         reader: "safetensors" (default: of a shard only the wanted tensors are read), or "runai_streamer" or
             "fastsafetensors" (these read whole shards; only shards that hold something for the stage are given to them).
         may_stay_at_init: patterns (`*.bias`) of parameters that the checkpoint need not hold.
+        incomplete: "refuse" (default), or "warn": come up although parameters were left at init.
 
     Raises:
         GlmppError: a shard cannot be read (named, with the tensor), or a parameter is left at init unaccounted for.
@@ -74,45 +78,60 @@ class StageModelLoader(DefaultModelLoader):
         extra = dict(load_config.model_loader_extra_config or {})
         self.reader = extra.pop("reader", READERS[0])
         self.may_stay_at_init = extra.pop("may_stay_at_init", [])
+        self.incomplete = extra.pop("incomplete", INCOMPLETE[0])
         if self.reader not in READERS:
             raise GlmppError(f"reader {self.reader!r} is unknown; choose one of {', '.join(READERS)}")
+        if self.incomplete not in INCOMPLETE:
+            raise GlmppError(f"incomplete: {self.incomplete!r} is unknown; choose one of {', '.join(INCOMPLETE)}")
         super().__init__(replace(load_config, load_format="auto", model_loader_extra_config=extra))
         self.selection: Selection | None = None
+        self.written: WriteLog | None = None
         self._files: list[str] | None = None
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
         """Load this stage and check that every parameter was written."""
         started = time.perf_counter()
-        written = None if quantises_online(model) else WriteLog(model)
-        with written or contextlib.nullcontext():
+        self.written = None if quantises_online(model) else WriteLog(model)
+        with self.written or contextlib.nullcontext():
             super().load_weights(model, model_config)
         logger.info("%s: %s, %.2f s", stage_name(model_config), self.selection, time.perf_counter() - started)
-        if written is None:
+        if self.written is None:
             logger.warning("%s: quantised while loading, so it was not checked what was loaded", stage_name(model_config))
-        else:
-            self.check(written.left_at_init(padding(model)), model, model_config)
+        elif left := self.written.left_at_init(padding(model)):
+            log = self.written
+            self.check(losses(left, model, model_config, log.dropped(), log.overwritten), model_config)
 
-    def check(self, left: list[str], model: torch.nn.Module, model_config: ModelConfig) -> None:
+    def check(self, left: dict[str, Left], model_config: ModelConfig) -> None:
         """Account for the parameters that were not written.
 
         Raises:
             GlmppError: for those that neither vLLM nor `may_stay_at_init` account for; all of them are named.
         """
-        known = accounted(left, model, model_config)
+        known = {name: one.why for name, one in left.items() if one.kind == EXPECTED}
         known |= {name: "may_stay_at_init" for name in left if any(fnmatch(name, p) for p in self.may_stay_at_init)}
-        if unknown := [name for name in left if name not in known]:
-            halves = "".join(f" {pair}." for pair in self.selection.unpaired()) if self.selection else ""
-            raise GlmppError(
-                f"{stage_name(model_config)}: {len(unknown)} parameters were left at init, or partly: {', '.join(unknown)}."
-                f"{halves} The checkpoint lacks them, or the model drops them. If that is as it should be, pass "
-                '--model-loader-extra-config \'{"may_stay_at_init": ["a pattern for them"]}\''
-            )
         if known:
             logger.info("%s: left at init, as expected: %s", stage_name(model_config), known)
+        unknown: dict[str, list[str]] = {}
+        for name in left.keys() - known.keys():
+            unknown.setdefault(str(left[name]), []).append(name)
+        if not unknown:
+            return
+        count = sum(map(len, unknown.values()))
+        names = "; ".join(f"{', '.join(sorted(names, key=natural_key))} ({why})" for why, names in sorted(unknown.items()))
+        halves = "".join(f" {pair}." for pair in self.selection.unpaired()) if self.selection else ""
+        what = f"{stage_name(model_config)}: {count} parameters were left at init, or partly: {names}.{halves}"
+        if self.incomplete == "warn":
+            logger.warning("%s", what)
+            return
+        raise GlmppError(
+            f"{what} If that is as it should be, pass "
+            '--model-loader-extra-config \'{"may_stay_at_init": ["a pattern for them"]}\', or {"incomplete": "warn"}'
+        )
 
     def get_all_weights(self, model_config: ModelConfig, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         self.selection = Selection(model, model_config)
-        yield from super().get_all_weights(model_config, model)
+        weights = super().get_all_weights(model_config, model)
+        yield from weights if self.written is None else self.written.hand_over(weights)
 
     def _get_weights_iterator(self, source: DefaultModelLoader.Source) -> Iterator[tuple[str, torch.Tensor]]:
         if self.selection.is_whole and self.reader == READERS[0]:

@@ -26,8 +26,8 @@ class Source:
         self.nbytes = {name: dtype.itemsize * prod(shape) for name, dtype, shape in self.specs}
 
     @property
-    def names(self) -> list[str]:
-        return [name for name, *_ in self.specs]
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, _, shape in self.specs}
 
     def hand_over(self, device: str) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors, on the meta device, or with ones for data on the CPU.

@@ -64,9 +64,9 @@ class Stages:
                     return weights
                 return self.selection.counted(pair for pair in weights if self.selection.wants(pair[0]))
 
-            def check(self, left, model, model_config):
+            def check(self, left, model_config):
                 if real:  # meta tensors have no addresses to watch: the account goes by the operators instead
-                    super().check(left, model, model_config)
+                    super().check(left, model_config)
 
         return Loader(config.load_config)
 
@@ -103,7 +103,8 @@ class Stages:
             if load.deaths:
                 result.update(load.deaths[0], deaths=[{**death, "traceback": []} for death in load.deaths])
                 needs_data = bool(NEEDS_DATA.search(load.deaths[0]["message"]))
-            result.update(Account(load, self.source.names, self.drafted() if place.drafter else None).message())
+            account = Account(load, self.source.shapes, self.drafted() if place.drafter else None)
+            result.update(account.message(self.request["model"] if self.real else None))
             if self.real:
                 result["digests"] = {name: digest(p) for name, p in built.model.named_parameters()}
                 self.keep(place, built.model)

@@ -93,7 +93,13 @@ RENAMED = {"granitemoehybrid": {"full_attention": "attention", "linear_attention
 # Model type -> fields of the hub's configs that transformers' classes do not keep.
 ADDED = {
     "deepseek_v2": {"n_group": 1, "topk_group": 1},
-    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
+    "mimo_v2_flash": {
+        "hybrid_layer_pattern": [0, 1, 1, 1, 1, 0],
+        "moe_layer_freq": [0, 1, 1, 1, 1, 1],
+        "layernorm_epsilon": 1e-5,
+    },
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 256},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "deepseek_v32": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
@@ -130,7 +136,10 @@ ADDED = {
 TENSORS = {"kimi_linear": (r"(layers\.\d+)\.block_sparse_moe\.((?:gate|up|down)_proj)\.", r"\1.mlp.\2.")}
 # Model type -> sizes that stay as published: GPU kernels have no others.
 _LATENT = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
-PUBLISHED = dict.fromkeys(("deepseek_v2", "deepseek_v32", "glm_moe_dsa", "kimi_linear", "longcat_flash"), _LATENT)
+PUBLISHED = dict.fromkeys(
+    ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash"),
+    _LATENT,
+)
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id")
 
 
@@ -182,7 +191,7 @@ def make(architecture: str, directory: Path, tied: bool) -> dict:
             if part is not None:
                 part.tie_word_embeddings = tied
         torch.manual_seed(0)
-        model = kind(config).to(torch.bfloat16)
+        model = fill(kind(config).to(torch.bfloat16))
         model.config.architectures = [architecture]
         model.save_pretrained(directory)
     except Exception as error:
@@ -198,6 +207,14 @@ def make(architecture: str, directory: Path, tied: bool) -> dict:
         part.update({key: value for key, value in ADDED.get(part.get("model_type"), {}).items() if part.get(key) is None})
     path.write_text(json.dumps(saved))
     return {}
+
+
+def fill(model: torch.nn.Module) -> torch.nn.Module:
+    """Random values in what transformers leaves at zero or one: what is lost must not look like what memory holds."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point() and tensor.numel() and bool((tensor == tensor.reshape(-1)[0]).all()):
+            tensor.normal_(mean=1.0, std=0.05)
+    return model
 
 
 def rename(shard: Path, saved: str, on_hub: str) -> None:

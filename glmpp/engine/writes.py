@@ -13,22 +13,22 @@ NO_PADDING: Mapping[str, int] = MappingProxyType({})
 
 
 class WriteRecorder(TorchDispatchMode):
-    """While active, sees every in-place write into a model's parameters, whichever loader makes it.
+    """While active, sees every in-place write into a model's parameters and buffers, whichever loader makes it.
 
     vLLM keeps no such record: its `load_weights` returns names that were *looked at*. Views, `.data` and slices share
-    their parameter's storage, so the storage tells which parameter an operator writes.
+    their parameter's storage, so the storage tells which parameter an operator writes, on the meta device, too.
 
     Attributes:
-        written: parameter -> elements written so far, a region that is written again counted again.
+        regions: parameter or buffer -> (byte offset, elements) of every write into it.
         order: names handed over so far, when the weights pass through `hand_over`.
-        stored: those during whose turn a parameter was written.
+        stored: those during whose turn a parameter or a buffer was written.
     """
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
         self.model = model
-        self.names = {p.untyped_storage()._cdata: name for name, p in model.named_parameters()}
-        self.written = dict.fromkeys(self.names.values(), 0)
+        self.names = {_storage(tensor): name for name, tensor in loadable(model).items()}
+        self.regions: dict[str, list[tuple[int, int]]] = {name: [] for name in self.names.values()}
         self.order: list[str] = []
         self.stored: set[str] = set()
 
@@ -37,14 +37,35 @@ class WriteRecorder(TorchDispatchMode):
             self.order.append(name)
             yield name, tensor
 
+    @property
+    def written(self) -> dict[str, int]:
+        """Parameter or buffer -> elements written so far, a region that is written again counted again."""
+        return {name: sum(elements for _, elements in regions) for name, regions in self.regions.items()}
+
+    @property
+    def filled(self) -> dict[str, int]:
+        """The same, each region counted once."""
+        return {name: sum(elements for _, elements in set(regions)) for name, regions in self.regions.items()}
+
+    @property
+    def overwritten(self) -> set[str]:
+        """Parameters and buffers of which a region was written more than once."""
+        return {name for name, regions in self.regions.items() if len(set(regions)) < len(regions)}
+
     def left_at_init(self, padding: Mapping[str, int] = NO_PADDING) -> list[str]:
-        """Parameters of which not every element was written; one that was replaced as a whole counts as written.
+        """Parameters, and buffers that are part of the model's state, of which not every element was written.
+
+        One that was replaced as a whole counts as written, and a region that was written twice as one region.
 
         Args:
-            padding: parameter -> elements that no checkpoint fills.
+            padding: parameter -> elements that no checkpoint fills, of stacked experts the same number in each.
         """
-        sizes = {name: p.numel() for name, p in self.model.named_parameters() if self.names.get(_storage(p)) == name}
-        return [name for name, size in sizes.items() if self.written[name] < size - padding.get(name, 0)]
+        kept = {name: tensor for name, tensor in loadable(self.model).items() if self.names.get(_storage(tensor)) == name}
+        return [
+            name
+            for name, tensor in kept.items()
+            if not _wholly(tensor, np.array(sorted(set(self.regions[name])), np.int64).reshape(-1, 2), padding.get(name, 0))
+        ]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -61,9 +82,20 @@ class WriteRecorder(TorchDispatchMode):
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 name = self.names.get(_storage(tensor)) if isinstance(tensor, torch.Tensor) else None
                 if name is not None:
-                    self.written[name] += tensor.numel()
+                    self.regions[name].append((tensor.storage_offset() * tensor.element_size(), tensor.numel()))
                     self.stored.update(self.order[-1:])
         return func(*args, **(kwargs or {}))
+
+
+def loadable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint may fill: the parameters, and the buffers that belong to the model's state, by name."""
+    buffers = {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+    return {name: tensor for name, tensor in (buffers | dict(model.named_parameters())).items() if tensor.numel()}
 
 
 class WriteLog:
@@ -78,10 +110,17 @@ class WriteLog:
     METHODS = ("copy_", "fill_", "zero_", "index_copy_")
 
     def __init__(self, model: torch.nn.Module):
-        self.params = {name: p for name, p in model.named_parameters() if p.numel()}
+        self.params = loadable(model)
         self.starts = {name: p.data_ptr() for name, p in self.params.items()}
         self.model = model
         self.calls: list[int] = []  # address, elements, address, elements, …
+        self.turns: list[tuple[str, torch.Size, int]] = []  # tensor, its shape, length of `calls` when it was handed over
+
+    def hand_over(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        note, calls = self.turns.append, self.calls
+        for name, tensor in weights:
+            note((name, tensor.shape, len(calls)))
+            yield name, tensor
 
     def __enter__(self) -> WriteLog:
         log = self.calls.extend
@@ -112,20 +151,13 @@ class WriteLog:
             delattr(torch.Tensor, name)  # the method of the base class shows again
 
     def left_at_init(self, padding: Mapping[str, int] = NO_PADDING) -> list[str]:
-        """Parameters that were not written, or not wholly. One that was replaced as a whole counts as written.
-
-        Args:
-            padding: parameter -> elements that no checkpoint fills, of stacked experts the same number in each.
-        """
+        """As of `WriteRecorder`."""
         order = sorted(self.starts, key=self.starts.__getitem__)
         bounds = np.array([self.starts[name] for name in order] + [np.iinfo(np.int64).max])
-        calls = np.array(self.calls, dtype=np.int64).reshape(-1, 2)
-        calls = calls[np.lexsort((calls[:, 1], calls[:, 0]))]
-        new = np.ones(len(calls), dtype=bool)  # the same region written twice is one region
-        new[1:] = (calls[1:] != calls[:-1]).any(axis=1)
-        calls = calls[new]
+        calls, again = self._regions()
+        calls = calls[~again]  # the same region written twice is one region
         cuts = np.searchsorted(calls[:, 0], bounds)
-        now, left = dict(self.model.named_parameters()), set()
+        now, left = loadable(self.model), set()
         for name, start, first, last in zip(order, bounds, cuts, cuts[1:]):
             param, regions = self.params[name], calls[first:last] - (start, 0)
             replaced = name not in now or now[name].data_ptr() != start
@@ -133,8 +165,34 @@ class WriteLog:
                 left.add(name)
         return [name for name in self.params if name in left]
 
+    @property
+    def overwritten(self) -> set[str]:
+        """As of `WriteRecorder`."""
+        calls, again = self._regions()
+        addresses = calls[again, 0]
+        spans = {name: (start, start + self.params[name].nbytes) for name, start in self.starts.items()}
+        return {name for name, (a, b) in spans.items() if ((a <= addresses) & (addresses < b)).any()}
 
-def _wholly(param: torch.nn.Parameter, regions: np.ndarray, padding: int) -> bool:
+    def _regions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of (address, elements) in ascending order, and which of them are like the one before."""
+        calls = np.array(self.calls, dtype=np.int64).reshape(-1, 2)
+        calls = calls[np.lexsort((calls[:, 1], calls[:, 0]))]
+        again = np.zeros(len(calls), dtype=bool)
+        again[1:] = (calls[1:] == calls[:-1]).all(axis=1)
+        return calls, again
+
+    def dropped(self) -> dict[str, torch.Size]:
+        """Tensors that passed through `hand_over` and during whose turn nothing was written -> shape."""
+        addresses = np.array(self.calls[::2], dtype=np.int64)
+        starts = np.array(sorted(self.starts.values()), dtype=np.int64)
+        ends = np.array([self.starts[name] + self.params[name].nbytes for name in sorted(self.starts, key=self.starts.get)])
+        at = np.searchsorted(starts, addresses, side="right") - 1
+        hits = np.concatenate([[0], np.cumsum((at >= 0) & (addresses < ends[at]))])
+        marks = [mark // 2 for *_, mark in self.turns] + [len(addresses)]
+        return {name: shape for (name, shape, _), a, b in zip(self.turns, marks, marks[1:]) if hits[a] == hits[b]}
+
+
+def _wholly(param: torch.Tensor, regions: np.ndarray, padding: int) -> bool:
     """Whether regions, rows of (byte offset, elements), fill a parameter apart from its padding."""
     written = regions[:, 1].sum()
     if written >= param.numel() or param.dim() < 3 or not padding:

@@ -17,7 +17,7 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.lab.error import ErrorStats
 from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, Stage, partition_layers, stage_bytes
-from glmpp.verdict.report import CANNOT_BUILD, CANNOT_TELL, DIES, LEAVES_AT_INIT, LOADS, DryRunReport
+from glmpp.verdict.report import CANNOT_BUILD, CANNOT_TELL, DIES, INCOMPLETE, LOADS, DryRunReport
 
 STYLE = Path(__file__).with_name("glmpp.mplstyle")
 BLUE, ORANGE, RED, PURPLE, GREY, VIOLET = "#5790fc", "#f89c20", "#e42536", "#964a8b", "#9c9ca1", "#7a21dd"
@@ -383,7 +383,7 @@ def bytes_read_and_kept(table: pd.DataFrame, kept: list[int]) -> Figure:
     return fig
 
 
-VERDICT_COLOURS = {LOADS: BLUE, DIES: RED, CANNOT_BUILD: PURPLE, LEAVES_AT_INIT: ORANGE, CANNOT_TELL: PALE}
+VERDICT_COLOURS = {LOADS: BLUE, DIES: RED, CANNOT_BUILD: PURPLE, INCOMPLETE: ORANGE, CANNOT_TELL: PALE}
 
 
 def verdict_matrix(panels: dict[str, list[DryRunReport]]) -> Figure:

@@ -21,7 +21,7 @@ from glmpp.verdict.fit import Fit, Memory
 from glmpp.verdict.forks import run_stages
 from glmpp.verdict.installed import NO_VLLM, vllm_version
 from glmpp.verdict.layout import Layout, Layouts
-from glmpp.verdict.report import LEAVES_AT_INIT, LOADS, DryRunReport, StageReport, assemble
+from glmpp.verdict.report import INCOMPLETE, LOADS, DryRunReport, StageReport, assemble
 
 CONTEXT = 131_072  # tokens of a request, unless asked otherwise
 WORTH_IT = 1.01  # of the tokens of vLLM's split: below it a split of its own is not worth a variable
@@ -228,6 +228,6 @@ def distinct(stages: list[list[tuple]]) -> list[int]:
 
 def reason(failing: StageReport) -> str:
     """Why a rank does not load, in vLLM's words."""
-    if failing.verdict == LEAVES_AT_INIT:
+    if failing.verdict == INCOMPLETE:
         return f"{failing.label}: {len(failing.unaccounted)} parameters at init, {failing.unaccounted[0]} first"
     return f"{failing.label}: {' '.join(str(failing.message or '').split())[:200]}"

@@ -14,7 +14,7 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.formats.config import layer_count
 from glmpp.formats.files import printable
 from glmpp.gpus import CPU, GPUS
-from glmpp.ledger import Ledger
+from glmpp.ledger import EXPECTED, UNEXPECTED, Ledger, Left
 from glmpp.partition import Stage
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.fit import Fit, Memory
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 LOADS, DIES, CANNOT_BUILD = "loads", "dies", "cannot be built"
-LEAVES_AT_INIT, CANNOT_TELL = "loads, leaves parameters at init", "cannot tell"
+INCOMPLETE, CANNOT_TELL = "loads, is not complete", "cannot tell"
 STAGE, DRAFTER, CONTROL = "stage", "MTP drafter", "PP=1 control"
 RANK_STAND_IN = "a real gloo group of size 1 whose rank and size fields are rewritten for each stage"
 GROUPS_STAND_IN = "real gloo groups of size 1 whose rank and size fields are rewritten for each rank of the layout"
@@ -109,12 +109,12 @@ class StageReport:
         replica, replicas: the same for data parallelism.
         verdict: LOADS; DIES: an exception while loading; CANNOT_BUILD: an exception before that, although PP=1 builds, or
             because vLLM refuses the checkpoint on the GPU that is pretended;
-            LEAVES_AT_INIT: the load ends well and parameters that nobody accounts for were not written; CANNOT_TELL:
+            INCOMPLETE: the load ends well and parameters that nobody accounts for were not written; CANNOT_TELL:
             PP=1 cannot be built here either, or the model asks for the data of tensors that are too large to make up.
         role: STAGE, DRAFTER or CONTROL.
         deaths: all of them, when asked for; otherwise the first. A failed build is one.
         ledger: every tensor and every parameter, from the writes that were observed; None if the model was not built.
-        accounted: parameters left at init that are no fault -> why.
+        left: what was left at init, or partly -> of which kind it is and why.
         memory: what the rank takes of its GPU; None if the model was not built.
     """
 
@@ -124,7 +124,7 @@ class StageReport:
     deaths: list[Death] = field(default_factory=list)
     evidence: Evidence = field(default_factory=Evidence)
     ledger: Ledger | None = None
-    accounted: dict[str, str] = field(default_factory=dict)
+    left: dict[str, Left] = field(default_factory=dict)
     times: Times = field(default_factory=Times)
     memory: Memory | None = None
     shard: int = 0
@@ -156,9 +156,19 @@ class StageReport:
         return label + (f", replica {self.replica} of {self.replicas}" if self.replicas > 1 else "")
 
     @property
+    def accounted(self) -> dict[str, str]:
+        """Parameters left at init that are no fault -> why."""
+        return {name: one.why for name, one in self.left.items() if one.kind == EXPECTED}
+
+    @property
     def unaccounted(self) -> list[str]:
-        """Parameters left at init that nobody accounts for."""
-        return [name for name in self.ledger.left_at_init if name not in self.accounted] if self.ledger else []
+        """Parameters left at init that nobody accounts for, and buffers that the checkpoint has a value for."""
+        return [name for name, one in self.left.items() if one.kind != EXPECTED]
+
+    @property
+    def dropped(self) -> list[str]:
+        """Tensors that were handed over and left no trace, and are not known to be somebody else's."""
+        return self.ledger.in_column(UNEXPECTED) if self.ledger else []
 
 
 @dataclass
@@ -318,7 +328,7 @@ def _stage_report(message: dict, checkpoint: Checkpoint, stages: list[Stage]) ->
         role=CONTROL if message["control"] else DRAFTER if message["drafter"] else STAGE,
         deaths=deaths,
         evidence=Evidence(**_fields(Evidence, message)),
-        accounted=message.get("accounted", {}),
+        left={name: Left(**one) for name, one in message.get("left", {}).items()},
         times=Times(message.get("build_seconds", 0.0), message.get("load_seconds", 0.0)),
         memory=Memory.of(message["memory"]) if "memory" in message else None,
         **{name: message[name] for name in ("shard", "shards", "replica", "replicas") if name in message},
@@ -326,9 +336,10 @@ def _stage_report(message: dict, checkpoint: Checkpoint, stages: list[Stage]) ->
     if "columns" in message:
         columns = (column for column, count in message["columns"] for _ in range(count))
         parameters = {name: tuple(counts) for name, counts in message["parameters"].items()}
-        report.ledger = Ledger(dict(zip(checkpoint, columns, strict=True)), parameters, padding=message.get("padding", {}))
+        tensors, filled = dict(zip(checkpoint, columns, strict=True)), message.get("filled", {})
+        report.ledger = Ledger(tensors, parameters, padding=message.get("padding", {}), filled=filled)
         if report.verdict == LOADS and report.unaccounted:
-            report.verdict = LEAVES_AT_INIT
+            report.verdict = INCOMPLETE
     return report
 
 

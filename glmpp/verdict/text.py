@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import asdict
 from itertools import groupby
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.verdict.advice import fixed_in
 from glmpp.verdict.fit import LEFT_OUT, Fit
-from glmpp.verdict.report import CANNOT_BUILD, CANNOT_TELL, DIES, LEAVES_AT_INIT, LOADS, STAGE, DryRunReport, StageReport
+from glmpp.verdict.report import (
+    CANNOT_BUILD,
+    CANNOT_TELL,
+    CONTROL,
+    DIES,
+    INCOMPLETE,
+    LOADS,
+    STAGE,
+    DryRunReport,
+    StageReport,
+)
 
 SCHEMA_VERSION = 4
+SHOWN = 4  # names on a line; --json has all of them
 
 
 def overall(report: DryRunReport) -> str:
-    """LOADS if every stage and the control do, DIES if one fails for sure, otherwise CANNOT_TELL."""
+    """LOADS if every stage and the control do, completely; otherwise the first of DIES, INCOMPLETE, CANNOT_TELL."""
     verdicts = {stage.verdict for stage in report.all}
-    if verdicts & {DIES, CANNOT_BUILD, LEAVES_AT_INIT}:
+    if verdicts & {DIES, CANNOT_BUILD}:
         return DIES
-    return CANNOT_TELL if CANNOT_TELL in verdicts else LOADS
+    return next((verdict for verdict in (INCOMPLETE, CANNOT_TELL) if verdict in verdicts), LOADS)
 
 
 def as_json(
@@ -74,9 +87,10 @@ def _stage_json(stage: StageReport, found: Fit | None = None) -> dict:
             {key: getattr(death, key) for key in ("exception", "message", "key", "place", "function", "tensor")}
             for death in stage.deaths
         ],
-        "left_at_init": stage.unaccounted,
+        "complete": None if stage.ledger is None or stage.deaths else not stage.unaccounted,
+        "left_at_init": {name: asdict(one) for name, one in stage.left.items()},
+        "dropped": [] if stage.deaths else stage.dropped,
         "held": stage.held,
-        "accounted_for": stage.accounted,
         "memory": memory_json(stage, found),
     }
 
@@ -126,9 +140,24 @@ def evidence_lines(stage: StageReport) -> list[str]:
         said = " ".join(death.message.split())
         lines.append(f"    KeyError: {death.key!r}" if death.key else f"    {death.exception}: {said[:300]}")
         lines.append(f"        in {death.place} {death.function}" + (f", handed {death.tensor}" if death.tensor else ""))
-    if stage.verdict == LEAVES_AT_INIT:
-        lines += [f"    left at init: {name}" for name in stage.unaccounted]
+    if stage.verdict == INCOMPLETE:
+        lines += _left_lines(stage)
+    if stage.verdict in (LOADS, INCOMPLETE) and stage.dropped:
+        lines.append(f"    dropped without a trace: {_some(stage.dropped)}")
     return lines + [f"    held to the end, though another stage's: {name}" for name in stage.held]
+
+
+def _left_lines(stage: StageReport) -> list[str]:
+    """What is wrong with the parameters left at init; those of one kind for one reason share a line."""
+    why: dict[str, list[str]] = {}
+    for name in stage.unaccounted:
+        why.setdefault(str(stage.left[name]), []).append(name)
+    return [f"    left at init: {_some(names)}\n        {reason}" for reason, names in why.items()]
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN:,} more"
 
 
 def memory_lines(report: DryRunReport, utilization: float | None = None) -> list[str]:
@@ -199,9 +228,14 @@ def conclusion(report: DryRunReport) -> str:
     of = f"{len(report.stages)} ranks that were run" if several else f"{report.pp_size} stages"
     found = overall(report)
     if found == LOADS:
-        return "loads"
+        return "loads, complete"
     if found == CANNOT_TELL:
         return "cannot tell: " + ("PP=1 cannot be built here either" if report.control else "see above")
+    if found == INCOMPLETE:
+        kinds = Counter(stage.left[name].kind for stage in report.all for name in stage.unaccounted if stage.role != CONTROL)
+        said = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) or "see PP=1"
+        also = ", nor is PP=1" if report.control and not report.control.loads else ""
+        return f"loads, and is not complete{also}: {said}"
     if report.control is not None and not report.control.loads:
         return f"does not load, nor does PP=1: {len(failing)} of {of} fail"
     although = " although PP=1 loads" if report.control else ""

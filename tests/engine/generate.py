@@ -7,14 +7,16 @@ import os
 import sys
 
 
-def main(model: str, load_format: str, pp_size: int, eager: bool, generate: bool) -> None:
+def main(model: str, load_format: str, pp_size: int, tp_size: int, ep: bool, eager: bool, generate: bool) -> None:
     from vllm import LLM, SamplingParams
 
     engine = LLM(
         model=model,
         load_format=load_format,
         pipeline_parallel_size=pp_size,
-        distributed_executor_backend="mp" if pp_size > 1 else None,
+        tensor_parallel_size=tp_size,
+        enable_expert_parallel=ep,
+        distributed_executor_backend="mp" if pp_size * tp_size > 1 else None,
         skip_tokenizer_init=True,
         enforce_eager=eager,
         max_model_len=64,
@@ -32,4 +34,5 @@ def main(model: str, load_format: str, pp_size: int, eager: bool, generate: bool
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "eager", sys.argv[5] == "generate")
+    model, load_format, pp_size, tp_size, ep, mode, then = sys.argv[1:]
+    main(model, load_format, int(pp_size), int(tp_size), ep == "ep", mode == "eager", then == "generate")

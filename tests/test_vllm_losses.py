@@ -1,0 +1,165 @@
+"""A load that ends well and is not complete: each kind found, named, and proven on the bytes, by dry run and load format."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import silent
+
+from glmpp.checkpoint import Checkpoint
+from glmpp.ledger import ABSENT, EXPECTED, LOST, UNTIED, Left
+from glmpp.synthetic import checkpoint_without
+from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.dry_run import dry_run
+from glmpp.verdict.report import DIES, INCOMPLETE, LOADS
+from glmpp.verdict.text import as_text
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+LAYER = "model.layers.1"
+# Fault -> what is left, its kind, the tensor that it should have come from.
+FOUND = {
+    "a suffix that an ignore list swallows": (f"{LAYER}.gate.score_bias", LOST, f"{LAYER}.gate.score_bias"),
+    "a renamed parameter": (f"{LAYER}.mix.weight", LOST, f"{LAYER}.mixer.weight"),
+    "a tie that is not made": ("lm_head.weight", UNTIED, "model.embed_tokens.weight"),
+    "a shard of a fused parameter never comes": (f"{LAYER}.qk.weight", ABSENT, None),
+    "an expert's scale is absent": (f"{LAYER}.experts.scale", ABSENT, None),
+    "a tensor is written to the wrong shard": (f"{LAYER}.qk.weight", LOST, None),
+    "a buffer that nobody loads": (f"{LAYER}.gate.shift", LOST, f"{LAYER}.gate.shift"),
+}
+
+
+def run(fault: str, folder, pp: int, **options):
+    guard = options.pop("guard", "installed")
+    checkpoint = Checkpoint.from_directory(silent.write_silent(fault, folder / f"{pp}-{len(options)}-{guard}"))
+    return checkpoint, dry_run(checkpoint, Deployment(pp, guard=guard, gpu="cpu"), progress=False, **options)
+
+
+def test_every_fault_is_tried():
+    assert FOUND.keys() == silent.FAULTS.keys() - {"none"}
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_a_model_without_a_fault_loads_completely(tmp_path, pp):
+    checkpoint, report = run("none", tmp_path, pp)
+    assert report.loads and all(stage.left == {} and stage.dropped == [] for stage in report.stages)
+    assert as_text(checkpoint, report).endswith(f"PP={pp}: loads, complete")
+
+
+@pytest.mark.parametrize("fault", FOUND)
+def test_what_a_silent_load_leaves_is_named_with_its_kind_at_every_pipeline_size(tmp_path, fault):
+    name, kind, tensor = FOUND[fault]
+    for pp in (1, 2):
+        checkpoint, report = run(fault, tmp_path, pp)
+        (stage,) = (stage for stage in report.stages if not stage.loads)
+        assert stage.verdict == INCOMPLETE and stage.stage.rank == (pp - 1 if kind == UNTIED else 0)
+        assert {left: one.kind for left, one in stage.left.items()} == {name: kind}
+        assert stage.left[name].tensor == (None if kind == UNTIED else tensor)
+        assert stage.dropped == ([tensor] if kind == LOST and tensor else [])
+        text = as_text(checkpoint, report)
+        assert f"    left at init: {name}\n        {kind}: " in text and "loads, and is not complete" in text
+
+
+@pytest.mark.parametrize("fault", FOUND)
+def test_the_bytes_prove_it(tmp_path, fault):
+    """Each tensor of the file is filled with a number of its own."""
+    name, kind, tensor = FOUND[fault]
+    _, report = run(fault, tmp_path, 1, weights="real")
+    one = report.stages[0].left[name]
+    assert one.kind == kind and one.tensor == tensor
+    assert one.in_file == (None if tensor is None else f"{silent.tensors()[silent_name(fault, tensor)].view(-1)[0]:g}")
+    assert one.in_model is not None and one.in_model != one.in_file
+
+
+def silent_name(fault: str, tensor: str) -> str:
+    """What a tensor of the checkpoint is called where nothing is renamed."""
+    return next((old for old, new in silent.FAULTS[fault].items() if new == tensor), tensor)
+
+
+@pytest.mark.parametrize("fault", FOUND)
+def test_the_load_format_ends_the_load_in_the_same_words(tmp_path, fault):
+    name, kind, tensor = FOUND[fault]
+    _, report = run(fault, tmp_path, 2, weights="real", guard="loader", control=False)
+    (stage,) = (stage for stage in report.stages if not stage.loads)
+    assert (stage.verdict, stage.exception) == (DIES, "GlmppError")
+    assert f"1 parameters were left at init, or partly: {name} ({kind}: " in stage.message
+    assert tensor is None or kind == UNTIED or repr(tensor) in stage.message
+
+
+@pytest.fixture
+def small():
+    """A model of two layers, each with a norm and a matrix."""
+    torch = pytest.importorskip("torch")
+    layers = [torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(4, bias=False), "mix": torch.nn.Linear(4, 8, bias=False)})]
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(layers)
+    return model
+
+
+CONFIG = SimpleNamespace(runner_type="generate", hf_text_config=SimpleNamespace(tie_word_embeddings=False))
+
+
+def test_a_dropped_tensor_is_taken_for_a_parameter_of_its_layer_and_shape_only(small):
+    from glmpp.engine.losses import losses
+
+    def kind(dropped: dict[str, tuple[int, ...]]) -> tuple[str, str | None]:
+        one = losses(["layers.0.mix.weight"], small, CONFIG, dropped, set())["layers.0.mix.weight"]
+        return one.kind, one.tensor
+
+    assert kind({"layers.0.mixer.weight": (8, 4)}) == (LOST, "layers.0.mixer.weight")
+    assert kind({"layers.0.other.weight": (8, 4), "layers.0.mixer.weight": (8, 4)}) == (LOST, "layers.0.mixer.weight")
+    assert kind({"layers.1.mix.weight": (8, 4)}) == kind({"mix.weight": (8, 4)}) == (ABSENT, None)
+    assert kind({"visual.blocks.0.mix.weight": (8, 4)}) == (ABSENT, None)  # another list of layers
+    assert kind({"layers.0.mixer.weight": (7, 4)}) == kind({"layers.0.mixer.weight": (8,)}) == (ABSENT, None)
+
+
+def test_a_finding_that_the_bytes_do_not_confirm_is_none(small, tmp_path):
+    """The model has the tensor's bytes, whichever way they came."""
+    from safetensors.torch import save_file
+
+    from glmpp.engine.losses import confirmed
+
+    name, weight = "layers.0.mix.weight", small.layers[0]["mix"].weight.detach()
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"same": weight.clone(), "part": weight[4:].clone(), "other": weight + 1}, tmp_path / "model.safetensors")
+    kinds = {
+        source: confirmed({name: Left(LOST, "", source)}, small, str(tmp_path), {})[name].kind
+        for source in ("same", "part", "other")
+    }
+    assert kinds == {"same": EXPECTED, "part": EXPECTED, "other": LOST}
+
+
+def test_what_is_shown_is_where_they_differ_first(small, tmp_path):
+    """A row that pads a vocabulary is zero in both."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    from glmpp.engine.losses import confirmed
+
+    name, weight = "layers.0.mix.weight", small.layers[0]["mix"].weight
+    weight.data = torch.zeros(8, 4)
+    stored = torch.zeros(8, 4)
+    stored[1, 2] = 7.0
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"mixer": stored}, tmp_path / "model.safetensors")
+    one = confirmed({name: Left(LOST, "", "mixer")}, small, str(tmp_path), {})[name]
+    assert (one.in_file, one.in_model) == ("7", "0")
+
+
+def test_forty_three_scales_that_a_repack_lost_do_not_come_up_green(tiny):
+    """vLLM says nothing: by default it checks no quantised model after loading."""
+    scales = [
+        name
+        for name in tiny
+        if name.endswith("_scale_inv") and ".indexer." not in name and not name.startswith("model.layers.12.")
+    ]
+    with checkpoint_without(tiny, *scales[:: len(scales) // 43][:43]) as checkpoint:
+        assert len(tiny) - len(checkpoint) == 43
+        stock = dry_run(checkpoint, 1, weights="real", progress=False).stages[0]
+        ours = dry_run(checkpoint, Deployment(1, guard="loader"), weights="real", progress=False).stages[0]
+    assert stock.verdict == INCOMPLETE and stock.deaths == []
+    assert {one.kind for one in stock.left.values() if one.kind != EXPECTED} == {ABSENT}
+    assert ours.verdict == DIES and all(name in ours.message for name in stock.unaccounted)
+    assert dry_run(tiny, 1, weights="real", progress=False).stages[0].verdict == LOADS
