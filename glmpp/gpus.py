@@ -42,7 +42,9 @@ class GPU:
         return self.gfx or f"sm{self.capability[0]}{self.capability[1]}"
 
 
-# Capability and shared memory: CUDA C++ Programming Guide, "Compute Capabilities"; the rest: data sheets, nvidia-smi.
+# Capability and shared memory: CUDA C++ Programming Guide, "Compute Capabilities"; the rest: data sheets, nvidia-smi (143771
+# MiB for an H200: vLLM recipes issue 381). A process is told less of the memory: 79.11 GiB of an H100's 79.65 (vLLM issue
+# 27508).
 GPUS = {
     gpu.name: gpu
     for gpu in (
