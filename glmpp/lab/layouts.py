@@ -13,11 +13,12 @@ import pandas as pd
 from glmpp.checkpoint import Checkpoint
 from glmpp.formats.config import load_config
 from glmpp.formats.tensor import TensorSpec
-from glmpp.lab.notebook import DATA, ROOT
+from glmpp.lab.notebook import DATA, RECORDED, ROOT
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
 from glmpp.verdict.layout import Layouts
+from glmpp.verdict.layouts import layouts
 
 # Parts of a layer, by what their names hold in the checkpoint and in vLLM.
 PARTS = {
@@ -29,9 +30,16 @@ PARTS = {
     "256 experts": r"mlp\.experts\.",
 }
 HERE, NOWHERE = "all", ""
+RECORDING = os.environ.get("GLMPP_RECORD") == "1"
 
 
-def parts_of_layer(checkpoint: Checkpoint, deployment: Deployment, layer: int, recorded: Path) -> pd.DataFrame:
+def layouts_on(checkpoint: Checkpoint, gpus: int, live: bool) -> Layouts:
+    """Every layout of so many H200: live, or as it was recorded. While results are recorded, live."""
+    recorded = RECORDED / f"layouts_{gpus}.json"
+    return layouts(checkpoint, gpus, "h200", recorded=recorded) if live or RECORDING else Layouts.load(recorded)
+
+
+def parts_of_layer(checkpoint: Checkpoint, deployment: Deployment, layer: int, recorded: Path, live: bool) -> pd.DataFrame:
     """What each GPU of a deployment holds of a layer: "all" of a part, "1/8", "32-63" for experts, "" for nothing.
 
     Ranks of the layer's stage are run with the load format; those of other stages hold nothing of it. Recorded as `dry_run`.
@@ -39,7 +47,7 @@ def parts_of_layer(checkpoint: Checkpoint, deployment: Deployment, layer: int, r
     Returns:
         Parts in rows, GPUs in columns.
     """
-    if vllm_version() is None:
+    if vllm_version() is None or not (live or RECORDING):
         return pd.DataFrame(json.loads(recorded.read_text())).rename(columns=int)
     (stage,) = [one.rank for one in deployment.stages(checkpoint.config) if layer in one.layers]
     ranks = [(stage, shard, 0) for shard in range(deployment.tp)]
@@ -49,7 +57,7 @@ def parts_of_layer(checkpoint: Checkpoint, deployment: Deployment, layer: int, r
     for one in report.stages:
         held = _elements({name: size for name, (_, size) in one.ledger.parameters.items()}, layer)
         table[stage * deployment.tp + one.shard] = [_share(held[part], whole[part], part, one.experts) for part in PARTS]
-    if os.environ.get("GLMPP_RECORD") == "1":
+    if RECORDING:
         recorded.write_text(table.to_json(indent=1) + "\n")
     return table
 
@@ -81,7 +89,7 @@ def logged(recorded: Path) -> pd.DataFrame:
         here = one.memory.kv_cache.bytes_per_token
         rows.append({"model": path.stem, "on": log["gpus"], "logged": log["said"][-1], "TP": log["tp"]})
         rows[-1] |= {"bytes per token, logged": bytes_logged, "here": here, "off by, %": 100 * (here / bytes_logged - 1)}
-    if os.environ.get("GLMPP_RECORD") == "1":
+    if RECORDING:
         recorded.write_text(json.dumps(rows, indent=1) + "\n")
     return pd.DataFrame(rows)
 
