@@ -88,8 +88,8 @@ def run(program: str) -> str:
 
 def test_the_kit_brings_no_tables_and_no_plots_into_a_process_that_does_not_ask():
     heavy = "{'pandas', 'matplotlib', 'huggingface_hub', 'transformers', 'vllm'}"
-    for module in ("glmpp", "glmpp.cli", "glmpp.verdict.dry_run", "glmpp.verdict.sweep"):
-        assert run(f"import {module}, sys; print({heavy} & sys.modules.keys())") == "set()\n", module
+    modules = "glmpp, glmpp.cli, glmpp.verdict.dry_run, glmpp.verdict.layouts, glmpp.verdict.sweep"
+    assert run(f"import {modules}, sys; print({heavy} & sys.modules.keys())") == "set()\n"
 
 
 @pytest.mark.vllm
@@ -110,11 +110,11 @@ print({"pandas", "matplotlib", "huggingface_hub"} & (sys.modules.keys() - before
 
 
 def test_the_parts_that_a_serving_process_needs_cost_under_50_ms_of_processor_time_after_torch():
-    """The least of five, for the machine may be busy; of vLLM's own imports nothing is counted."""
+    """The least of three, for the machine may be busy; of vLLM's own imports nothing is counted."""
     program = """
 import time, torch, safetensors.torch, tqdm
 started = time.process_time()
 import glmpp, glmpp.formats.shard, glmpp.formats.index, glmpp.engine.contract, glmpp.engine.writes
 print(time.process_time() - started)
 """
-    assert min(float(run(program)) for _ in range(5)) < 0.05
+    assert min(float(run(program)) for _ in range(3)) < 0.05

@@ -538,9 +538,9 @@ MUTATIONS = {
         "test_vllm_plugin.py::test_a_shard_counted_at_once_is_counted_like_its_tensors",
     ),
     "a rank that does not exist": (
-        "verdict/dry_run.py::dry_run",
-        "if stray := [rank for rank in ranks if rank not in range(pp)]:",
-        "if stray := []:",
+        "verdict/dry_run.py::chosen_ranks",
+        "if not found:",
+        "if False:",
         "test_vllm_dry_run.py::test_a_stage_that_does_not_exist_is_refused",
     ),
     "an unknown guard": (
@@ -629,7 +629,7 @@ MUTATIONS = {
     ),
     "a dropped tensor is of the same shape": (
         "engine/losses.py::losses",
-        "if _fits(dropped[tensor], shape)",
+        "if any(_fits(dropped[t], one) for one in shapes)",
         "",
         "test_vllm_losses.py::test_a_dropped_tensor_is_taken_for_a_parameter_of_its_layer_and_shape_only",
     ),

@@ -38,6 +38,7 @@ NAMES = {
     "vllm.distributed.parallel_state:get_tp_group": LOAD_FORMAT,
     "vllm.logger:init_logger": LOAD_FORMAT,
     "vllm.model_executor.layers.quantization.kv_cache:BaseKVCacheMethod": LOAD_FORMAT,
+    "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead": LOAD_FORMAT,
     "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding": LOAD_FORMAT,
     f"{LOADER}:get_model_loader": LOAD_FORMAT,
     f"{LOADER}:register_model_loader": LOAD_FORMAT,
