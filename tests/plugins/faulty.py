@@ -50,19 +50,25 @@ def write_faulty(fault: str, folder: Path) -> Path:
     save_file(
         {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in tensors.items()}, model / "model.safetensors"
     )
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
-    config = {
-        "architectures": ["FaultyForCausalLM"],
-        "model_type": "llama",
-        "num_key_value_heads": 1,
-        "vocab_size": 64,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "fault": fault,
-        **sizes,
-    }
+    config = config_of("FaultyForCausalLM", HIDDEN, LAYERS, 64, fault) | {"torch_dtype": "bfloat16"}
     (model / "config.json").write_text(json.dumps(config))
     return model
+
+
+def config_of(architecture: str, hidden: int, layers: int, vocabulary: int, fault: str) -> dict:
+    """What the config of such a model says; silent.py's, too."""
+    return {
+        "architectures": [architecture],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+        "fault": fault,
+    }
 
 
 def __getattr__(name: str):

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import torch
+from faulty import config_of
 
 # Fault -> tensors of layer 1 that the checkpoint does not have as the model would like them: old name -> new name, or None.
 FAULTS: dict[str, dict[str, str | None]] = {
@@ -51,19 +52,8 @@ def write_silent(fault: str, folder: Path) -> Path:
         {names.get(name, name): value for name, value in tensors().items() if names.get(name, name) is not None},
         folder / "model.safetensors",
     )
-    config = {
-        "architectures": ["SilentForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": VOCABULARY,
-        "tie_word_embeddings": "tie" in fault,
-        "torch_dtype": "float32",
-        "fault": fault,
-    }
+    config = config_of("SilentForCausalLM", HIDDEN, LAYERS, VOCABULARY, fault)
+    config |= {"torch_dtype": "float32", "tie_word_embeddings": "tie" in fault}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
