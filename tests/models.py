@@ -60,7 +60,7 @@ def granite_hybrid(transformers):
 
 def qwen3_moe(transformers):
     config = transformers.Qwen3MoeConfig(
-        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16, tie_word_embeddings=False
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=32, tie_word_embeddings=False
     )
     return transformers.Qwen3MoeForCausalLM(config)
 
