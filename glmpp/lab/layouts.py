@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import pandas as pd
 from glmpp.checkpoint import Checkpoint
 from glmpp.formats.config import load_config
 from glmpp.formats.tensor import TensorSpec
-from glmpp.lab.notebook import DATA, RECORDED, ROOT
+from glmpp.lab.notebook import DATA, RECORDED, RECORDING, ROOT
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
@@ -30,7 +29,6 @@ PARTS = {
     "256 experts": r"mlp\.experts\.",
 }
 HERE, NOWHERE = "all", ""
-RECORDING = os.environ.get("GLMPP_RECORD") == "1"
 
 
 def layouts_on(checkpoint: Checkpoint, gpus: int, live: bool) -> Layouts:

@@ -34,6 +34,7 @@ GLM_CONFIG = DATA / "glm-5.1-fp8" / "config.json"
 TINY_CHECKPOINT = DATA / "generated" / "glm-5.1-tiny"
 ALL_NAMES_CHECKPOINT = DATA / "generated" / "glm-5.1-all-names"
 RECORDED = DATA / "recorded"
+RECORDING = os.environ.get("GLMPP_RECORD") == "1"  # what is run is recorded, so all of it is
 
 
 def environment() -> pd.DataFrame:
