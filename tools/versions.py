@@ -139,12 +139,13 @@ def test(environment: Environment, paths: list[str], extra: str = "", how: Seque
         return subprocess.run([str(part) for part in command], cwd=elsewhere, env=variables).returncode == 0
 
 
-def engine() -> int:
+def engine(options: argparse.Namespace) -> int:
     return report({one.name: test(one, paths) for one, paths in ENGINES})
 
 
-def matrix() -> int:
-    results = {one.name: test(one, SUITES, "[readers]", SIDE_BY_SIDE) for one in MATRIX}
+def matrix(options: argparse.Namespace) -> int:
+    left = [one for one in MATRIX if one.name != f"vllm-{options.tested}"]
+    results = {one.name: test(one, SUITES, "[readers]", SIDE_BY_SIDE) for one in left}
     results |= {f"{one.name}, upstream": upstream(one) for one in MATRIX}
     return report(results)
 
@@ -171,7 +172,7 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def sweep() -> int:
+def sweep(options: argparse.Namespace) -> int:
     """Try all architectures of the newest release and renew what notebook 06 shows of it."""
     with installed(NEWEST) as folder, tempfile.TemporaryDirectory() as elsewhere:
         program = "import sys; from glmpp.verdict.sweep import sweep; sweep(gpu=sys.argv[1]).save(sys.argv[2])"
@@ -192,7 +193,9 @@ def main() -> int:
     commands = {"matrix": matrix, "engine": engine, "sweep": sweep}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*commands])
-    return commands[parser.parse_args().what]()
+    parser.add_argument("--tested", help="matrix: a release on which `make test` has just run the same suites")
+    options = parser.parse_args()
+    return commands[options.what](options)
 
 
 if __name__ == "__main__":
