@@ -8,7 +8,7 @@
 # make lab          open JupyterLab at the first notebook
 # make sweep        every architecture of the newest vLLM, as notebook 06 shows it
 # make same-bytes   what counts there, by stock and by the load format: the same bytes, or a refusal that they confirm
-# make releases     what counts there, on eight releases of vLLM; renews glmpp/verdict/releases.json
+# make releases     what counts there, on ten releases of vLLM; renews glmpp/verdict/releases.json
 # make fuzz         20,000 mutated checkpoint folders
 # make bench        measure against the peers
 #

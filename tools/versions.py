@@ -65,7 +65,7 @@ MATRIX = [AFFECTED, FIXED, NEWEST]
 # Of the record "since when does it load?"; the newest's share is taken from its sweep.
 RELEASES = [
     Environment(f"vllm-{release}", [f"vllm=={release}", "transformers>=5.6"], NEWEST.overrides)
-    for release in ("0.20.2", "0.21.0", "0.22.1", "0.23.0", "0.24.0", "0.28.0", "0.30.0")
+    for release in ("0.20.2", "0.21.0", "0.22.1", "0.23.0", "0.24.0", "0.26.0", "0.28.0", "0.30.0", "0.32.0")
 ]
 
 
