@@ -7,6 +7,8 @@
 # make test-lab     JupyterLab and the HTML pages in headless Chromium
 # make lab          open JupyterLab at the first notebook
 # make sweep        every architecture of the newest vLLM, as notebook 06 shows it
+# make same-bytes   what counts there, by stock and by the load format: the same bytes, or a refusal that they confirm
+# make releases     what counts there, on ten releases of vLLM; renews glmpp/verdict/releases.json
 # make fuzz         20,000 mutated checkpoint folders
 # make bench        measure against the peers
 #
@@ -26,7 +28,7 @@ STALE := stale
 endif
 endif
 
-.PHONY: walkthrough lab test test-unit test-live test-python test-matrix test-engine engine test-lab fuzz sweep bench notebooks record lint lock stale clean
+.PHONY: walkthrough lab test test-unit test-live test-python test-matrix test-engine engine test-lab fuzz sweep same-bytes releases bench notebooks record lint lock stale clean
 
 walkthrough: $(READY)
 	$(BIN)/python tools/walkthrough.py
@@ -80,6 +82,14 @@ fuzz: $(READY)
 # Every architecture of the newest vLLM at PP=1, 2 and 3; renews data/recorded/sweep-*.json.
 sweep: $(READY)
 	$(BIN)/python tools/versions.py sweep
+
+# No false alarm: renews data/recorded/no-false-alarm-*.json.
+same-bytes: $(READY)
+	$(BIN)/python tools/versions.py bytes
+
+# Since when does it load? What counts on the newest release, on those before it; renews glmpp/verdict/releases.json.
+releases: $(READY)
+	$(BIN)/python tools/versions.py releases
 
 # Measure against the peers; writes data/measurements.
 bench: $(READY)

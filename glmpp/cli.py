@@ -23,7 +23,7 @@ from glmpp.formats.index import INDEX_FILE
 from glmpp.gpus import GPUS, REPORTED
 from glmpp.partition import PARTITION_VARIABLE
 from glmpp.synthetic import write_checkpoint
-from glmpp.verdict.advice import fixed_in, serve_line, try_load_format
+from glmpp.verdict.advice import fixed_in, nearest_in_record, nearest_line, serve_line, try_load_format
 from glmpp.verdict.deployment import GUARDS, Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
@@ -177,26 +177,33 @@ def _check(options: argparse.Namespace) -> int:
     else:
         lines = [
             as_text(checkpoint, report, options.each, options.gpu_memory_utilization),
-            *what_to_do(options, report, again),
+            *what_to_do(options, checkpoint, report, again),
         ]
         print("\n".join(printable(line) for line in lines))
     return EXIT_CODES[overall(report)]
 
 
-def what_to_do(options: argparse.Namespace, report: DryRunReport, again: DryRunReport | None) -> list[str]:
-    """Lines that end the answer when the checkpoint does not load; [] when there is nothing that would help."""
-    if again is None:
-        return []
-    left = [stage for stage in again.stages if not stage.loads]
+def what_to_do(
+    options: argparse.Namespace, checkpoint: Checkpoint, report: DryRunReport, again: DryRunReport | None
+) -> list[str]:
+    """Lines that end the answer when the checkpoint does not load; [] when there is nothing that would help.
+
+    Args:
+        again: the failing stages with the load format; None where that could change nothing.
+    """
+    lines, known, nearest = [], fixed_in(report), nearest_in_record(checkpoint, report)
+    left = [stage for stage in again.stages if not stage.loads] if again else []
     if left:
-        lines = [f"--load-format glmpp does not cure it: {label(left[:1])} {left[0].verdict}", *evidence_lines(left[0])]
-    else:
+        lines += [f"--load-format glmpp does not cure it: {label(left[:1])} {left[0].verdict}", *evidence_lines(left[0])]
+    elif again:
         loads = f"{label(again.stages)} load{'s' * (len(again.stages) == 1)}"
         model = pasted(options.model)
-        lines = [f"with --load-format glmpp {loads} (glmpp has to be installed where vLLM runs):"]
+        lines.append(f"with --load-format glmpp {loads} (glmpp has to be installed where vLLM runs):")
         lines.append(f"    {serve_line(model, report.deployment)}")
-    known = fixed_in(report)
-    return ["", *lines, f"known to load from vLLM {known.fixed_in} on ({known.source})" if known else NO_RELEASE]
+    lines += [f"known to load from vLLM {known.fixed_in} on ({known.source})"] if known else []
+    lines += [nearest_line(nearest)] if nearest else []
+    lines += [NO_RELEASE] if again and not known and not nearest else []
+    return ["", *lines] if lines else []
 
 
 def _layouts(options: argparse.Namespace) -> int:

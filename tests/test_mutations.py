@@ -915,6 +915,42 @@ MUTATIONS = {
         "[]",
         "test_vllm_layouts.py::test_the_command_names_the_ranks_and_its_line_to_paste_has_the_layout",
     ),
+    "of an architecture's variants the worst": (
+        "verdict/release_sweep.py::known_of",
+        "told[0] if told",
+        "told[-1] if told",
+        "test_releases.py::test_of_the_variants_the_worst_is_kept_with_where_it_dies",
+    ),
+    "a release that loads it has no nearest": (
+        "verdict/releases.py::Record.nearest",
+        "or at in loading",
+        "or False",
+        "test_releases.py::test_the_nearest_release_that_loads[0.28.1]",
+    ),
+    "nothing is made of what is no list of names": (
+        "verdict/releases.py::nearest_release",
+        "names if isinstance(names, list) else ()",
+        "names",
+        "test_releases.py::test_what_a_config_names_decides_whatever_stands_there",
+    ),
+    "a refusal of what stock loads": (
+        "verdict/no_false_alarm.py::compare_stage",
+        "if stock.verdict == LOADS:",
+        "if False:",
+        "test_no_false_alarm.py::test_a_stage_loaded_by_both[refused for nothing]",
+    ),
+    "a refusal that the bytes do not confirm": (
+        "verdict/no_false_alarm.py::compare_stage",
+        "if int(refusal[1]) != len(ours.unaccounted):",
+        "if False:",
+        "test_no_false_alarm.py::test_a_stage_loaded_by_both[more named than the bytes confirm]",
+    ),
+    "a name that was elsewhere before": (
+        "engine/contract.py::missing",
+        "BEFORE.get(name)",
+        "None",
+        "test_vllm_contract.py::test_a_name_that_was_elsewhere_before_is_found_there",
+    ),
     "names that vLLM has moved": (
         "engine/contract.py::require",
         "if gone := missing(part):",

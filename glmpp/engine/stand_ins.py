@@ -75,7 +75,10 @@ def inspect_in_process() -> None:
 
 def expert_map_on_cpu() -> None:
     """vLLM's own map of global to local experts, with its numbers: vLLM reads them while it builds and loads a layer."""
-    import vllm.model_executor.layers.fused_moe.expert_map_manager as manager
+    try:
+        import vllm.model_executor.layers.fused_moe.expert_map_manager as manager
+    except ImportError:  # 0.20, 0.21
+        import vllm.model_executor.layers.fused_moe.layer as manager
 
     determine = manager.determine_expert_map
 

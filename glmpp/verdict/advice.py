@@ -9,6 +9,7 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.partition import PARTITION_VARIABLE
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
+from glmpp.verdict.releases import nearest_release
 from glmpp.verdict.report import DIES, LOADS, DryRunReport, StageReport
 
 
@@ -52,6 +53,18 @@ def fixed_in(report: DryRunReport) -> KnownFault | None:
     """The fault, if every failing stage has the same one and it is known."""
     faults = {known_fault(stage) for stage in report.stages if not stage.loads}
     return faults.pop() if len(faults) == 1 else None
+
+
+def nearest_in_record(checkpoint: Checkpoint, report: DryRunReport) -> dict | None:
+    """The nearest release that is known to load this architecture, from the record; None for a report that loads."""
+    return None if report.loads else nearest_release(checkpoint.config, report.versions["vllm"])
+
+
+def nearest_line(nearest: dict) -> str:
+    return (
+        f"vLLM {nearest['vllm']} is the nearest release that is known to load {nearest['architecture']} "
+        f"at PP={nearest['pp_size']} ({nearest['source']})"
+    )
 
 
 def try_load_format(checkpoint: Checkpoint, report: DryRunReport, strict: bool = False) -> DryRunReport | None:

@@ -69,21 +69,21 @@ def sweep(
     return Sweep(done, known["versions"], machine, time.perf_counter() - started, gpu)
 
 
-def try_case(architecture: str, variant: str, gpu: str) -> Case:
-    """Make a tiny checkpoint, load it at every size, and again with the load format where that fails."""
+def try_case(architecture: str, variant: str, gpu: str, sizes: tuple[int, ...] = SIZES) -> Case:
+    """Make a tiny checkpoint, load it at every size, PP=1 first, and again with the load format where that fails."""
     case, started = Case(architecture, variant), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
         try:
             checkpoint = tiny_checkpoint(architecture, variant, Path(folder, "model"), gpu)
-            judge(case, dry_runs(checkpoint, Deployment(guard="installed", gpu=gpu)))
+            judge(case, dry_runs(checkpoint, Deployment(guard="installed", gpu=gpu), sizes))
             if case.left:
                 prove(case, dry_runs(checkpoint, Deployment(guard="installed", gpu=gpu), (1,), "real"))
         except GlmppError as error:
             case.why = str(error).splitlines()[0]
         if case.findings:
             with contextlib.suppress(GlmppError):  # then they stay, with "cannot tell"
-                sizes = tuple(found.pp_size for found in case.findings)
-                confirm(case, dry_runs(checkpoint, Deployment(guard="loader", gpu=gpu), sizes))
+                failing = tuple(found.pp_size for found in case.findings)
+                confirm(case, dry_runs(checkpoint, Deployment(guard="loader", gpu=gpu), failing))
     case.why = FOLDER.sub("…", case.why)
     case.seconds = round(time.perf_counter() - started, 1)
     return case

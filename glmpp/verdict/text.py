@@ -7,7 +7,7 @@ from dataclasses import asdict
 from itertools import groupby
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.verdict.advice import fixed_in
+from glmpp.verdict.advice import fixed_in, nearest_in_record
 from glmpp.verdict.fit import LEFT_OUT, Fit
 from glmpp.verdict.report import (
     CANNOT_BUILD,
@@ -21,7 +21,7 @@ from glmpp.verdict.report import (
     StageReport,
 )
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 SHOWN = 4  # names on a line; --json has all of them
 
 
@@ -67,6 +67,7 @@ def as_json(
         "stand_ins": report.stand_ins,
         "with_load_format": again and {"verdict": overall(again), "stages": [_stage_json(stage) for stage in again.stages]},
         "known_to_load_from": known and {"vllm": known.fixed_in, "source": known.source},
+        "nearest_in_record": nearest_in_record(checkpoint, report),
     }
 
 

@@ -1,0 +1,162 @@
+"""No false alarm: what stock loads completely the load format loads, bit for bit; what it refuses the bytes confirm.
+
+A case is one of the sweep's tiny checkpoints, loaded with its real bytes at PP=1 and PP=2, by vLLM's own load format and by
+"glmpp": of every parameter the SHA-256 of both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from glmpp.errors import GlmppError
+from glmpp.gpus import target_name
+from glmpp.progress import progress_bar
+from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.installed import ask_vllm
+from glmpp.verdict.report import INCOMPLETE, LOADS, StageReport
+from glmpp.verdict.sweep import FOLDER, dry_runs, tiny_checkpoint
+
+SIZES = (1, 2)
+EQUAL, REFUSED, NOT_COMPARABLE = "equal", "refused", "not comparable"
+FALSE_ALARM, UNEQUAL, MISSED = "false alarm", "unequal", "missed"
+WRONG = (FALSE_ALARM, UNEQUAL, MISSED)
+WORST_FIRST = (*WRONG, REFUSED, NOT_COMPARABLE, EQUAL)
+REFUSAL = re.compile(r"(\d+) parameters were left at init")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What came of a case.
+
+    Attributes:
+        outcome: EQUAL; REFUSED: by the load format, and the bytes confirm every parameter that it names; NOT_COMPARABLE:
+            neither loads; FALSE_ALARM: it refuses what stock loads completely, or names a parameter that the bytes do
+            not confirm; UNEQUAL: a parameter has other bytes; MISSED: it comes up although a parameter was left at init.
+        why: kinds of what was refused, or the first difference.
+        parameters: how many had the same SHA-256, over all stages and sizes.
+    """
+
+    outcome: str
+    why: str = ""
+    parameters: int = 0
+
+
+@dataclass
+class Comparison:
+    """All cases by "architecture, variant". `of` is how many there were to compare."""
+
+    cases: dict[str, Compared]
+    of: int
+    versions: dict[str, str]
+    machine: str
+    gpu: str
+    seconds: float
+    recorded: str
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        return Counter(case.outcome for case in self.cases.values())
+
+    @property
+    def source(self) -> str:
+        """One line for a caption."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return (
+            f"recorded {self.recorded} ({versions}; target {self.gpu}; {self.machine}): {len(self.cases)} of {self.of} cases"
+        )
+
+    def save(self, path: str | Path) -> None:
+        head = {**asdict(self), "seconds": round(self.seconds)}
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(case)}" for name, case in head.pop("cases").items())
+        Path(path).write_text(json.dumps(head)[:-1] + f', "cases": {{\n{lines}\n}}}}\n')
+
+    @classmethod
+    def load(cls, path: str | Path) -> Comparison:
+        content = json.loads(Path(path).read_text())
+        return cls(**{**content, "cases": {name: Compared(**case) for name, case in content["cases"].items()}})
+
+
+def compare(
+    cases: list[tuple[str, str]],
+    gpu: str | None = None,
+    workers: int | None = None,
+    until: float | None = None,
+    progress: bool | None = None,
+) -> Comparison:
+    """Compare the load formats on cases, (architecture, variant) each.
+
+    Args:
+        gpu: the GPU that is pretended, as in `Deployment`.
+        workers: cases at a time; default the number of cores.
+        until: `time.time()` after which no case is begun.
+    """
+    started, gpu = time.perf_counter(), target_name(gpu)
+    versions = ask_vllm({"kind": "architectures", "gpu": gpu})["versions"]
+
+    def one(case: tuple[str, str]) -> tuple[str, Compared] | None:
+        return None if until is not None and time.time() > until else (", ".join(case), compare_case(*case, gpu))
+
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        done = list(progress_bar(pool.map(one, cases), "comparing bytes", total=len(cases), show=progress))
+    machine, today = f"{platform.machine()}, {os.cpu_count()} cores, CPU only", f"on {time.strftime('%Y-%m-%d')}"
+    return Comparison(dict(filter(None, done)), len(cases), versions, machine, gpu, time.perf_counter() - started, today)
+
+
+def compare_case(architecture: str, variant: str, gpu: str) -> Compared:
+    """Load a tiny checkpoint by stock and by the load format at every size."""
+    with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
+        try:
+            checkpoint = tiny_checkpoint(architecture, variant, Path(folder, "model"), gpu)
+            stock, ours = (
+                dry_runs(checkpoint, Deployment(guard=guard, gpu=gpu), SIZES, "real") for guard in ("installed", "loader")
+            )
+        except GlmppError as error:
+            return Compared(NOT_COMPARABLE, FOLDER.sub("…", str(error).splitlines()[0]))
+    whole = stock[0].stages[0]
+    told = [
+        compare_stage(one, other, whole, f"PP={report.pp_size} stage {one.stage.rank}")
+        for report, of_ours in zip(stock, ours)
+        for one, other in zip(report.stages, of_ours.stages)
+    ]
+    worst = min(told, key=lambda one: WORST_FIRST.index(one.outcome))
+    return Compared(worst.outcome, FOLDER.sub("…", worst.why), sum(one.parameters for one in told))
+
+
+def compare_stage(stock: StageReport, ours: StageReport, whole: StageReport, where: str) -> Compared:
+    """A stage loaded by both. Where stock dies, PP=1 (`whole`) says what its parameters should hold."""
+    if ours.verdict == INCOMPLETE:
+        return Compared(MISSED, f"{where}: {ours.unaccounted[0]}")
+    if ours.verdict == LOADS:
+        should = next((one for one in (stock, whole) if one.verdict == LOADS), None)
+        if should is None:
+            return Compared(MISSED, f"{where}: {', '.join(stock.unaccounted[:1]) or stock.verdict}")
+        return _by_digest(should, ours, where)
+    refusal = REFUSAL.search(ours.message or "") if ours.exception == GlmppError.__name__ else None
+    if stock.verdict == LOADS:
+        return Compared(FALSE_ALARM, f"{where}: {(ours.message or '')[:200]}")
+    if refusal is None:
+        return Compared(NOT_COMPARABLE, f"{where}: {ours.verdict}: {ours.exception} {(ours.message or '')[:120]}")
+    if int(refusal[1]) != len(ours.unaccounted):
+        return Compared(FALSE_ALARM, f"{where}: names {refusal[1]}, the bytes confirm {len(ours.unaccounted)}")
+    return Compared(REFUSED, ", ".join(f"{count} {kind}" for kind, count in _kinds(ours).items()))
+
+
+def _kinds(stage: StageReport) -> Mapping[str, int]:
+    return Counter(stage.left[name].kind for name in stage.unaccounted)
+
+
+def _by_digest(should: StageReport, ours: StageReport, where: str) -> Compared:
+    """Of all parameters but those that both leave at init as expected: these hold what memory held."""
+    names = [name for name in ours.digests if name not in ours.left or name not in should.left]
+    differ = [name for name in names if ours.digests[name] != should.digests.get(name)]
+    return Compared(UNEQUAL, f"{where}: {differ[0]}") if differ else Compared(EQUAL, "", len(names))

@@ -1,0 +1,132 @@
+"""Since when does it load? Architectures by releases of vLLM, from a record that is part of the package.
+
+Each release's share is made in an environment of that release (`release_sweep`, `tools/versions.py releases`): tiny
+checkpoints of every architecture that counts on the newest, as they are and in block FP8, at PP=1 and PP=2, on a pretended
+GPU. Of an architecture's variants the worst is what is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+RECORD = Path(__file__).with_name("releases.json")
+PP = 2
+NOT_THERE, NOT_KNOWN = "not there yet", "not known"
+WORST_FIRST = (DIES, CANNOT_BUILD, INCOMPLETE, NOT_KNOWN, LOADS)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a release does with the tiny checkpoints of an architecture.
+
+    Attributes:
+        verdict: LOADS at PP=1 and PP=2, DIES, CANNOT_BUILD, INCOMPLETE, NOT_THERE, or NOT_KNOWN: PP=1 has no verdict.
+        variant: which one says so; "" for LOADS and NOT_THERE.
+        why: the exception and the key, the parameter of the first fault, or why it is not known.
+        place: `file:line` of a death.
+    """
+
+    verdict: str
+    variant: str = ""
+    why: str = ""
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release's share: architecture -> what is known, with versions, day, machine and target."""
+
+    versions: dict[str, str]
+    recorded: str
+    machine: str
+    gpu: str
+    architectures: dict[str, Known] = field(repr=False)
+
+    def verdict(self, architecture: str) -> str:
+        return self.architectures.get(architecture, Known(NOT_KNOWN)).verdict
+
+
+class Record:
+    """Releases by their numbers, oldest first."""
+
+    def __init__(self, releases: dict[str, Release]):
+        self.releases = dict(sorted(releases.items(), key=lambda one: number(one[0])))
+
+    @classmethod
+    def load(cls, path: str | Path = RECORD) -> Record:
+        content = json.loads(Path(path).read_text())
+        for release in content.values():
+            told = release["architectures"]
+            release["architectures"] = {
+                name: Known(one) if isinstance(one, str) else Known(**one) for name, one in told.items()
+            }
+        return cls({name: Release(**release) for name, release in content.items()})
+
+    def save(self, path: str | Path = RECORD) -> None:
+        """An architecture a line; where there is nothing else to say, its verdict alone."""
+        parts = []
+        for name, release in self.releases.items():
+            head = asdict(release)
+            told = {one: known if known["why"] else known["verdict"] for one, known in head.pop("architectures").items()}
+            lines = ",\n".join(f"{json.dumps(one)}: {json.dumps(known)}" for one, known in told.items())
+            parts.append(f'{json.dumps(name)}: {json.dumps(head)[:-1]}, "architectures": {{\n{lines}\n}}}}')
+        Path(path).write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+    def nearest(self, architecture: str, release: str) -> str | None:
+        """The nearest release that is known to load an architecture, of two as near the newer.
+
+        Args:
+            release: the one at hand; one that is not in the record is taken for the last before it.
+
+        Returns:
+            None where none is known to, and where the one at hand is: then the fault is not the architecture's.
+        """
+        names = list(self.releases)
+        at = max(sum(number(name) <= number(release) for name in names) - 1, 0)
+        loading = [index for index, name in enumerate(names) if self.releases[name].verdict(architecture) == LOADS]
+        if not loading or at in loading:
+            return None
+        return names[min(loading, key=lambda index: (abs(index - at), -index))]
+
+    def table(self) -> DataFrame:
+        """Architecture by release: verdicts."""
+        from pandas import DataFrame
+
+        names = sorted({one for release in self.releases.values() for one in release.architectures})
+        return DataFrame({name: [of.verdict(one) for one in names] for name, of in self.releases.items()}, index=names)
+
+    def not_loading(self) -> DataFrame:
+        """The rows of `table` that are not LOADS everywhere."""
+        table = self.table()
+        return table[(table != LOADS).any(axis=1)]
+
+
+def number(release: str) -> tuple[int, ...]:
+    """(0, 22, 1) of "0.22.1", "0.22.1+cpu", "0.22.1rc2"."""
+    return tuple(int(part) for part in re.findall(r"\d+", release)[:3])
+
+
+@cache
+def record() -> Record:
+    """The one that the package brings."""
+    return Record.load()
+
+
+def nearest_release(config: dict, release: str) -> dict[str, str] | None:
+    """The nearest release that is known to load what a config names, and where that is from; None if there is none."""
+    names = config.get("architectures")
+    for architecture in names if isinstance(names, list) else ():
+        if isinstance(architecture, str) and (nearest := record().nearest(architecture, release)):
+            source = f"from the record of {record().releases[nearest].recorded.removeprefix('on ')}, tiny checkpoints"
+            return {"vllm": nearest, "architecture": architecture, "pp_size": PP, "source": source}
+    return None
