@@ -191,7 +191,7 @@ def sweep(options: argparse.Namespace) -> int:
         return 0
 
 
-def same_bytes() -> int:
+def same_bytes(options: argparse.Namespace) -> int:
     """Load what counts on the newest release by stock and by the load format, and renew what notebook 06 shows of it."""
     program = (
         "import sys; from glmpp.verdict import no_false_alarm, sweep_report\n"
@@ -205,7 +205,7 @@ def same_bytes() -> int:
     return 0
 
 
-def releases() -> int:
+def releases(options: argparse.Namespace) -> int:
     """Try what counts on the newest release on those before it, and renew the record that the package brings."""
     from glmpp.verdict.release_sweep import release_of
     from glmpp.verdict.releases import Record
