@@ -19,10 +19,16 @@ NAMES = tuple(sorted(found.name for found in pkgutil.iter_modules(__path__)))
 _applied: set[str] = set()
 
 
+def named(names: str | Sequence[str]) -> list[str]:
+    """One name or several as a list. Raises GlmppError for what is neither the name of a fix nor KNOWN."""
+    names = [names] if isinstance(names, str) else list(names)
+    if unknown := [name for name in names if name != KNOWN and name not in NAMES]:
+        raise GlmppError(f"fix {unknown[0]!r} is unknown; there are {', '.join(NAMES)}, and {KNOWN!r} for all that fit")
+    return names
+
+
 def fix(name: str) -> ModuleType:
-    """The module of a fix. Raises GlmppError for a name that is none."""
-    if name not in NAMES:
-        raise GlmppError(f"fix {name!r} is unknown; there are {', '.join(NAMES)}, and {KNOWN!r} for all that fit")
+    """The module of a fix."""
     return importlib.import_module(f"{__name__}.{name}")
 
 
@@ -52,12 +58,12 @@ def chosen(names: str | Sequence[str], release: str | None, architectures: Seque
             asked for by name and does not apply must not pass for done.
     """
     wanted: list[str] = []
-    for name in [names] if isinstance(names, str) else names:
+    for name in named(names):
         wanted += known(release, architectures) if name == KNOWN else [name]
     for name in wanted:
         if not tried_on(name, release):
             tried = ", ".join(fix(name).RELEASES)
-            raise GlmppError(f"fix {name} was tried on vLLM {tried}, not on {release}, and is not applied there; leave it out")
+            raise GlmppError(f"fix {name} was tried on vLLM {tried}, not on {release}, and is not applied: leave it out")
         if not set(fix(name).ARCHITECTURES) & set(architectures):
             its, of = ", ".join(fix(name).ARCHITECTURES), ", ".join(architectures) or "no architecture"
             raise GlmppError(f"fix {name} is for {its}; this model is of {of}. Leave it out, or say {KNOWN!r}")
