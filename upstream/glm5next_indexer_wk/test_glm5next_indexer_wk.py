@@ -113,9 +113,7 @@ def _expected(layer: int, name: str) -> torch.Tensor:
 
 
 def _fused(*rows: int) -> nn.Module:
-    return MergedColumnParallelLinear(
-        BLOCK, list(rows), bias=False, params_dtype=torch.bfloat16, disable_tp=True
-    )
+    return MergedColumnParallelLinear(BLOCK, list(rows), bias=False, params_dtype=torch.bfloat16, disable_tp=True)
 
 
 def _plain(rows: int) -> nn.Module:
@@ -151,9 +149,7 @@ def test_stage_loads_its_own_fp8_projections(split, rank, order, monkeypatch):
     nn.Module.__init__(model)
     model.config, model.is_fused_shared_expert_enabled = CONFIG, False
     with torch.device("cpu"):
-        _, _, model.layers = utils.make_layers(
-            NUM_LAYERS, _decoder_layer, "model.layers"
-        )
+        _, _, model.layers = utils.make_layers(NUM_LAYERS, _decoder_layer, "model.layers")
     own = range(sum(split[:rank]), sum(split[: rank + 1]))
     foreign: dict[tuple[int, str], weakref.ref] = {}
 

@@ -105,11 +105,7 @@ def test_stage_loads_its_own_layers(split, rank, order, monkeypatch):
     own = range(sum(split[:rank]), sum(split[: rank + 1]))
     layers = range(NUM_LAYERS)[:: ORDERS[order]]
 
-    loaded = model.load_weights(
-        (f"layers.{layer}.{name}", _tensor(layer, name))
-        for layer in layers
-        for name in TENSORS
-    )
+    loaded = model.load_weights((f"layers.{layer}.{name}", _tensor(layer, name)) for layer in layers for name in TENSORS)
 
     expected = {
         f"layers.{layer}.{path}": torch.cat([_tensor(layer, part) for part in parts])

@@ -1,8 +1,8 @@
-"""Glm5Next's stages dequantise block-FP8 projections of other stages' layers and look up where to store them.
+"""Glm5Next's stages look up FP8 projections of others' layers (this loads; to answer at PP >= 2 takes vLLM PR 57171, too).
 
 `_try_load_fp8_indexer_wk` and `_try_load_fp8_attn_proj` run before the branches of `Glm5NextModel.load_weights` that ask
 `is_pp_missing_parameter`, and do not ask: KeyError at PP >= 2, as in vLLM PR 42944. Drop what lies under a placeholder
-before either buffers it.
+before either of them buffers it.
 """
 
 RELEASES = ("0.33.0",)
