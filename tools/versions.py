@@ -38,6 +38,7 @@ SUITES = [
     "tests/test_vllm_quantised.py",
     "tests/test_vllm_memory.py",
     "tests/test_vllm_layouts.py",
+    "tests/test_vllm_fixes.py",
 ]
 FINDINGS = "tests/findings/test_findings.py"
 UPSTREAM = "tests/upstream/test_pp_weight_loading.py"

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from vllm.model_executor.model_loader import get_model_loader
 
-from glmpp.engine import contract, fixes
 from glmpp.engine.account import Account
 from glmpp.engine.build import ModelBuilder
 from glmpp.engine.choices import choices
@@ -37,9 +36,6 @@ class Stages:
 
     def __init__(self, request: dict):
         self.request = request
-        # In this fork alone, and before anything is built: the server that it comes from stays as it is.
-        if wanted := request.get("fixes"):
-            fixes.apply(wanted, contract.vllm_version(), request["config"]["architectures"])
         self.source = Source(request["tensors"])
         self.guard = Guard(request["guard"], request["helper"], request["callers"])
         self.builder = ModelBuilder(request)

@@ -4,7 +4,7 @@
 router and everything that is stored as it is go through, does not: KeyError at PP >= 2. Drop what lies under a placeholder.
 """
 
-RELEASES = ("0.22.1", "0.23.0", "0.33.0")
+RELEASES = ("0.33.0",)
 ARCHITECTURES = ("GraniteMoeHybridForCausalLM",)
 
 
