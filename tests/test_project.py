@@ -262,7 +262,7 @@ def test_every_finding_is_in_the_record():
 
 
 def test_every_finding_has_its_folder_and_every_folder_its_finding():
-    folders = {path.parent.name for path in (ROOT / "upstream").glob("*/ISSUE.md")}
+    folders = {path.parent.name for path in (ROOT / "upstream").glob("*/ISSUE.md")}  # stage_filter has a proposal
     assert {entry.name for entry in findings.FIXED} <= folders <= {entry.name for entry in findings.FINDINGS}
     for entry in findings.FIXED:
         fix = fixes.fix(entry.name)
