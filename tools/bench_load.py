@@ -106,7 +106,8 @@ def sizes() -> None:
         for (_, form), row in load_times(checkpoint, size, [rank], (STOCK, GLMPP), "warm", SPREAD_RUNS).median().iterrows():
             said = {"seconds_median": float(row.total), "tensors": int(row.tensors), "bytes": int(row.bytes_handed)}
             peer = f"PP={size}, stage {rank}, {form}"
-            rows.append({"peer": peer, "pp_size": size, "format": form, **said, "files": int(row.files_opened)})
+            files = int(row.files_opened) or None  # not counted at PP=1, where vLLM's own reader is at work
+            rows.append({"peer": peer, "pp_size": size, "format": form, **said, "files": files})
     how = {"cache": "warm", "runs": SPREAD_RUNS, "load_average_before": round(load, 1)}
     write("load_stages_cpu", checkpoint, "a stage in the middle", how, rows)
 
