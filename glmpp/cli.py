@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.engine import fixes
 from glmpp.errors import GlmppError
 from glmpp.formats.files import printable
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
@@ -23,7 +24,7 @@ from glmpp.formats.index import INDEX_FILE
 from glmpp.gpus import GPUS, REPORTED
 from glmpp.partition import PARTITION_VARIABLE
 from glmpp.synthetic import write_checkpoint
-from glmpp.verdict.advice import fixed_in, nearest_in_record, nearest_line, serve_line, try_load_format
+from glmpp.verdict.advice import fixed_in, nearest_in_record, nearest_line, serve_line, try_fixes, try_load_format
 from glmpp.verdict.deployment import GUARDS, Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
@@ -100,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         "--ranks", choices=["all"], help="every rank; default: of each stage the first and the last shard (and replica)"
     )
     check.add_argument("--guard", choices=GUARDS, default="installed", help="default: vLLM as it is installed")
+    which = f"{', '.join(fixes.NAMES)}, or {fixes.KNOWN}: all that fit the release and the model"
+    check.add_argument("--fixes", type=_names, default=(), metavar="NAME,…", help=which)
     check.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, sm90 …, or cpu; {default_gpu}")
     memory(check)
     check.add_argument("--all", action="store_true", help="every death of a rank, not only the first")
@@ -140,6 +143,10 @@ def _share(text: str) -> float:
     return share
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
 def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """A checkpoint from what a user calls a model: a folder, a config.json, or a Hub repository.
 
@@ -168,42 +175,56 @@ def _check(options: argparse.Namespace) -> int:
         layer_counts=options.layer_partition,
         guard=options.guard,
         gpu=options.gpu,
+        fixes=options.fixes,
     )
     asked = {"ranks": options.ranks, "all_deaths": options.all, "strict": options.strict, "context": options.context}
     report = dry_run(checkpoint, deployment, **asked)
     again = try_load_format(checkpoint, report, options.strict)
+    fixed = try_fixes(checkpoint, report, options.strict)
     if options.json:
-        print(json.dumps(as_json(checkpoint, report, again, options.gpu_memory_utilization), indent=1))
+        print(json.dumps(as_json(checkpoint, report, again, options.gpu_memory_utilization, fixed), indent=1))
     else:
         lines = [
             as_text(checkpoint, report, options.each, options.gpu_memory_utilization),
-            *what_to_do(options, checkpoint, report, again),
+            *what_to_do(options, checkpoint, report, again, fixed),
         ]
         print("\n".join(printable(line) for line in lines))
     return EXIT_CODES[overall(report)]
 
 
 def what_to_do(
-    options: argparse.Namespace, checkpoint: Checkpoint, report: DryRunReport, again: DryRunReport | None
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    report: DryRunReport,
+    again: DryRunReport | None,
+    fixed: DryRunReport | None,
 ) -> list[str]:
     """Lines that end the answer when the checkpoint does not load; [] when there is nothing that would help.
 
     Args:
         again: the failing stages with the load format; None where that could change nothing.
+        fixed: the same with the fixes that are known; None where there are none.
     """
     lines, known, nearest = [], fixed_in(report), nearest_in_record(checkpoint, report)
-    left = [stage for stage in again.stages if not stage.loads] if again else []
-    if left:
-        lines += [f"--load-format glmpp does not cure it: {label(left[:1])} {left[0].verdict}", *evidence_lines(left[0])]
-    elif again:
-        loads = f"{label(again.stages)} load{'s' * (len(again.stages) == 1)}"
-        model = pasted(options.model)
-        lines.append(f"with --load-format glmpp {loads} (glmpp has to be installed where vLLM runs):")
-        lines.append(f"    {serve_line(model, report.deployment)}")
+    if again is not None:
+        lines += cure_lines(options, again, "--load-format glmpp")
+    if fixed is not None:
+        names = ", ".join(fixed.deployment.fixes)
+        lines += cure_lines(options, fixed, f"the fix{'es' * (len(fixed.deployment.fixes) > 1)} {names}")
+        lines += [f"    {name}: {fixes.about(name)}" for name in fixed.deployment.fixes]
     lines += [f"known to load from vLLM {known.fixed_in} on ({known.source})"] if known else []
     lines += [nearest_line(nearest)] if nearest else []
-    lines += [NO_RELEASE] if again and not known and not nearest else []
+    lines += [NO_RELEASE] if lines and not known and not nearest else []
     return ["", *lines] if lines else []
+
+
+def cure_lines(options: argparse.Namespace, again: DryRunReport, what: str) -> list[str]:
+    """Whether the ranks that failed load with something, and the line to paste then."""
+    if left := [stage for stage in again.all if not stage.loads]:
+        return [f"{what} does not cure it: {label(left[:1])} {left[0].verdict}", *evidence_lines(left[0])]
+    loads = f"{label(again.stages)} load{'s' * (len(again.stages) == 1)}"
+    line = serve_line(pasted(options.model), again.deployment)
+    return [f"with {what} {loads} (glmpp has to be installed where vLLM runs):", f"    {line}"]
 
 
 def _layouts(options: argparse.Namespace) -> int:

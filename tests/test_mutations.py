@@ -951,6 +951,68 @@ MUTATIONS = {
         "None",
         "test_vllm_contract.py::test_a_name_that_was_elsewhere_before_is_found_there",
     ),
+    "a fix on a release that it was not tried on": (
+        "engine/fixes/__init__.py::chosen",
+        "if not tried_on(name, release):",
+        "if False:",
+        "test_fixes.py::test_a_release_that_a_fix_was_not_tried_on_is_refused_and_nothing_is_applied[0.34.0]",
+    ),
+    "a release is all of its digits": (
+        "engine/fixes/__init__.py::tried_on",
+        "in fix(name).RELEASES",
+        'in "".join(fix(name).RELEASES)',
+        "test_fixes.py::test_a_release_that_a_fix_was_not_tried_on_is_refused_and_nothing_is_applied[0.33]",
+    ),
+    "a fix for another model": (
+        "engine/fixes/__init__.py::chosen",
+        "if not set(fix(name).ARCHITECTURES) & set(architectures):",
+        "if False:",
+        "test_fixes.py::test_a_fix_for_another_model_is_refused_by_name_and_left_out_of_known",
+    ),
+    "a fix that is unknown": (
+        "engine/fixes/__init__.py::named",
+        "if unknown :=",
+        "if [] and",
+        "test_fixes.py::test_an_unknown_name_is_refused_wherever_it_is_given",
+    ),
+    "no fix by itself": (
+        "verdict/deployment.py::Deployment",
+        "fixes: tuple[str, ...] | list[str] | str = ()",
+        'fixes: tuple[str, ...] | list[str] | str = ("known",)',
+        "test_fixes.py::test_none_is_active_by_itself",
+    ),
+    "a fix once in a process": (
+        "engine/fixes/__init__.py::apply",
+        "if name not in _applied:",
+        "if True:",
+        "test_fixes.py::test_a_fix_is_applied_once_in_a_process_and_said_to_be_active_each_time",
+    ),
+    "fixes in the line to paste": (
+        "verdict/advice.py::serve_line",
+        "if deployment.fixes:",
+        "if False:",
+        "test_fixes.py::test_the_line_to_paste_has_the_fixes",
+    ),
+    "no fix by itself in the load format": (
+        "engine/load_format.py::StageModelLoader.__init__",
+        'extra.pop("fixes", [])',
+        'extra.pop("fixes", "known")',
+        "test_vllm_fixes.py::test_the_load_format_applies_what_is_asked_for_before_the_model_is_built[None-active0]",
+    ),
+    "fixes before the model is built": (
+        "engine/load_format.py::StageModelLoader.load_model",
+        "        self.fix(model_config)\n        return super().load_model("
+        "vllm_config=vllm_config, model_config=model_config, prefix=prefix)",
+        "        model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)\n"
+        "        self.fix(model_config)\n        return model",
+        "test_vllm_fixes.py::test_the_load_format_applies_what_is_asked_for_before_the_model_is_built[known-active2]",
+    ),
+    "a drafter has fixes of its own": (
+        "engine/load_format.py::StageModelLoader.fix",
+        "if is_drafter(model_config) and fixes.KNOWN not in wanted:",
+        "if False:",
+        "test_vllm_fixes.py::test_a_drafter_is_a_model_of_its_own_and_a_fix_for_the_main_model_is_no_error",
+    ),
     "names that vLLM has moved": (
         "engine/contract.py::require",
         "if gone := missing(part):",

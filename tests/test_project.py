@@ -18,6 +18,9 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from glmpp.engine import fixes
+from glmpp.verdict.sweep_report import Sweep
+
 try:
     import tomllib
 except ImportError:  # Python 3.10
@@ -231,3 +234,41 @@ def test_importing_the_kit_does_not_import_vllm():
         "sys.exit('vllm' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+# --- findings -----------------------------------------------------------------------------------------------------
+
+sys.path.append(str(ROOT / "tests" / "findings"))
+import findings  # noqa: E402
+
+RECORDS = sorted((ROOT / "data" / "recorded").glob(f"sweep-vllm-{findings.RELEASE}-*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_every_row_of_the_recorded_sweep_is_a_finding_or_says_why_it_is_none(path):
+    cases = [case for case in Sweep.load(path).counted if case.findings or case.left]
+    assert len(cases) > 20
+    assert {(case.architecture, case.variant): unknown for case in cases if (unknown := findings.uncovered(case))} == {}
+
+
+def test_every_finding_is_in_the_record():
+    """What was fixed in a release does not stay in the list of the next."""
+    cases = [case for path in RECORDS for case in Sweep.load(path).counted]
+    for entry in findings.FINDINGS + findings.OTHERS:
+        for architecture in entry.architectures:
+            mine = [case for case in cases if case.architecture == architecture and entry.is_about(case)]
+            places = {found.place for case in mine for found in case.findings}
+            assert places & set(entry.places) or any(entry.covers(name) for case in mine for name in case.left), architecture
+
+
+def test_every_finding_has_its_folder_and_every_folder_its_finding():
+    folders = {path.parent.name for path in (ROOT / "upstream").glob("*/ISSUE.md")}  # stage_filter has a proposal
+    assert {entry.name for entry in findings.FIXED} <= folders <= {entry.name for entry in findings.FINDINGS}
+    for entry in findings.FIXED:
+        fix = fixes.fix(entry.name)
+        assert findings.RELEASE in fix.RELEASES and set(entry.architectures) <= set(fix.ARCHITECTURES)
+    assert all(entry.why for entry in findings.OTHERS)
+
+
+def test_the_readme_has_the_table_of_findings():
+    assert "\n".join(["|---|---|---|", *findings.table(), ""]) in (ROOT / "README.md").read_text()

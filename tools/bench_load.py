@@ -2,6 +2,7 @@
 
     python tools/bench_load.py stage      # a stage of PP=8, warm: whole loads, and the readers alone
     python tools/bench_load.py experts    # a rank of EP=8, warm and cold: whole loads
+    python tools/bench_load.py sizes      # a stage of PP=1, 8 and 16, warm: whole loads
 
 Each writes a file in data/measurements with the machine.
 """
@@ -27,6 +28,7 @@ from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.load_time import FILTERED, FLOOR, GLMPP, STOCK, load_times
 
 PP_SIZE, RANK, RUNS = 8, 3, 5
+SIZES = (1, 8, 16)
 # The small checkpoint has four heads: eight ranks share its experts as replicas of the rest.
 SPREAD, REPLICA, SPREAD_RUNS = Deployment(dp=8, ep=True), 3, 3
 
@@ -93,6 +95,21 @@ def experts() -> None:
             rows.append({"peer": f"load, {form}", "cache": cache, **said, **read})
     what = f"rank {REPLICA} of 8 that share the experts ({SPREAD.layout})"
     write("load_experts_cpu", checkpoint, what, {"runs": SPREAD_RUNS}, rows)
+
+
+def sizes() -> None:
+    """Names, bytes and shards that a middle stage is handed, and seconds, with vLLM's loader and behind the filter."""
+    checkpoint, rows = all_names_checkpoint(), []
+    load = os.getloadavg()[0]
+    for size in SIZES:
+        rank = 3 * size // 8
+        for (_, form), row in load_times(checkpoint, size, [rank], (STOCK, GLMPP), "warm", SPREAD_RUNS).median().iterrows():
+            said = {"seconds_median": float(row.total), "tensors": int(row.tensors), "bytes": int(row.bytes_handed)}
+            peer = f"PP={size}, stage {rank}, {form}"
+            files = int(row.files_opened) or None  # not counted at PP=1, where vLLM's own reader is at work
+            rows.append({"peer": peer, "pp_size": size, "format": form, **said, "files": files})
+    how = {"cache": "warm", "runs": SPREAD_RUNS, "load_average_before": round(load, 1)}
+    write("load_stages_cpu", checkpoint, "a stage in the middle", how, rows)
 
 
 def write(name: str, checkpoint, what: str, how: dict, rows: list[dict], *packages: str) -> None:
@@ -162,7 +179,7 @@ def stage() -> None:
 
 def main() -> int:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    parts = {"stage": stage, "experts": experts}
+    parts = {"stage": stage, "experts": experts, "sizes": sizes}
     for name in sys.argv[1:] or parts:
         parts[name]()
     return 0

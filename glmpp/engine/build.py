@@ -11,6 +11,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import utils
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from glmpp.engine import contract, fixes
 from glmpp.engine.groups import Place, set_layer_counts
 from glmpp.engine.stand_ins import StandIns
 from glmpp.engine.targets import tensors_on
@@ -74,6 +75,8 @@ class ModelBuilder:
         """
         utils._model_to_pp_missing_layer_names.clear()  # keyed by id(model), and ids are reused: see missing_prefixes
         config = self.vllm_config(place)  # what fails here no stand-in is for
+        # As the load format does it: plugins are loaded, no model is built. The fork ends, and with it the fixes.
+        fixes.apply(self.request.get("fixes", []), contract.vllm_version(), config.model_config.architectures)
 
         def construct() -> Built:
             nonlocal config

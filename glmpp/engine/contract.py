@@ -32,7 +32,8 @@ ATTENTION = "vllm.v1.attention"
 
 
 NAMES = {
-    "vllm.config:ModelConfig": LOAD_FORMAT,
+    "vllm.config:ModelConfig.architectures": LOAD_FORMAT,
+    "vllm.config:VllmConfig": LOAD_FORMAT,
     "vllm.config.load:LoadConfig": LOAD_FORMAT,
     "vllm.distributed.parallel_state:get_pp_group": LOAD_FORMAT,
     "vllm.distributed.parallel_state:get_tp_group": LOAD_FORMAT,
@@ -43,6 +44,7 @@ NAMES = {
     f"{LOADER}:get_model_loader": LOAD_FORMAT,
     f"{LOADER}:register_model_loader": LOAD_FORMAT,
     f"{LOADER}.default_loader:DefaultModelLoader.Source": LOAD_FORMAT,
+    f"{LOADER}.default_loader:DefaultModelLoader.load_model": LOAD_FORMAT,  # builds the model: the fixes come before
     f"{LOADER}.default_loader:DefaultModelLoader.load_weights": LOAD_FORMAT,
     f"{LOADER}.default_loader:DefaultModelLoader.get_all_weights": LOAD_FORMAT,
     f"{LOADER}.default_loader:DefaultModelLoader._get_weights_iterator": LOAD_FORMAT,
@@ -56,7 +58,6 @@ NAMES = {
     "vllm.platforms:current_platform": LOAD_FORMAT,
     "vllm.platforms:_current_platform": DRY_RUN,
     "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls": DRY_RUN,
-    "vllm.config:VllmConfig": DRY_RUN,
     "vllm.config:set_current_vllm_config": DRY_RUN,
     "vllm.distributed:parallel_state": DRY_RUN,
     "vllm.distributed.parallel_state:init_distributed_environment": DRY_RUN,

@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from glmpp.engine import contract
+from glmpp.engine import contract, fixes
 
 contract.require(contract.LOAD_FORMAT)  # before the imports, which would not say what has moved
 
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
@@ -69,9 +69,12 @@ class StageModelLoader(DefaultModelLoader):
             "fastsafetensors" (these read whole shards; only shards that hold something for the stage are given to them).
         may_stay_at_init: patterns (`*.bias`) of parameters that the checkpoint need not hold.
         incomplete: "refuse" (default), or "warn": come up although parameters were left at init.
+        fixes: names of `glmpp.engine.fixes` to apply to vLLM's classes before the model is built, or "known" for all that
+            fit this release and model. Default none.
 
     Raises:
-        GlmppError: a shard cannot be read (named, with the tensor), or a parameter is left at init unaccounted for.
+        GlmppError: a shard cannot be read (named, with the tensor), a parameter is left at init unaccounted for, or a fix
+            that was named does not fit.
     """
 
     def __init__(self, load_config: LoadConfig):
@@ -79,6 +82,7 @@ class StageModelLoader(DefaultModelLoader):
         self.reader = extra.pop("reader", READERS[0])
         self.may_stay_at_init = extra.pop("may_stay_at_init", [])
         self.incomplete = extra.pop("incomplete", INCOMPLETE[0])
+        self.fixes = fixes.named(extra.pop("fixes", []))
         if self.reader not in READERS:
             raise GlmppError(f"reader {self.reader!r} is unknown; choose one of {', '.join(READERS)}")
         if self.incomplete not in INCOMPLETE:
@@ -87,6 +91,22 @@ class StageModelLoader(DefaultModelLoader):
         self.selection: Selection | None = None
         self.written: WriteLog | None = None
         self._files: list[str] | None = None
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
+        """What vLLM does, after the fixes that were asked for: they have to be there before the model is built."""
+        self.fix(model_config)
+        return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+
+    def fix(self, model_config: ModelConfig) -> None:
+        """Apply the fixes that were asked for; to a drafter, a model of another kind, those of them that are for its own."""
+        release, architectures, wanted = contract.vllm_version(), list(model_config.architectures), self.fixes
+        if is_drafter(model_config) and fixes.KNOWN not in wanted:
+            wanted = [name for name in fixes.known(release, architectures) if name in wanted]
+        active = fixes.apply(wanted, release, architectures)
+        for name in active:
+            logger.info("%s: fix %s: %s", stage_name(model_config), name, fixes.about(name))
+        if wanted and not active:
+            logger.info("%s: no fix is known for %s in vLLM %s", stage_name(model_config), ", ".join(architectures), release)
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
         """Load this stage and check that every parameter was written."""

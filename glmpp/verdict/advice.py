@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass, replace
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.engine import fixes
 from glmpp.partition import PARTITION_VARIABLE
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
@@ -80,10 +82,27 @@ def try_load_format(checkpoint: Checkpoint, report: DryRunReport, strict: bool =
     return dry_run(checkpoint, replace(report.deployment, guard="loader"), ranks=failing, control=False, strict=strict)
 
 
+def try_fixes(checkpoint: Checkpoint, report: DryRunReport, strict: bool = False) -> DryRunReport | None:
+    """The ranks that fail, once more with the load format and with the fixes that are known for this release and model.
+
+    Returns:
+        None where there are none, no rank fails, or vLLM was not run as it is installed.
+    """
+    names = fixes.known(report.versions["vllm"], checkpoint.config.get("architectures") or [])
+    if report.guard != "installed" or report.deployment.fixes or report.loads or not names:
+        return None
+    failing = [stage.rank for stage in report.stages if not stage.loads] or [report.stages[0].rank]
+    deployment = replace(report.deployment, guard="loader", fixes=names)
+    return dry_run(checkpoint, deployment, ranks=failing, control=report.control is not None, strict=strict)
+
+
 def serve_line(model: str, deployment: Deployment) -> str:
-    """The command that starts the server with the load format."""
+    """The command that starts the server with the load format, and with the deployment's fixes."""
     split = f"{PARTITION_VARIABLE}={deployment.partition} " if deployment.partition and deployment.pp > 1 else ""
     sizes = {"tensor": deployment.tp, "pipeline": deployment.pp, "data": deployment.dp}
     words = [f"--{name}-parallel-size {size}" for name, size in sizes.items() if size > 1]
     words += ["--enable-expert-parallel"] if deployment.ep else []
-    return " ".join([f"{split}vllm serve", shlex.quote(model), *words, "--load-format glmpp"])
+    words += ["--load-format glmpp"]
+    if deployment.fixes:
+        words += ["--model-loader-extra-config", shlex.quote(json.dumps({"fixes": list(deployment.fixes)}))]
+    return " ".join([f"{split}vllm serve", shlex.quote(model), *words])

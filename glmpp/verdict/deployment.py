@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from glmpp.engine import fixes
 from glmpp.errors import GlmppError
 from glmpp.formats.config import layer_count_said
 from glmpp.gpus import target_name
@@ -55,11 +56,13 @@ class Deployment:
             "glmpp" decides what is handed over.
         gpu: the GPU that is pretended, a name of `glmpp.gpus.GPUS` or of its architecture ("sm90"); "cpu": none. None: the
             one that is here, without one the h200 of the report.
+        fixes: names of `glmpp.engine.fixes` that are applied to vLLM's classes first, under any guard; "known": all that fit
+            the installed release and the model.
 
     What vLLM refuses of it, such as heads that do not divide, is vLLM's to say: a verdict, not an error.
 
     Raises:
-        GlmppError: a number below 1, an unknown guard or GPU, or layer counts that are not one number for each stage.
+        GlmppError: a number below 1, an unknown guard, fix or GPU, or layer counts that are not one number for each stage.
     """
 
     pp: int = 1
@@ -70,6 +73,7 @@ class Deployment:
     drafter: bool = False
     guard: str | Helper = "installed"
     gpu: str | None = None
+    fixes: tuple[str, ...] | list[str] | str = ()
 
     def __post_init__(self):
         for name in ("tp", "dp"):
@@ -77,6 +81,7 @@ class Deployment:
                 raise GlmppError(f"{name}={getattr(self, name)}: there is at least 1")
         if str(self.guard) not in GUARDS:
             raise GlmppError(f"guard {self.guard!r} is unknown; choose one of {', '.join(GUARDS)}")
+        object.__setattr__(self, "fixes", tuple(fixes.named(self.fixes)))
         counts = os.environ.get(PARTITION_VARIABLE) if self.layer_counts is None else self.layer_counts
         if counts is not None:
             object.__setattr__(self, "layer_counts", tuple(parse_counts(counts, self.pp)))

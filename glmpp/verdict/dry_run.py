@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.engine import fixes
 from glmpp.errors import GlmppError
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment, Helper
@@ -89,6 +90,7 @@ def dry_run(
         "dp_size": deployment.dp,
         "ep": deployment.ep,
         "guard": str(deployment.guard),
+        "fixes": list(deployment.fixes),
         "gpu": deployment.gpu,
         "layer_counts": deployment.partition,
         "real_group": real_group,
@@ -152,6 +154,7 @@ def stage_request(
         "guard": str(deployment.guard),
         "helper": helper.absolute,
         "callers": helper.callers,
+        "fixes": fixes.chosen(deployment.fixes, vllm_version(), checkpoint.config.get("architectures") or []),
         "weights": weights,
         "gpu": deployment.gpu,
         "strict": strict,

@@ -276,6 +276,7 @@ class DryRunReport:
             ep=evidence.get("ep", False),
             layer_counts=evidence["layer_counts"],
             guard=evidence["guard"],
+            fixes=tuple(evidence.get("fixes", ())),
             gpu=evidence.get("gpu", CPU),
         )
         return assemble(evidence, checkpoint, deployment, deployment.stages(checkpoint.config), recorded)

@@ -34,13 +34,18 @@ def overall(report: DryRunReport) -> str:
 
 
 def as_json(
-    checkpoint: Checkpoint, report: DryRunReport, again: DryRunReport | None = None, utilization: float | None = None
+    checkpoint: Checkpoint,
+    report: DryRunReport,
+    again: DryRunReport | None = None,
+    utilization: float | None = None,
+    fixed: DryRunReport | None = None,
 ) -> dict:
     """The report as plain values; `tests/check.schema.json` is its schema.
 
     Args:
         again: the failing stages with the load format, see `glmpp.verdict.advice`.
         utilization: share of a GPU's memory that vLLM may take; default what it takes by default.
+        fixed: the same with the fixes that are known.
     """
     known, found = fixed_in(report), report.fit(utilization)
     return {
@@ -48,6 +53,7 @@ def as_json(
         "checkpoint": {"source": checkpoint.source, "tensors": len(checkpoint), "bytes": checkpoint.nbytes},
         "versions": report.versions,
         "guard": report.guard,
+        "fixes": list(report.deployment.fixes),
         "gpu": report.deployment.gpu,
         "pp_size": report.pp_size,
         "tp_size": report.deployment.tp,
@@ -66,6 +72,12 @@ def as_json(
         "control": None if report.control is None else _stage_json(report.control),
         "stand_ins": report.stand_ins,
         "with_load_format": again and {"verdict": overall(again), "stages": [_stage_json(stage) for stage in again.stages]},
+        "with_fixes": fixed
+        and {
+            "fixes": list(fixed.deployment.fixes),
+            "verdict": overall(fixed),
+            "stages": [_stage_json(stage) for stage in fixed.stages],
+        },
         "known_to_load_from": known and {"vllm": known.fixed_in, "source": known.source},
         "nearest_in_record": nearest_in_record(checkpoint, report),
     }
@@ -106,7 +118,8 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, ut
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     lines = [
         f"{checkpoint.source}: {len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB",
-        f"{versions}; guard: {report.guard}; GPU: {report.deployment.gpu}",
+        f"{versions}; guard: {report.guard}; GPU: {report.deployment.gpu}"
+        + (f"; fixes: {', '.join(report.deployment.fixes)}" if report.deployment.fixes else ""),
         *chosen(report),
         "",
     ]

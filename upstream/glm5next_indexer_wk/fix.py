@@ -1,0 +1,1 @@
+../../glmpp/engine/fixes/glm5next_indexer_wk.py
