@@ -1,0 +1,35 @@
+"""Laguna's router loses its correction bias: `mlp.experts.e_score_correction_bias` is dropped, the model computes with 0.
+
+The parameter moved to `mlp.experts.routed_experts.e_score_correction_bias`, and the loader of the experts, which is handed
+the tensor, passes over whatever is no expert's weight without a word. The fix takes the tensor out of the stream and loads
+it itself. What is in the layer of another stage passes as before.
+"""
+
+from __future__ import annotations
+
+RELEASES = ("0.33.0",)
+ARCHITECTURES = ("LagunaForCausalLM",)
+STORED, MOVED = ".experts.e_score_correction_bias", ".experts.routed_experts.e_score_correction_bias"
+
+
+def apply() -> None:
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+    from vllm.model_executor.models.laguna import LagunaModel
+
+    load_weights = LagunaModel.load_weights
+
+    def with_biases(self, weights):
+        parameters, loaded = dict(self.named_parameters()), set()
+
+        def others():
+            for name, tensor in weights:
+                place = name.replace(STORED, MOVED)
+                if place != name and place in parameters:
+                    default_weight_loader(parameters[place], tensor)
+                    loaded.add(place)
+                else:
+                    yield name, tensor
+
+        return load_weights(self, others()) | loaded
+
+    LagunaModel.load_weights = with_biases
