@@ -1,0 +1,31 @@
+"""Experts in compressed-tensors' W4A16 with a scale for each channel cannot be built where vLLM prefers a kernel to Marlin,
+as on an H100: an assertion without a message (`compressed_tensors_moe_wna16.py:127`).
+
+The chooser is not told that the scales are for channels and picks a kernel that wants groups. The fix asks it for Marlin,
+which has them, unless a kernel was asked for by name. For any model with experts; listed are those that it was tried on.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+RELEASES = ("0.33.0",)
+ARCHITECTURES = ("Qwen3MoeForCausalLM",)
+
+
+def apply() -> None:
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_wna16 as wna16,
+    )
+
+    select = wna16.select_wna16_moe_backend
+
+    @functools.wraps(select)
+    def choose(config, weight_key, quant_config, **more):
+        if quant_config.strategy == "channel" and config.moe_backend == "auto":
+            config = copy.copy(config)
+            config.moe_backend = "marlin"
+        return select(config=config, weight_key=weight_key, quant_config=quant_config, **more)
+
+    wna16.select_wna16_moe_backend = choose
