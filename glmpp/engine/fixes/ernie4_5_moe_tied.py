@@ -1,19 +1,17 @@
-"""Ernie 4.5 MoE with `tie_word_embeddings` cannot be built at PP >= 2: every stage ties its head to its embedding, of
-which one is a placeholder (`ernie45_moe.py:546`).
+"""Ernie 4.5 MoE with tied embeddings cannot be built at PP >= 2: a stage ties to a placeholder.
 
-The fix builds the model untied, and then ties what the stage has: with one stage both; on the last of several the head
-takes the embedding's place, so that the embedding's tensor is loaded into it.
+`Ernie4_5_MoeForCausalLM.__init__` ties head and embedding on every stage, of which most have at most one of the two. The fix
+builds the model untied, and then ties what the stage has: with one stage both; on the last of several the head takes the
+embedding's place, so that the embedding's tensor is loaded into it.
 """
-
-from __future__ import annotations
-
-import functools
 
 RELEASES = ("0.33.0",)
 ARCHITECTURES = ("Ernie4_5_MoeForCausalLM",)
 
 
 def apply() -> None:
+    import functools
+
     from vllm.model_executor.models import ernie45_moe
     from vllm.model_executor.models.utils import PPMissingLayer
 

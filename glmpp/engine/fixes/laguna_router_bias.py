@@ -1,11 +1,10 @@
-"""Laguna's router loses its correction bias: `mlp.experts.e_score_correction_bias` is dropped, the model computes with 0.
+"""Laguna's router loses its correction bias and computes with zeros, without an error.
 
-The parameter moved to `mlp.experts.routed_experts.e_score_correction_bias`, and the loader of the experts, which is handed
-the tensor, passes over whatever is no expert's weight without a word. The fix takes the tensor out of the stream and loads
-it itself. What is in the layer of another stage passes as before.
+The checkpoint's `mlp.experts.e_score_correction_bias` is now the parameter
+`mlp.experts.routed_experts.e_score_correction_bias`, and the loader of the experts, which is handed the tensor, passes over
+whatever is no expert's weight without a word. The fix takes the tensor out of the stream and loads it itself. What is in the
+layer of another stage passes as before.
 """
-
-from __future__ import annotations
 
 RELEASES = ("0.33.0",)
 ARCHITECTURES = ("LagunaForCausalLM",)

@@ -1,19 +1,16 @@
-"""Nemotron-H with experts cannot be built on a stage that holds no MoE layer: an assertion without a message
-(`nemotron_h.py:869`).
+"""Nemotron-H with experts cannot be built on a stage that holds no MoE layer: an assertion without words.
 
-`has_moe` is read off the pattern of the whole model, and the stage then looks for an MoE layer among its own. The fix
-makes it say what this stage has, so that such a stage is built like a model without experts.
+`has_moe` is read off the pattern of the whole model, and the stage then looks for an MoE layer among its own. The fix makes
+it say what this stage has, so that such a stage is built like a model without experts.
 """
-
-from __future__ import annotations
-
-import functools
 
 RELEASES = ("0.33.0",)
 ARCHITECTURES = ("NemotronHForCausalLM",)
 
 
 def apply() -> None:
+    import functools
+
     from vllm.model_executor.models.nemotron_h import NemotronHModel, NemotronHMoEDecoderLayer
 
     init = NemotronHModel.__init__

@@ -1,32 +1,18 @@
-"""A tied head is left at init: nobody makes `lm_head` the embedding where config.json says `tie_word_embeddings`.
+"""A head that is tied to the embedding is left at init: random logits, and no error.
 
-The classes below build a head of their own, which no tensor of a tied checkpoint is for: random logits, and no error. The
-fix ties it when the model is built, as vLLM's own tied models do. On the last of several stages, where the embedding is a
+The classes below do not look at `tie_word_embeddings`: their head is for a tensor that the checkpoint does not have. The fix
+ties it when the model is built, as vLLM's own tied models do. On the last of several stages, where the embedding is a
 placeholder, the head takes its place, so that the embedding's tensor is loaded into it. An `lm_head.weight` in the file is
 then not read, as with vLLM's own.
 """
 
-from __future__ import annotations
-
-import functools
-
 RELEASES = ("0.33.0",)
-CAUSAL = (
-    "AfmoeForCausalLM",
-    "DeepseekV2ForCausalLM",
-    "DeepseekV3ForCausalLM",
-    "DeepseekV32ForCausalLM",
-    "Glm4MoeForCausalLM",
-    "Glm4MoeLiteForCausalLM",
-    "Glm5NextForCausalLM",
-    "GlmMoeDsaForCausalLM",
-    "GptOssForCausalLM",
-    "JambaForCausalLM",
-    "MiniMaxM2ForCausalLM",
-    "OlmoeForCausalLM",
-    "Qwen3NextForCausalLM",
+NAMES = (
+    "Afmoe DeepseekV2 DeepseekV3 DeepseekV32 Glm4Moe Glm4MoeLite Glm5Next GlmMoeDsa GptOss Jamba MiniMaxM2 Olmoe Qwen3Next"
 )
-AROUND = ("Glm4vMoeForConditionalGeneration", "Glm5NextForConditionalGeneration")  # they build one of those
+CAUSAL = tuple(f"{name}ForCausalLM" for name in NAMES.split())
+# These build one of those, or are one.
+AROUND = ("Glm4vMoeForConditionalGeneration", "Glm5NextForConditionalGeneration", "JambaForSequenceClassification")
 ARCHITECTURES = (*CAUSAL, *AROUND)
 
 
@@ -39,23 +25,19 @@ def apply() -> None:
 
 
 def and_tied(init):
+    import functools
+
+    from vllm.model_executor.models.utils import PPMissingLayer
+
     @functools.wraps(init)  # vLLM looks at the signature
     def build(self, **arguments):
         init(self, **arguments)
-        tie(self)
+        if not getattr(self.config, "tie_word_embeddings", False) or isinstance(self.lm_head, PPMissingLayer):
+            return
+        name = "embedding" if hasattr(self.model, "embedding") else "embed_tokens"  # GPT-OSS
+        if isinstance(getattr(self.model, name), PPMissingLayer):
+            setattr(self.model, name, self.lm_head)
+        else:
+            self.lm_head = self.lm_head.tie_weights(getattr(self.model, name))
 
     return build
-
-
-def tie(causal) -> None:
-    """Make a causal model's head and embedding one, where this rank has a head."""
-    from vllm.model_executor.models.utils import PPMissingLayer
-
-    head, name = causal.lm_head, "embedding" if hasattr(causal.model, "embedding") else "embed_tokens"  # GPT-OSS
-    if not getattr(causal.config, "tie_word_embeddings", False) or isinstance(head, PPMissingLayer):
-        return
-    embedding = getattr(causal.model, name)
-    if isinstance(embedding, PPMissingLayer):
-        setattr(causal.model, name, head)
-    else:
-        causal.lm_head = head.tie_weights(embedding)

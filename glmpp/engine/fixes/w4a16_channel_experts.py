@@ -1,20 +1,18 @@
-"""Experts in compressed-tensors' W4A16 with a scale for each channel cannot be built where vLLM prefers a kernel to Marlin,
-as on an H100: an assertion without a message (`compressed_tensors_moe_wna16.py:127`).
+"""Experts in W4A16 with a scale for each channel cannot be built on an H100: an assertion without words.
 
-The chooser is not told that the scales are for channels and picks a kernel that wants groups. The fix asks it for Marlin,
-which has them, unless a kernel was asked for by name. For any model with experts; listed are those that it was tried on.
+Where vLLM prefers another kernel to Marlin, the chooser is not told that the scales are for channels and picks a kernel that
+wants groups. The fix asks it for Marlin, which has them, unless a kernel was asked for by name. For any model with experts;
+listed are those that it was tried on.
 """
-
-from __future__ import annotations
-
-import copy
-import functools
 
 RELEASES = ("0.33.0",)
 ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 
 
 def apply() -> None:
+    import copy
+    import functools
+
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_wna16 as wna16,
     )
