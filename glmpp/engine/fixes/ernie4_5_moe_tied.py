@@ -10,15 +10,12 @@ ARCHITECTURES = ("Ernie4_5_MoeForCausalLM",)
 
 
 def apply() -> None:
-    import functools
-
     from vllm.model_executor.models import ernie45_moe
     from vllm.model_executor.models.utils import PPMissingLayer
 
     init = ernie45_moe.Ernie4_5_MoeForCausalLM.__init__
 
-    @functools.wraps(init)  # vLLM looks at the signature
-    def build(self, *, vllm_config, prefix=""):
+    def build(self, *, vllm_config, prefix=""):  # vLLM looks at the signature
         config = vllm_config.model_config.hf_config
         tied, config.tie_word_embeddings = config.tie_word_embeddings, False
         try:

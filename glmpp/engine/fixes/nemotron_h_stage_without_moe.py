@@ -9,13 +9,10 @@ ARCHITECTURES = ("NemotronHForCausalLM",)
 
 
 def apply() -> None:
-    import functools
-
     from vllm.model_executor.models.nemotron_h import NemotronHModel, NemotronHMoEDecoderLayer
 
     init = NemotronHModel.__init__
 
-    @functools.wraps(init)
     def build(self, *args, **kwargs):
         init(self, *args, **kwargs)
         self.has_moe = any(isinstance(layer, NemotronHMoEDecoderLayer) for layer in self.layers)

@@ -25,13 +25,10 @@ def apply() -> None:
 
 
 def and_tied(init):
-    import functools
-
     from vllm.model_executor.models.utils import PPMissingLayer
 
-    @functools.wraps(init)  # vLLM looks at the signature
-    def build(self, **arguments):
-        init(self, **arguments)
+    def build(self, *, vllm_config, prefix=""):  # vLLM looks at the signature
+        init(self, vllm_config=vllm_config, prefix=prefix)
         if not getattr(self.config, "tie_word_embeddings", False) or isinstance(self.lm_head, PPMissingLayer):
             return
         name = "embedding" if hasattr(self.model, "embedding") else "embed_tokens"  # GPT-OSS

@@ -10,20 +10,19 @@ ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 
 
 def apply() -> None:
-    import copy
-    import functools
-
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_wna16 as wna16,
     )
 
     select = wna16.select_wna16_moe_backend
 
-    @functools.wraps(select)
     def choose(config, weight_key, quant_config, **more):
-        if quant_config.strategy == "channel" and config.moe_backend == "auto":
-            config = copy.copy(config)
-            config.moe_backend = "marlin"
-        return select(config=config, weight_key=weight_key, quant_config=quant_config, **more)
+        asked = config.moe_backend
+        try:
+            if quant_config.strategy == "channel" and asked == "auto":
+                config.moe_backend = "marlin"
+            return select(config=config, weight_key=weight_key, quant_config=quant_config, **more)
+        finally:
+            config.moe_backend = asked
 
     wna16.select_wna16_moe_backend = choose
