@@ -1,0 +1,1 @@
+../../glmpp/engine/fixes/ernie4_5_moe_tied.py

@@ -1,0 +1,1 @@
+../../glmpp/engine/fixes/laguna_router_bias.py

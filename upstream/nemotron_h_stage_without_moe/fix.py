@@ -1,0 +1,1 @@
+../../glmpp/engine/fixes/nemotron_h_stage_without_moe.py
