@@ -23,6 +23,7 @@ class Entry:
         architectures, variants: of the sweep's cases.
         places: `file:line` of the exceptions that it is about.
         left: patterns of the parameters, left at init, that it is about.
+        targets: of the record's, those on which it shows.
         what, state, links: for the README.
         why: why it is no finding, or why there is no fix.
     """
@@ -32,6 +33,7 @@ class Entry:
     name: str = ""
     places: tuple[str, ...] | list[str] = ()
     left: tuple[str, ...] | list[str] = ()
+    targets: tuple[str, ...] | list[str] = ("cpu", "h100")
     what: str = ""
     state: str = ""
     links: tuple[str, ...] | list[str] = ()
@@ -61,7 +63,7 @@ def table() -> list[str]:
     """The README's rows."""
     rows = []
     for entry in FINDINGS:
-        folder = entry.name if entry.why else f"[{entry.name}](upstream/{entry.name})"
+        folder = f"[{entry.name}](upstream/{entry.name}){', no fix' * bool(entry.why)}"
         links = ", ".join(f"[{link.rpartition('/')[2]}]({link})" for link in entry.links)
         rows.append(f"| {folder} | {entry.what} | {entry.state}{f' ({links})' if links else ''} |")
     return rows

@@ -20,16 +20,17 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from findings import FIXED, RELEASE, UPSTREAM, Entry
+from quantised import quantised
 
 from glmpp.ledger import digest
 from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
 from glmpp.verdict.report import DryRunReport
 from glmpp.verdict.sweep import VARIANTS, dry_runs, judge, tiny_checkpoint
 from glmpp.verdict.sweep_report import Case, Sweep
 
 pytestmark = pytest.mark.skipif(vllm_version() != RELEASE, reason=f"findings of vLLM {RELEASE}")
-TARGETS = ("cpu", "h100")
 NAMES = [entry.name for entry in FIXED]
 RECORDED = UPSTREAM.parent / "data" / "recorded"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -101,7 +102,9 @@ def try_with(entry: Entry, architecture: str, variant: str, gpu: str) -> Tried |
 def tried(name: str) -> list[Tried]:
     """All cases of a finding, two at a time."""
     (entry,) = (entry for entry in FIXED if entry.name == name)
-    cases = [(entry, one, variant, gpu) for gpu in TARGETS for one in entry.architectures for variant in entry.variants]
+    cases = [
+        (entry, one, variant, gpu) for gpu in entry.targets for one in entry.architectures for variant in entry.variants
+    ]
     with ThreadPoolExecutor(2) as pool:
         return [one for one in pool.map(lambda case: try_with(*case), cases) if one]
 
@@ -126,7 +129,7 @@ def test_its_reproduction_ends_as_it_says_and_well_with_the_fix(entry):
 @each_swept
 def test_the_verdict_is_the_finding(entry):
     """On every target and in every variant as recorded, place and parameters included."""
-    assert {one.gpu for one in tried(entry.name)} == set(TARGETS)
+    assert {one.gpu for one in tried(entry.name)} == set(entry.targets)
     for one in tried(entry.name):
         record = recorded(one.gpu)[one.found.architecture, one.found.variant]
         assert (one.found.verdicts, one.found.left.keys()) == (record.verdicts, record.left.keys())
@@ -187,3 +190,14 @@ def test_no_other_case_of_its_classes_changes(entry):
             assert [found.place for found in case.findings] == [found.place for found in record.findings]
             if case.left.keys() == record.left.keys():
                 assert case.verdicts == record.verdicts
+
+
+@pytest.mark.parametrize(("gpu", "as_it_is"), [("h100", "AssertionError"), ("b200", None)])
+def test_experts_in_w4a16_with_scales_of_channels_load_with_the_fix_and_elsewhere_as_before(gpu, as_it_is):
+    """The sweep makes no such checkpoint."""
+    checkpoint = quantised("compressed-tensors, W4A16 channel", "moe")
+    before, after = (
+        dry_run(checkpoint, Deployment(2, gpu=gpu, fixes=fixes), progress=False) for fixes in ([], ["w4a16_channel_experts"])
+    )
+    assert {stage.exception for stage in before.stages} == {as_it_is} and before.loads == (as_it_is is None)
+    assert after.loads and after.control.loads
