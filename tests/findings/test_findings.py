@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from findings import FIXED, RELEASE, UPSTREAM, Entry
+from findings import FINDINGS, FIXED, RELEASE, UPSTREAM, Entry
 from quantised import quantised
 
 from glmpp.ledger import digest
@@ -32,6 +32,7 @@ from glmpp.verdict.sweep_report import Case, Sweep
 
 pytestmark = pytest.mark.skipif(vllm_version() != RELEASE, reason=f"findings of vLLM {RELEASE}")
 NAMES = [entry.name for entry in FIXED]
+UNFIXED = [entry.name for entry in FINDINGS if entry.why]
 RECORDED = UPSTREAM.parent / "data" / "recorded"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FILTER = "stage_filter"  # no finding: a proposal, with a test and a fix.py of its own
@@ -46,10 +47,10 @@ def outcomes(fixed: bool) -> dict[str, list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.xml")
         options = ["-q", "-p", "no:cacheprovider", "--tb=no", f"--junitxml={out}", *(["--fixed"] if fixed else [])]
-        tests = [str(UPSTREAM / name) for name in (*NAMES, FILTER)]
+        ends: dict[str, list[str]] = {name: [] for name in (*NAMES, FILTER, *([] if fixed else UNFIXED))}
+        tests = [str(UPSTREAM / name) for name in ends]
         subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=folder, capture_output=True)
         cases = list(ElementTree.parse(out).iter("testcase"))
-    ends: dict[str, list[str]] = {name: [] for name in (*NAMES, FILTER)}
     for case in cases:
         (name,) = {name for name in ends if f"test_{name}" in case.get("classname", "").split(".")}
         ends[name].append("failed" if len(case) else "passed")
@@ -114,6 +115,11 @@ def test_its_test_fails_and_passes_with_the_fix(name):
     with ThreadPoolExecutor(2) as pool:
         before, after = pool.map(outcomes, (False, True))
     assert "failed" in before[name] and set(after[name]) == {"passed"}
+
+
+@pytest.mark.parametrize("name", UNFIXED)
+def test_what_has_no_fix_is_still_there_and_its_test_has_a_control(name):
+    assert set(outcomes(False)[name]) == {"failed", "passed"}
 
 
 @each_finding
