@@ -921,6 +921,12 @@ MUTATIONS = {
         "told[-1] if told",
         "test_releases.py::test_of_the_variants_the_worst_is_kept_with_where_it_dies",
     ),
+    "no release for what the checkpoint lacks": (
+        "verdict/advice.py::nearest_in_record",
+        'if report.guard != "installed" or lacks:',
+        "if False:",
+        "test_vllm_check.py::test_a_tensor_that_the_checkpoint_lacks_is_not_called_a_pipeline_fault",
+    ),
     "a release that loads it has no nearest": (
         "verdict/releases.py::Record.nearest",
         "or at in loading",

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.engine import fixes
+from glmpp.ledger import ABSENT
 from glmpp.partition import PARTITION_VARIABLE
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.releases import nearest_release
-from glmpp.verdict.report import DIES, LOADS, DryRunReport, StageReport
+from glmpp.verdict.report import CANNOT_TELL, DIES, INCOMPLETE, LOADS, DryRunReport, StageReport
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,18 @@ def fixed_in(report: DryRunReport) -> KnownFault | None:
 
 
 def nearest_in_record(checkpoint: Checkpoint, report: DryRunReport) -> dict | None:
-    """The nearest release that is known to load this architecture, from the record; None for a report that loads."""
-    return None if report.loads else nearest_release(checkpoint.config, report.versions["vllm"])
+    """The nearest release that is known to load this architecture, from the record.
+
+    Returns:
+        None where no release would help: every rank loads or cannot be told, vLLM was not run as it is installed, or what is
+        missing is missing in the checkpoint.
+    """
+    failing = [stage for stage in report.all if not stage.loads and stage.verdict != CANNOT_TELL]
+    kinds = {stage.left[name].kind for stage in failing for name in stage.unaccounted}
+    lacks = {stage.verdict for stage in failing} <= {INCOMPLETE} and kinds <= {ABSENT}
+    if report.guard != "installed" or lacks:
+        return None
+    return nearest_release(checkpoint.config, report.versions["vllm"])
 
 
 def nearest_line(nearest: dict) -> str:
