@@ -97,10 +97,11 @@ def try_fixes(checkpoint: Checkpoint, report: DryRunReport, strict: bool = False
     """The ranks that fail, once more with the load format and with the fixes that are known for this release and model.
 
     Returns:
-        None where there are none, no rank fails, or vLLM was not run as it is installed.
+        None where there are none, no rank fails or what fails cannot be told, or vLLM was not run as it is installed.
     """
     names = fixes.known(report.versions["vllm"], checkpoint.config.get("architectures") or [])
-    if report.guard != "installed" or report.deployment.fixes or report.loads or not names:
+    told = any(not stage.loads and stage.verdict != CANNOT_TELL for stage in report.all)
+    if report.guard != "installed" or report.deployment.fixes or not told or not names:
         return None
     failing = [stage.rank for stage in report.stages if not stage.loads] or [report.stages[0].rank]
     deployment = replace(report.deployment, guard="loader", fixes=names)
