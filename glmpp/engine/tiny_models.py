@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-LAYERS = 6
+from glmpp.engine.hub_names import ADDED, GIVEN, PUBLISHED, RENAMED, SENTENCE_TRANSFORMERS, TENSORS, TIED, TRANSPOSED
 
+LAYERS = 6
 
 SIZES = {
     "num_hidden_layers": LAYERS,
@@ -84,62 +85,6 @@ SIZES = {
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
 }
-
-
-# Model type -> what transformers saves where the hub's configs, and vLLM, say something else.
-RENAMED = {"granitemoehybrid": {"full_attention": "attention", "linear_attention": "mamba"}}
-
-
-# Model type -> fields of the hub's configs that transformers' classes do not keep.
-ADDED = {
-    "deepseek_v2": {"n_group": 1, "topk_group": 1},
-    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
-    "mimo_v2_flash": {
-        "hybrid_layer_pattern": [0, 1, 1, 1, 1, 0],
-        "moe_layer_freq": [0, 1, 1, 1, 1, 1],
-        "layernorm_epsilon": 1e-5,
-    },
-    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 256},
-    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "deepseek_v32": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "glm4_moe_lite": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "first_k_dense_replace": 1},
-    "glm4_moe": {"head_dim": 64},
-    "glm4v_moe_text": {"head_dim": 64, "norm_topk_prob": True, "use_qk_norm": False},
-    "qwen3_vl_moe_text": {"norm_topk_prob": True},
-    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
-    "afmoe": {"score_func": "sigmoid", "route_norm": True, "route_scale": 1.0, "n_group": 1, "topk_group": 1},
-    "glm5_next_text": {
-        "mhc": True,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-        "mla_use_nope": True,
-        "indexer_rope_interleave": True,
-    },
-    "kimi_linear": {
-        "mla_use_nope": True,
-        "first_k_dense_replace": 1,
-        "moe_layer_freq": 1,
-        "linear_attn_config": {  # numbered from 1
-            "kda_layers": [1, 2, 3, 4, 6],
-            "full_attn_layers": [5],
-            "num_heads": 32,
-            "head_dim": 128,
-            "short_conv_kernel_size": 4,
-        },
-    },
-    "lfm2": {"block_dim": 256, "block_ff_dim": 256},
-}
-
-# Model type -> names that transformers saves, and what the hub's checkpoints say: of Kimi's layers only those with experts
-# are called block_sparse_moe there.
-TENSORS = {"kimi_linear": (r"(layers\.\d+)\.block_sparse_moe\.((?:gate|up|down)_proj)\.", r"\1.mlp.\2.")}
-# Model type -> sizes that stay as published: GPU kernels have no others.
-_LATENT = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
-PUBLISHED = dict.fromkeys(
-    ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash"),
-    _LATENT,
-)
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id")
 
 
@@ -159,8 +104,9 @@ def shrink(config) -> None:
         name = getattr(config, "attribute_map", {}).get(name, name)
         if isinstance(vars(config).get(name), int) and vars(config)[name]:  # 0 says that there is no such part
             setattr(config, name, size)
-    for name, size in PUBLISHED.get(config.model_type, {}).items():
-        setattr(config, name, size)
+    for path, value in PUBLISHED.get(config.model_type, {}).items():
+        part, _, name = path.rpartition(".")
+        setattr(getattr(config, part) if part else config, name, value)
     if getattr(config, "kv_lora_rank", None):  # latent attention has a key for every head
         config.num_key_value_heads = config.num_attention_heads
         config.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
@@ -185,19 +131,18 @@ def make(architecture: str, directory: Path, tied: bool) -> dict:
         return {"why": f"cannot be imported: {one_line(error)}"}
     transformers.logging.set_verbosity_error()
     try:
-        config = kind.config_class()
+        config = kind.config_class(**GIVEN.get(kind.config_class.model_type, {}))
         shrink(config)
         for part in (config, getattr(config, "text_config", None)):
             if part is not None:
-                part.tie_word_embeddings = tied
+                part.tie_word_embeddings = tied or config.model_type in TIED
         torch.manual_seed(0)
         model = fill(kind(config).to(torch.bfloat16))
         model.config.architectures = [architecture]
         model.save_pretrained(directory)
     except Exception as error:
         return {"why": f"no tiny config: {one_line(error)}"}
-    if config.model_type in TENSORS:
-        rename(directory / "model.safetensors", *TENSORS[config.model_type])
+    rename(directory / "model.safetensors", config.model_type)
     path = directory / "config.json"
     text = path.read_text()
     for saved, on_hub in RENAMED.get(config.model_type, {}).items():
@@ -206,6 +151,9 @@ def make(architecture: str, directory: Path, tied: bool) -> dict:
     for part in [saved, *(value for value in saved.values() if isinstance(value, dict))]:
         part.update({key: value for key, value in ADDED.get(part.get("model_type"), {}).items() if part.get(key) is None})
     path.write_text(json.dumps(saved))
+    for name, content in SENTENCE_TRANSFORMERS.items() if re.search("(?<!LMHead)Model$", architecture) else ():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(json.dumps(content))
     return {}
 
 
@@ -217,9 +165,14 @@ def fill(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def rename(shard: Path, saved: str, on_hub: str) -> None:
-    """Give the tensors of a file other names, by a regular expression and what replaces it."""
-    save_file({re.sub(saved, on_hub, name): tensor for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+def rename(shard: Path, model_type: str) -> None:
+    """Give the tensors of a file the names and the layout that the hub's checkpoints have."""
+    tensors = load_file(shard)
+    for saved, on_hub in TENSORS.get(model_type, ()):
+        tensors = {name: tensor for old, tensor in tensors.items() if (name := re.sub(saved, on_hub, old))}
+    for name in filter(re.compile(TRANSPOSED.get(model_type, "$^")).search, tensors):
+        tensors[name] = tensors[name].transpose(-2, -1).contiguous()
+    save_file(tensors, shard, {"format": "pt"})
 
 
 def one_line(error: Exception) -> str:

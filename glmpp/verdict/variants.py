@@ -17,7 +17,7 @@ BLOCK = 128
 LINEAR = re.compile(r"\.layers\..+(_proj|_proj_with_mqa|\.wq_b|\.wk|\.experts\.\d+\.w[123])\.weight$")
 # Kept in BF16 by the hub's block-FP8 checkpoints: the indexer's head weights, small projections of Mamba, other towers;
 # and Kimi's delta attention (known by its f_a_proj), whose projections vLLM fuses into one BF16 parameter.
-NOT_QUANTISED = re.compile(r"\.(weights_proj|dt_proj|x_proj)\.|visual|vision|audio|mtp")
+NOT_QUANTISED = re.compile(r"\.(weights_proj|dt_proj|x_proj)\.|visual|vision|audio|mtp|^encoder\.")
 
 
 def write_block_fp8(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
