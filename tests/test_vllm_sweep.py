@@ -7,9 +7,11 @@ import re
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import quantize
+from glmpp.engine.tiny_models import rename
 from glmpp.errors import GlmppError
 from glmpp.formats.tensor import TensorSpec
 from glmpp.ledger import UNTIED
@@ -18,7 +20,7 @@ from glmpp.verdict.no_false_alarm import EQUAL, NOT_COMPARABLE, REFUSED, compare
 from glmpp.verdict.release_sweep import try_release
 from glmpp.verdict.releases import NOT_THERE, Known, record
 from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
-from glmpp.verdict.sweep import sweep
+from glmpp.verdict.sweep import sweep, tiny_checkpoint
 from glmpp.verdict.sweep_report import NUMBER, Sweep
 from glmpp.verdict.variants import block_fp8
 
@@ -116,6 +118,43 @@ def test_what_does_not_count_says_why(tmp_path):
     found.save(tmp_path / "sweep.json")
     again = Sweep.load(tmp_path / "sweep.json")
     assert again.cases == found.cases and again.recorded.startswith("on 20") and found.recorded is None
+
+
+@pytest.mark.vllm
+def test_a_tiny_checkpoint_has_the_names_of_the_hub(tmp_path):
+    """google/gemma-3-4b-it: transformers 5 saves vision_tower.embeddings, which vLLM does not know."""
+    names = {name for name in tiny_checkpoint("Gemma3ForConditionalGeneration", "plain", tmp_path / "model", "h100")}
+    towers = {name for name in names if name.startswith("vision_tower.")}
+    assert "vision_tower.vision_model.embeddings.patch_embedding.weight" in towers
+    assert all(name.startswith("vision_tower.vision_model.") for name in towers)
+
+
+@pytest.mark.vllm
+def test_where_the_hub_ties_every_head_the_plain_variant_has_none_either(tmp_path):
+    gemma = tiny_checkpoint("Gemma2ForCausalLM", "plain", tmp_path / "gemma", "h100")
+    llama = tiny_checkpoint("LlamaForCausalLM", "plain", tmp_path / "llama", "h100")
+    assert gemma.config["tie_word_embeddings"] and "lm_head.weight" not in gemma
+    assert not llama.config["tie_word_embeddings"] and "lm_head.weight" in llama
+
+
+@pytest.mark.vllm
+def test_a_model_without_a_head_is_a_folder_of_sentence_transformers(tmp_path):
+    assert "layers.0.mlp.up_proj.weight" in tiny_checkpoint("LlamaModel", "plain", tmp_path / "llama", "h100")
+    tiny_checkpoint("GPT2LMHeadModel", "plain", tmp_path / "gpt2", "h100")
+    assert (tmp_path / "llama" / "modules.json").exists() and (tmp_path / "llama" / "1_Pooling" / "config.json").exists()
+    assert not (tmp_path / "gpt2" / "modules.json").exists()
+
+
+def test_tensors_that_the_hub_does_not_have_are_left_out_and_its_layout_is_restored(tmp_path):
+    experts, shard = "model.layers.0.mlp.experts", tmp_path / "model.safetensors"
+    save_file({f"{experts}.{number}.up_proj.weight": torch.ones(2, 3) for number in (3, 4, 12)}, shard)
+    rename(shard, "longcat_flash")
+    assert set(load_file(shard)) == {f"{experts}.3.up_proj.weight"}
+    down, head = torch.rand(4, 2, 3), torch.rand(2, 3)
+    save_file({f"{experts}.down_proj": down, "lm_head.weight": head}, shard)
+    rename(shard, "qwen3_vl_moe")
+    on_hub = load_file(shard)
+    assert on_hub[f"{experts}.down_proj"].equal(down.transpose(1, 2)) and on_hub["lm_head.weight"].equal(head)
 
 
 @pytest.mark.vllm

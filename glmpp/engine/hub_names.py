@@ -63,6 +63,21 @@ ADDED = {
         "use_thumbnail": True,
     },
     "qwen4_exp_vision": {"deepstack_visual_indexes": []},
+    "minimax_m3_vl_text": {
+        "moe_layer_freq": [0, 1, 1, 1, 1, 1],
+        "sparse_attention_config": {
+            "use_sparse_attention": True,
+            "sparse_index_dim": 128,
+            "sparse_num_index_heads": 2,
+            "sparse_topk_blocks": 16,
+            "sparse_block_size": 128,
+            "sparse_disable_index_value": [0, 0, 0, 1, 1, 1],
+            "sparse_score_type": "max",
+            "sparse_init_block": 0,
+            "sparse_local_block": 1,
+            "sparse_attention_freq": [0, 0, 0, 1, 1, 1],
+        },
+    },
     "minimax_m3_vl_vision": {"img_token_compression_config": {"spatial_merge_size": 2, "temporal_patch_size": 2}},
     "muse_spark_text": {"num_shared_experts": 0},
     "moss_transcribe_diarize_audio": {
@@ -111,6 +126,11 @@ TENSORS = {
         (r"\.hc_pre\.hc_head\.", ".hc_head."),
         (r"\.(mlp|shared_experts)\.linear_gate\.", r".\1.gate_proj."),
     ),
+    "cosmos3_edge": (
+        (r"^(model\.visual\..*)\.to_([qkv])\.", r"\1.\2_proj."),
+        (r"^(model\.visual\..*)\.up_proj\.", r"\1.fc1."),
+        (r"^(model\.visual\..*)\.down_proj\.", r"\1.fc2."),
+    ),
     "minimax_m3_vl": ((r"(layers\.\d+)\.block_sparse_moe\.((?:gate|up|down)_proj|fc[12])\.", r"\1.mlp.\2."),),
     "qianfan_ocr": ((r"^language_model\.model\.encoder\.", "language_model.model."),),
     "deepseek_v4": (
@@ -152,7 +172,11 @@ PUBLISHED = {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 50000.0, "mrope_section": [11, 11, 10]}}
     },
     "qwen3_omni_moe": {"talker_config.spatial_merge_size": 2},
-    "qwen3_omni_moe_vision_encoder": {"image_size": 64},
+    "qwen3_omni_moe_vision_encoder": {"image_size": 768, "apply_vit_abs_pos_embed": True},
+    "minimax_m3_vl_text": {
+        "index_n_heads": 2,  # as many as keys, as published
+        "layer_types": [*["full_attention"] * 3, *["minimax_m3_sparse"] * 3],
+    },
     "qwen3_omni_moe_talker_code_predictor": {"num_hidden_layers": 5},
     "deepseek_v4": {"head_dim": 512, "mlp_layer_types": [*["hash_moe"] * 3, *["moe"] * 3]},
     "muse_spark_audio": {"num_hidden_layers": 4},

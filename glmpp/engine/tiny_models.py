@@ -142,7 +142,8 @@ def make(architecture: str, directory: Path, tied: bool) -> dict:
         model.save_pretrained(directory)
     except Exception as error:
         return {"why": f"no tiny config: {one_line(error)}"}
-    rename(directory / "model.safetensors", config.model_type)
+    if config.model_type in TENSORS or config.model_type in TRANSPOSED:
+        rename(directory / "model.safetensors", config.model_type)
     path = directory / "config.json"
     text = path.read_text()
     for saved, on_hub in RENAMED.get(config.model_type, {}).items():
