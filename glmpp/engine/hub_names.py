@@ -174,7 +174,8 @@ PUBLISHED = {
     "qwen3_omni_moe": {"talker_config.spatial_merge_size": 2},
     "qwen3_omni_moe_vision_encoder": {"image_size": 768, "apply_vit_abs_pos_embed": True},
     "minimax_m3_vl_text": {
-        "index_n_heads": 2,  # as many as keys, as published
+        "index_n_heads": 2,  # as many as keys, and shared experts as wide as the others, as published
+        "shared_intermediate_size": 256,
         "layer_types": [*["full_attention"] * 3, *["minimax_m3_sparse"] * 3],
     },
     "qwen3_omni_moe_talker_code_predictor": {"num_hidden_layers": 5},
@@ -197,6 +198,7 @@ PUBLISHED = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "mrope_section": [11, 11, 10]}
     },
     "falcon": {"ffn_hidden_size": 1024},
+    "minimax_m3_vl": {"projector_hidden_size": 256, "merged_hidden_size": 1024},
     "muse_spark": {"out_hidden_size": 1024},
     "muse_glimmer": {"out_hidden_size": 1024},
 }
