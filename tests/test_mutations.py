@@ -765,6 +765,12 @@ MUTATIONS = {
         "rows = held.num_org_elements // 2",
         "test_vllm_check.py::test_rows_that_vllm_adds_to_a_vocabulary_may_stay_at_init_and_others_may_not",
     ),
+    "only the last output is padding": (
+        "engine/padding.py::_filled",
+        "and outputs[-1] == pad_size",
+        "",
+        "test_vllm_plugin.py::test_padding_is_what_vllms_own_attributes_say",
+    ),
     "stand-ins are taken away between runs": (
         "engine/stage.py::Stages.attempt",
         "self.builder.stand_ins.reset()",

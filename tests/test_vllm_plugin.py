@@ -508,8 +508,19 @@ def test_padding_is_what_vllms_own_attributes_say():
     model.plain = torch.nn.Linear(4, 4, bias=False)
     model.said = torch.nn.Linear(4, 4, bias=False)
     model.said.weight.weight_loader_numel = 12
+    model.mixer = torch.nn.Module()
+    model.mixer.pad_size = 3
+    for name, outputs in {"padded": [4, 1, 3], "whole": [4, 4]}.items():
+        linear = torch.nn.Linear(2, 8, bias=False)
+        linear.output_sizes = outputs
+        setattr(model.mixer, name, linear)
     # Nine sixteenths of each expert's weight are filled; a scale for each expert is never padding.
-    assert padding(model) == {"experts.w13_weight": 4 * 28672, "experts.w13_bias": 4 * 112, "said.weight": 4}
+    assert padding(model) == {
+        "experts.w13_weight": 4 * 28672,
+        "experts.w13_bias": 4 * 112,
+        "said.weight": 4,
+        "mixer.padded.weight": 3 * 2,
+    }
 
 
 def test_kv_cache_scales_and_what_a_drafter_shares_are_accounted_for(plugin, stage_of):

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import resource
 import shutil
@@ -29,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+RECORDED = ROOT / "data" / "recorded"
 TOOLS = ["pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3.5"]
 SIDE_BY_SIDE = ["-n", "logical", "--maxprocesses", "4", "--dist", "loadgroup", "--no-loadscope-reorder"]  # as `make test`
 SUITES = [
@@ -191,25 +193,36 @@ def processor_seconds() -> float:
 
 def sweep(options: argparse.Namespace) -> int:
     """Try all architectures of the newest release and renew what notebook 06 shows of it."""
-    with installed(NEWEST) as folder, tempfile.TemporaryDirectory() as elsewhere:
-        program = "import sys; from glmpp.verdict.sweep import sweep; sweep(gpu=sys.argv[1]).save(sys.argv[2])"
-        for gpu in SWEPT:
-            target = ROOT / "data" / "recorded" / f"sweep-{NEWEST.name}-{gpu}.json"
-            subprocess.run([str(folder / "bin" / "python"), "-c", program, gpu, str(target)], cwd=elsewhere, check=True)
-        return 0
+    program = """
+import json, sys
+from pathlib import Path
+from glmpp.verdict.sweep import sweep
+from glmpp.verdict.sweep_report import Sweep
+gpu, target, only = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+found = sweep(only, gpu=gpu)
+(Sweep.load(target).renewed(found) if only else found).save(target)
+"""
+    for gpu in SWEPT:
+        in_environment(NEWEST, program, gpu, swept(gpu), json.dumps(options.only))
+    return 0
 
 
 def same_bytes(options: argparse.Namespace) -> int:
     """Load what counts on the newest release by stock and by the load format, and renew what notebook 06 shows of it."""
-    program = (
-        "import sys; from glmpp.verdict import no_false_alarm, sweep_report\n"
-        "swept = sweep_report.Sweep.load(sys.argv[1])\n"
-        "no_false_alarm.compare([(case.architecture, case.variant) for case in swept.counted], swept.gpu).save(sys.argv[2])"
-    )
-    with installed(NEWEST) as folder, tempfile.TemporaryDirectory() as elsewhere:
-        recorded = ROOT / "data" / "recorded"
-        files = recorded / f"sweep-{NEWEST.name}-h100.json", recorded / f"no-false-alarm-{NEWEST.name}.json"
-        subprocess.run([str(folder / "bin" / "python"), "-c", program, *map(str, files)], cwd=elsewhere, check=True)
+    program = """
+import json, sys
+from pathlib import Path
+from glmpp.verdict.no_false_alarm import Comparison, compare
+from glmpp.verdict.sweep_report import Sweep
+swept, target, only = Sweep.load(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+counted = [(case.architecture, case.variant) for case in swept.counted]
+found = compare([case for case in counted if not only or case[0] in only], swept.gpu)
+if only:
+    found.cases, found.of = {**Comparison.load(target).cases, **found.cases}, len(counted)
+found.save(target)
+"""
+    target = RECORDED / f"no-false-alarm-{NEWEST.name}.json"
+    in_environment(NEWEST, program, swept("h100"), target, json.dumps(options.only))
     return 0
 
 
@@ -219,23 +232,36 @@ def releases(options: argparse.Namespace) -> int:
     from glmpp.verdict.releases import Record
     from glmpp.verdict.sweep_report import Sweep
 
-    program = (
-        "import sys; from glmpp.verdict import release_sweep, releases, sweep_report\n"
-        "release = release_sweep.try_release(release_sweep.cases_of(sweep_report.Sweep.load(sys.argv[1])), 'h100')\n"
-        "releases.Record({release.versions['vllm']: release}).save(sys.argv[2])"
-    )
-    newest = ROOT / "data" / "recorded" / f"sweep-{NEWEST.name}-h100.json"
-    swept = Sweep.load(newest)
-    found = {swept.versions["vllm"]: release_of(swept)}
+    program = """
+import json, sys
+from glmpp.verdict.release_sweep import cases_of, try_release
+from glmpp.verdict.releases import Record
+from glmpp.verdict.sweep_report import Sweep
+only = json.loads(sys.argv[3])
+cases = [case for case in cases_of(Sweep.load(sys.argv[1])) if not only or case[0] in only]
+release = try_release(cases, "h100")
+Record({release.versions["vllm"]: release}).save(sys.argv[2])
+"""
+    newest = Sweep.load(swept("h100"))
+    found = Record.load()
     for environment in RELEASES:
-        with installed(environment) as folder, tempfile.TemporaryDirectory() as elsewhere:
+        with tempfile.TemporaryDirectory() as elsewhere:
             share = Path(elsewhere, "release.json")
-            subprocess.run(
-                [str(folder / "bin" / "python"), "-c", program, str(newest), str(share)], cwd=elsewhere, check=True
-            )
-            found |= Record.load(share).releases
-    Record(found).save()
+            in_environment(environment, program, swept("h100"), share, json.dumps(options.only))
+            found = found.renewed(Record.load(share), whole=not options.only)
+            found.save()
+    found.renewed(Record({newest.versions["vllm"]: release_of(newest)})).save()
     return 0
+
+
+def swept(gpu: str) -> Path:
+    return RECORDED / f"sweep-{NEWEST.name}-{gpu}.json"
+
+
+def in_environment(environment: Environment, program: str, *arguments: str | Path) -> None:
+    """Run a program with this checkout, from a folder that has no other copy of it."""
+    with installed(environment) as folder, tempfile.TemporaryDirectory() as elsewhere:
+        run(folder / "bin" / "python", "-c", program, *arguments, cwd=elsewhere)
 
 
 def report(results: dict[str, bool]) -> int:
@@ -257,6 +283,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*commands])
     parser.add_argument("--tested", help="matrix: a release on which `make test` has just run the same suites")
+    parser.add_argument("--only", nargs="+", help="sweep, bytes, releases: try these architectures, keep the rest")
     options = parser.parse_args()
     return commands[options.what](options)
 

@@ -174,6 +174,7 @@ PUBLISHED = {
     "qwen3_omni_moe": {"talker_config.spatial_merge_size": 2},
     "qwen3_omni_moe_vision_encoder": {"image_size": 768, "apply_vit_abs_pos_embed": True},
     "minimax_m3_vl_text": {
+        "head_dim": 128,  # that of the indexer
         "index_n_heads": 2,  # as many as keys, and shared experts as wide as the others, as published
         "shared_intermediate_size": 256,
         "layer_types": [*["full_attention"] * 3, *["minimax_m3_sparse"] * 3],

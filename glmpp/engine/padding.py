@@ -11,25 +11,29 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 def padding(model: torch.nn.Module) -> dict[str, int]:
     """Parameter -> elements of padding; only of those that have some.
 
-    Three attributes tell: `weight_loader_numel` of a parameter (vLLM >= 0.32), the rows of a vocabulary beyond those of its
-    shard, and the sizes of stacked experts before they were rounded up.
+    Four attributes tell: `weight_loader_numel` of a parameter (vLLM >= 0.32), the rows of a vocabulary beyond those of its
+    shard, the sizes of stacked experts before they were rounded up, and the `pad_size` that a module gives to a projection
+    of its own as the last of its outputs.
     """
     found = {}
     for path, module in model.named_modules():
+        parent = model.get_submodule(path.rpartition(".")[0])
         for name, param in module.named_parameters(recurse=False):
-            if added := param.numel() - _filled(module, param):
+            if added := param.numel() - _filled(module, param, getattr(parent, "pad_size", 0)):
                 found[f"{path}.{name}" if path else name] = added
     return found
 
 
-def _filled(module: torch.nn.Module, param: torch.nn.Parameter) -> int:
-    """Elements that a checkpoint fills at least."""
+def _filled(module: torch.nn.Module, param: torch.nn.Parameter, pad_size: int) -> int:
+    """Elements that a checkpoint fills at least. Args: pad_size: of the module around this one; 0 if it has none."""
     if (said := getattr(param, "weight_loader_numel", None)) is not None:
         return said
     if isinstance(module, VocabParallelEmbedding) and param.dim() and param.shape[0] == module.num_embeddings_per_partition:
         held = module.shard_indices
         rows = held.num_org_elements + held.num_added_elements
         return param.numel() // param.shape[0] * rows
+    if pad_size and (outputs := getattr(module, "output_sizes", None)) and outputs[-1] == pad_size:
+        return param.numel() // sum(outputs) * sum(outputs[:-1])
     if (moe := getattr(module, "moe_config", None)) is not None and param.dim() > 1:
         # Both dimensions of a weight may be rounded up, only one of a bias; scales have a grid of their own, rounded up too.
         part = Fraction(moe.hidden_dim_unpadded, moe.hidden_dim) * Fraction(

@@ -142,20 +142,25 @@ def make(architecture: str, directory: Path, tied: bool) -> dict:
         model.save_pretrained(directory)
     except Exception as error:
         return {"why": f"no tiny config: {one_line(error)}"}
-    if config.model_type in TENSORS or config.model_type in TRANSPOSED:
-        rename(directory / "model.safetensors", config.model_type)
+    as_on_the_hub(directory, architecture, config.model_type)
+    return {}
+
+
+def as_on_the_hub(directory: Path, architecture: str, model_type: str) -> None:
+    """Turn what transformers has saved into what the hub's folders hold; see `hub_names`."""
+    if model_type in TENSORS or model_type in TRANSPOSED:
+        rename(directory / "model.safetensors", model_type)
     path = directory / "config.json"
     text = path.read_text()
-    for saved, on_hub in RENAMED.get(config.model_type, {}).items():
+    for saved, on_hub in RENAMED.get(model_type, {}).items():
         text = text.replace(f'"{saved}"', f'"{on_hub}"')
-    saved = json.loads(text)
-    for part in [saved, *(value for value in saved.values() if isinstance(value, dict))]:
+    config = json.loads(text)
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         part.update({key: value for key, value in ADDED.get(part.get("model_type"), {}).items() if part.get(key) is None})
-    path.write_text(json.dumps(saved))
+    path.write_text(json.dumps(config))
     for name, content in SENTENCE_TRANSFORMERS.items() if re.search("(?<!LMHead)Model$", architecture) else ():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(json.dumps(content))
-    return {}
 
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,6 +81,16 @@ class Record:
             lines = ",\n".join(f"{json.dumps(one)}: {json.dumps(known)}" for one, known in told.items())
             parts.append(f'{json.dumps(name)}: {json.dumps(head)[:-1]}, "architectures": {{\n{lines}\n}}}}')
         Path(path).write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+    def renewed(self, later: Record, whole: bool = True) -> Record:
+        """This record with later shares in place of its own: whole ones, or their architectures alone."""
+        releases = dict(self.releases)
+        for name, share in later.releases.items():
+            before = releases.get(name)
+            if before and not whole:
+                share = replace(before, architectures=dict(sorted({**before.architectures, **share.architectures}.items())))
+            releases[name] = share
+        return Record(releases)
 
     def nearest(self, architecture: str, release: str) -> str | None:
         """The nearest release that is known to load an architecture, of two as near the newer.

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,6 +145,11 @@ class Sweep:
 
         reasons = Counter(case.why.split(":")[0] for case in self.cases if not case.counts)
         return Series(dict(reasons.most_common()), name="cases", dtype=int)
+
+    def renewed(self, later: Sweep) -> Sweep:
+        """This sweep with a later one's cases in place of its own; the seconds stay those of the whole."""
+        cases = {(case.architecture, case.variant): case for case in (*self.cases, *later.cases)}
+        return replace(self, cases=list(cases.values()))
 
     def save(self, path: str | Path) -> None:
         head = {"recorded": f"on {time.strftime('%Y-%m-%d')}", "versions": self.versions, "machine": self.machine}
