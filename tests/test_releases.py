@@ -124,6 +124,23 @@ def test_a_saved_record_is_read_back(tmp_path):
     assert '"A": "loads"' in (tmp_path / "r.json").read_text()
 
 
+def test_a_record_is_renewed_whole_or_for_some_architectures_alone():
+    before, later = made({"0.22.1": DIES, "0.23.0": LOADS}), made({"0.23.0": INCOMPLETE, "0.24.0": LOADS})
+    before.releases["0.23.0"].architectures["B"] = Known(LOADS)
+    part, whole = before.renewed(later, whole=False), before.renewed(later)
+    assert list(part.releases) == list(whole.releases) == ["0.22.1", "0.23.0", "0.24.0"]
+    assert part.releases["0.23.0"].architectures == {"A": Known(INCOMPLETE), "B": Known(LOADS)}
+    assert whole.releases["0.23.0"].architectures == {"A": Known(INCOMPLETE)}
+    assert before.releases["0.23.0"].verdict("A") == LOADS
+
+
+def test_a_sweep_is_renewed_for_some_cases_and_keeps_the_order_and_seconds_of_the_whole():
+    before = Sweep([Case("A", "plain", why="x"), Case("B", "plain")], {}, "m", 100.0)
+    after = before.renewed(Sweep([Case("C", "plain"), Case("A", "plain")], {}, "m", 3.0))
+    assert [(case.architecture, case.why) for case in after.cases] == [("A", ""), ("B", ""), ("C", "")]
+    assert after.seconds == 100.0 and before.cases[0].why == "x"
+
+
 def test_the_command_renews_what_is_recorded():
     import versions
 

@@ -72,6 +72,10 @@ class Case:
         return not self.why
 
 
+# What begins the reasons of cases that might have had a verdict. The others say that there is nothing to judge.
+NOT_TOLD = ("PP=1 ", "no tiny config")
+
+
 @dataclass
 class Sweep:
     """All cases, with the versions and the machine.
@@ -145,6 +149,17 @@ class Sweep:
 
         reasons = Counter(case.why.split(":")[0] for case in self.cases if not case.counts)
         return Series(dict(reasons.most_common()), name="cases", dtype=int)
+
+    def not_told(self) -> DataFrame:
+        """Cases of an architecture that has a tiny checkpoint, or lacks only its sizes, and that PP=1 does not load."""
+        from pandas import DataFrame
+
+        rows: dict[tuple[str, str], list[str]] = {}
+        for case in self.cases:
+            if case.why.startswith(NOT_TOLD):
+                rows.setdefault((case.architecture, " ".join(case.why.split())), []).append(case.variant)
+        told = [{"architecture": one, "variants": ", ".join(variants), "why": why} for (one, why), variants in rows.items()]
+        return DataFrame(told, columns=["architecture", "variants", "why"])
 
     def renewed(self, later: Sweep) -> Sweep:
         """This sweep with a later one's cases in place of its own; the seconds stay those of the whole."""
