@@ -28,6 +28,7 @@ FOUND = {
     "an expert's scale is absent": (f"{LAYER}.experts.scale", ABSENT, None),
     "a tensor is written to the wrong shard": (f"{LAYER}.qk.weight", LOST, None),
     "a buffer that nobody loads": (f"{LAYER}.gate.shift", LOST, f"{LAYER}.gate.shift"),
+    "a scale is dropped and its weight is not": (f"{LAYER}.mix.weight_scale", LOST, f"{LAYER}.mix.weight_scale"),
 }
 
 

@@ -37,19 +37,21 @@ class Account:
         self._elsewhere = Prefixes(self.missing)
         self._speculative = Prefixes(speculative_prefixes(model, load.built.model_config.hf_text_config))
         self._drafted = None if drafted is None else Prefixes(drafted)
-        stored = load.recorder.stored
-        # A buffered pair is stored when its second half arrives: the write credits both.
-        self._stems = {SCALE.sub("", name) for name in stored if re.search(r"\.weight(_scale)?", name)}
-        self._reached = set(load.recorder.order)
+        self._turns = {name: turn for turn, name in enumerate(load.recorder.order)}
+        # A buffered pair is stored when its second half arrives: the write credits the first, too.
+        halves = (name for name in load.recorder.stored if re.search(r"\.weight(_scale)?", name))
+        self._second = {SCALE.sub("", name): turn for turn, name in sorted((self._turns[name], name) for name in halves)}
         selection = getattr(load.loader, "selection", None)
         self.experts = held_experts(expert_maps(model))
         self._dropped = set() if selection is None else {name for name in shapes if not selection.wants(name)}
 
     def column(self, name: str) -> str:
         """Where a tensor belongs in the ledger."""
-        if name not in self._reached and name not in self._dropped:
+        if name not in self._turns and name not in self._dropped:
             return NOT_REACHED
-        if name in self.load.recorder.stored or SCALE.sub("", name) in self._stems:
+        if name in self.load.recorder.stored:
+            return LOADED
+        if name in self._turns and self._turns[name] < self._second.get(SCALE.sub("", name), -1):
             return LOADED
         rest = OTHER_RANK if is_elsewhere(name, self.experts) else UNEXPECTED
         if self._drafted is not None:

@@ -21,6 +21,7 @@ FAULTS: dict[str, dict[str, str | None]] = {
     "an expert's scale is absent": {"model.layers.1.experts.2.scale": None},
     "a tensor is written to the wrong shard": {},
     "a buffer that nobody loads": {},
+    "a scale is dropped and its weight is not": {},
 }
 LAYERS, HIDDEN, EXPERTS, VOCABULARY = 4, 16, 4, 64
 
@@ -37,6 +38,7 @@ def tensors() -> dict[str, torch.Tensor]:
     for index in range(LAYERS):
         layer = f"model.layers.{index}"
         shapes |= {f"{layer}.{name}.weight": (HIDDEN, HIDDEN) for name in ("q", "k", "mix")}
+        shapes |= {f"{layer}.mix.weight_scale": (2, 2)}
         shapes |= {f"{layer}.gate.score_bias": (EXPERTS,), f"{layer}.gate.shift": (EXPERTS,)}
         shapes |= {f"{layer}.experts.{expert}.scale": (2,) for expert in range(EXPERTS)}
     return {name: torch.full(shape, 1.0 + number) for number, (name, shape) in enumerate(shapes.items())}
@@ -72,6 +74,7 @@ def __getattr__(name: str):
             super().__init__()
             self.qk = torch.nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
             self.mix = torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
+            self.mix.weight_scale = torch.nn.Parameter(torch.zeros(2, 2))
             self.gate = torch.nn.Module()
             self.gate.score_bias = torch.nn.Parameter(torch.zeros(EXPERTS))
             self.gate.register_buffer("shift", torch.zeros(EXPERTS))
@@ -108,6 +111,8 @@ def __getattr__(name: str):
             params, buffers = dict(self.named_parameters()), dict(self.named_buffers())
             for name, tensor in weights:
                 if is_pp_missing_parameter(name, self) or ("swallows" in self.fault and name.endswith("1.gate.score_bias")):
+                    continue
+                if "scale is dropped" in self.fault and name.endswith("1.mix.weight_scale"):
                     continue
                 layer, _, part = name.rpartition(".layers.")[2].partition(".")
                 place = f"model.layers.{layer}"
