@@ -250,7 +250,10 @@ Record({release.versions["vllm"]: release}).save(sys.argv[2])
             in_environment(environment, program, swept("h100"), share, json.dumps(options.only))
             found = found.renewed(Record.load(share), whole=not options.only)
             found.save()
-    found.renewed(Record({newest.versions["vllm"]: release_of(newest)})).save()
+    tried = {
+        name for environment in RELEASES for name in found.releases[environment.name.removeprefix("vllm-")].architectures
+    }
+    found.renewed(Record({newest.versions["vllm"]: release_of(newest, tried)})).save()
     return 0
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 from glmpp.progress import progress_bar
@@ -49,9 +50,9 @@ def try_release(cases: list[tuple[str, str]], gpu: str, workers: int | None = No
     return Release(installed["versions"], f"on {time.strftime('%Y-%m-%d')}", machine, gpu, known)
 
 
-def release_of(newest: Sweep) -> Release:
-    """The share of a release that was swept in full, from that sweep's record."""
-    chosen = set(cases_of(newest))
+def release_of(newest: Sweep, architectures: Collection[str] | None = None) -> Release:
+    """The share of a release that was swept in full, from that sweep's record: of all that counts there, or of these."""
+    chosen = {case for case in cases_of(newest) if architectures is None or case[0] in architectures}
     cases = [case for case in newest.cases if (case.architecture, case.variant) in chosen]
     known = known_of(cases, {name for name, _ in chosen})
     return Release(newest.versions, newest.recorded or "live", newest.machine, newest.gpu, known)
