@@ -56,9 +56,7 @@ def _layer(cls):
 
 
 @pytest.mark.parametrize(("layers", "dense", "size", "rank"), STAGES)
-def test_stage_is_built_with_what_experts_it_has(
-    layers, dense, size, rank, monkeypatch
-):
+def test_stage_is_built_and_loaded(layers, dense, size, rank, monkeypatch):
     stage = {"is_first_rank": rank == 0, "is_last_rank": rank == size - 1}
     group = SimpleNamespace(rank_in_group=rank, world_size=size, **stage)
     monkeypatch.setattr(parallel_state, "_PP", group)
