@@ -36,6 +36,8 @@ ARCHITECTURES = [
     "GlmMoeDsaForCausalLM",
     "GptOssForCausalLM",
     "JambaForCausalLM",
+    "LongcatFlashForCausalLM",
+    "MiMoV2FlashForCausalLM",
     "MiniMaxM2ForCausalLM",
     "OlmoeForCausalLM",
     "Qwen3NextForCausalLM",
@@ -43,6 +45,7 @@ ARCHITECTURES = [
 # Fields of the published configs that not every class of transformers has; Afmoe
 # wants an MoE layer on every stage unless it has none.
 OF_THE_HUB = {"n_group": 1, "first_k_dense_replace": 1, "num_dense_layers": 99}
+OF_THE_HUB |= {"layernorm_epsilon": 1e-5}
 
 STAGES = [(rank, size) for size in (1, 2, 3) for rank in range(size)]
 STAGE_IDS = [f"PP{size}-rank{rank}" for rank, size in STAGES]

@@ -8,11 +8,15 @@ then not read, as with vLLM's own.
 
 RELEASES = ("0.33.0",)
 NAMES = (
-    "Afmoe DeepseekV2 DeepseekV3 DeepseekV32 Glm4Moe Glm4MoeLite Glm5Next GlmMoeDsa GptOss Jamba MiniMaxM2 Olmoe Qwen3Next"
+    "Afmoe DeepseekV2 DeepseekV3 DeepseekV32 DeepseekV4 Glm4Moe Glm4MoeLite Glm5Next GlmMoeDsa GptOss Jamba LongcatFlash"
+    " MiMoV2Flash MiniMaxM2 MuseGlimmer Olmoe Qwen3Next"
 )
 CAUSAL = tuple(f"{name}ForCausalLM" for name in NAMES.split())
 # These build one of those, or are one.
-AROUND = ("Glm4vMoeForConditionalGeneration", "Glm5NextForConditionalGeneration", "JambaForSequenceClassification")
+AROUND = (
+    *(f"{name}ForConditionalGeneration" for name in ("Glm4vMoe", "Glm5Next", "MuseGlimmer")),
+    "JambaForSequenceClassification",
+)
 ARCHITECTURES = (*CAUSAL, *AROUND)
 
 

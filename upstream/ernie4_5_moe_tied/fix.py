@@ -1,1 +1,0 @@
-../../glmpp/engine/fixes/ernie4_5_moe_tied.py

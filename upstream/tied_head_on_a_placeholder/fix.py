@@ -1,0 +1,1 @@
+../../glmpp/engine/fixes/tied_head_on_a_placeholder.py
