@@ -218,7 +218,9 @@ swept, target, only = Sweep.load(sys.argv[1]), Path(sys.argv[2]), json.loads(sys
 counted = [(case.architecture, case.variant) for case in swept.counted]
 found = compare([case for case in counted if not only or case[0] in only], swept.gpu)
 if only:
-    found.cases, found.of = {**Comparison.load(target).cases, **found.cases}, len(counted)
+    before = Comparison.load(target)
+    found.cases, found.of = {**before.cases, **found.cases}, len(counted)
+    found.seconds += before.seconds
 found.save(target)
 """
     target = RECORDED / f"no-false-alarm-{NEWEST.name}.json"

@@ -106,7 +106,9 @@ class Stages:
             account = Account(load, self.source.shapes, self.drafted() if place.drafter else None)
             result.update(account.message(self.request["model"] if self.real else None))
             if self.real:
-                result["digests"] = {name: digest(p) for name, p in built.model.named_parameters()}
+                # What belongs to a tower that this stage has no use for, vLLM itself leaves without data.
+                held = {name: p for name, p in built.model.named_parameters() if not p.is_meta}
+                result["digests"] = {name: digest(p) for name, p in held.items()}
                 self.keep(place, built.model)
             result["memory"] = memory(self.builder, place, built, device, self.request["context"])
             result["model_class"] = f"{type(built.model).__module__}.{type(built.model).__qualname__}"

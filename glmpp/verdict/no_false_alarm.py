@@ -156,7 +156,8 @@ def _kinds(stage: StageReport) -> Mapping[str, int]:
 
 
 def _by_digest(should: StageReport, ours: StageReport, where: str) -> Compared:
-    """Of all parameters but those that both leave at init as expected: these hold what memory held."""
-    names = [name for name in ours.digests if name not in ours.left or name not in should.left]
+    """Of all parameters but those that both leave at init as expected, or that are padded: these hold what memory held."""
+    padded = ours.ledger.padding
+    names = [name for name in ours.digests if name not in padded and (name not in ours.left or name not in should.left)]
     differ = [name for name in names if ours.digests[name] != should.digests.get(name)]
     return Compared(UNEQUAL, f"{where}: {differ[0]}") if differ else Compared(EQUAL, "", len(names))

@@ -9,12 +9,12 @@ then not read, as with vLLM's own.
 RELEASES = ("0.33.0",)
 NAMES = (
     "Afmoe DeepseekV2 DeepseekV3 DeepseekV32 DeepseekV4 Glm4Moe Glm4MoeLite Glm5Next GlmMoeDsa GptOss Jamba LongcatFlash"
-    " MiMoV2Flash MiniMaxM2 MuseGlimmer Olmoe Qwen3Next"
+    " MiMoV2Flash MiniMaxM2 MiniMaxM3Sparse MuseGlimmer Olmoe Qwen3Next Qwen4Exp"
 )
 CAUSAL = tuple(f"{name}ForCausalLM" for name in NAMES.split())
 # These build one of those, or are one.
 AROUND = (
-    *(f"{name}ForConditionalGeneration" for name in ("Glm4vMoe", "Glm5Next", "MuseGlimmer")),
+    *(f"{name}ForConditionalGeneration" for name in ("Glm4vMoe", "Glm5Next", "MiniMaxM3Sparse", "MuseGlimmer", "Qwen4Exp")),
     "JambaForSequenceClassification",
 )
 ARCHITECTURES = (*CAUSAL, *AROUND)
