@@ -156,17 +156,18 @@ def test_with_the_fix_every_stage_loads(entry):
 
 @each_swept
 def test_bytes_equal_those_of_pp_1_and_of_the_file(entry):
-    """A tied head is one parameter with the embedding at PP=1 and has a name of its own on a last stage."""
+    """A tied head is one parameter with the embedding at PP=1 and has a name of its own on a last stage. What vLLM pads is
+    not compared: the padding holds what memory held."""
     for one in tried(entry.name):
         (whole,), (as_it_was,) = one.after[0].stages, one.before[0].stages
         held = whole.digests
         for report in one.after[1:]:
             for stage in report.stages:
-                for name in stage.digests.keys() - set(one.cured.left):
+                for name in stage.digests.keys() - set(one.cured.left) - set(stage.ledger.padding):
                     assert stage.digests[name] == held[name] if name in held else stage.digests[name] in held.values(), name
             assert held.keys() <= {name for stage in report.stages for name in stage.digests}
         for name, was in as_it_was.digests.items():
-            if name not in one.found.left:
+            if name not in one.found.left and name not in whole.ledger.padding:
                 assert held[name] == was, name
         for name in filter(entry.covers, one.found.left):
             tensor = one.tensors[one.found.left[name].tensor]
