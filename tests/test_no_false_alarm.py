@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import ROOT
 
-from glmpp.ledger import ABSENT, EXPECTED, UNTIED, Left
+from glmpp.ledger import ABSENT, EXPECTED, UNTIED, Ledger, Left
 from glmpp.partition import make_stages
 from glmpp.verdict.no_false_alarm import (
     EQUAL,
@@ -26,11 +26,15 @@ STAGE = make_stages({"num_hidden_layers": 2}, 1)[0]
 HEAD, SCALE = {"head": Left(UNTIED, "w")}, {"kv_scale": Left(EXPECTED, "w")}
 
 
-def stage(verdict: str, digests: dict | None = None, left: dict | None = None, said: str = "") -> StageReport:
+def stage(
+    verdict: str, digests: dict | None = None, left: dict | None = None, said: str = "", padding: dict | None = None
+) -> StageReport:
     """A report of a stage; what it dies of is a GlmppError if it is something about parameters."""
+    ledger = Ledger({}, {}, padding=padding or {})
     exception = "GlmppError" if "parameters" in said else "KeyError"
     deaths = [Death(None, exception, said, None, "vllm/a.py:1", "f")] if said else []
-    return StageReport(STAGE, verdict, deaths=deaths, evidence=Evidence(digests=digests or {}), left=left or {})
+    evidence = Evidence(digests=digests or {})
+    return StageReport(STAGE, verdict, ledger=ledger, deaths=deaths, evidence=evidence, left=left or {})
 
 
 def refused(count: int, left: dict) -> StageReport:
@@ -46,6 +50,7 @@ ONE, OTHER = {"a": "1", "head": "2"}, {"a": "1", "head": "3"}
 PAIRS = {
     "the same bytes": (stage(LOADS, ONE), stage(LOADS, ONE), EQUAL),
     "other bytes": (stage(LOADS, ONE), stage(LOADS, OTHER), UNEQUAL),
+    "other bytes where vLLM pads": (stage(LOADS, ONE), stage(LOADS, OTHER, padding={"head": 2}), EQUAL),
     "a parameter more": (stage(LOADS, {"a": "1"}), stage(LOADS, ONE), UNEQUAL),
     "at init in both": (stage(LOADS, {**ONE, "kv_scale": "4"}, SCALE), stage(LOADS, {**ONE, "kv_scale": "5"}, SCALE), EQUAL),
     "at init in one": (stage(LOADS, {**ONE, "kv_scale": "4"}), stage(LOADS, {**ONE, "kv_scale": "5"}, SCALE), UNEQUAL),
