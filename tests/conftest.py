@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,14 @@ def own_server(monkeypatch):
     yield
     for one in server.Server.current.values():
         one.process.kill()
+
+
+@pytest.fixture
+def interruptible():
+    """As at a terminal. What a shell starts in the background ignores interrupts, and so does all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_a_child_that_is_killed_is_an_error_that_says_so_and_the_next_run_works(
 
 
 @pytest.mark.vllm
-def test_an_interrupt_ends_the_child_and_the_next_run_works(needs_vllm, endless, tiny):
+def test_an_interrupt_ends_the_child_and_the_next_run_works(needs_vllm, endless, tiny, interruptible):
     seen = []
 
     def interrupt(pid: int) -> None:

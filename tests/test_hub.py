@@ -527,7 +527,7 @@ def test_an_answer_that_does_not_tell_the_size(hub, shard, told):
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
-def test_an_interrupt_does_not_wait_for_requests_that_are_under_way(hub, shard, monkeypatch):
+def test_an_interrupt_does_not_wait_for_requests_that_are_under_way(hub, shard, monkeypatch, interruptible):
     main = threading.main_thread().ident
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 200)
 
