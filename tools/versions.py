@@ -7,6 +7,8 @@
     python tools/versions.py bytes     # the load format beside stock on what counts there, real bytes; 20 minutes
     python tools/versions.py releases  # what counts there on those before it, into glmpp/verdict/releases.json; an hour
 
+The last three with --only NAME…: these architectures, the rest stays as it was recorded.
+
 Environments live in the user's cache directory (GLMPP_CACHE, XDG_CACHE_HOME or ~/.cache, in `glmpp/`), one for each
 release and set of requirements. This checkout is installed into them anew, as a wheel, before every run.
 """

@@ -8,7 +8,6 @@ RENAMED = {
     "minimax_m3_vl": {"silu": "swigluoai"},
 }
 
-
 # Model type -> fields of the hub's configs that transformers' classes do not keep.
 ADDED = {
     "deepseek_v2": {"n_group": 1, "topk_group": 1},
@@ -148,10 +147,8 @@ TRANSPOSED = {"qwen3_vl_moe": r"\.mlp\.experts\.(gate_up|down)_proj$"}
 # and what the hub's configs set where transformers' defaults are None, or do not fit the sizes.
 _LATENT = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
 PUBLISHED = {
-    **dict.fromkeys(
-        ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear"), _LATENT
-    ),
-    "longcat_flash": _LATENT,
+    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), _LATENT),
+    **dict.fromkeys(("kimi_linear", "longcat_flash"), _LATENT),
     "hunyuan_v1_dense": {"head_dim": 64},
     "hunyuan_v1_moe": {"head_dim": 64},
     "hunyuan_vl_text": {"head_dim": 64},
