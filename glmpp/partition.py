@@ -301,15 +301,28 @@ def balance_cache(
     Returns:
         Layers per stage, at least one each; None if no split fits.
     """
+    cost = cache_cost(weights, caches, pp_size, room, first, last)
+    counts = best_split(len(weights), pp_size, cost)
+    return None if math.isinf(largest(cost, counts)) else counts
+
+
+def cache_cost(
+    weights: Sequence[int], caches: Sequence[int], pp_size: int, room: int, first: int = 0, last: int = 0
+) -> Callable[[int, int, int], float]:
+    """Cost of a stage, from its rank, its first layer and the one after its last: the share of its room that one token's
+    cache takes, infinite if its weights leave none. Arguments as of `balance_cache`."""
     below, cached = [0, *accumulate(weights)], [0, *accumulate(caches)]
 
     def cost(rank: int, start: int, stop: int) -> float:
         left = room - (below[stop] - below[start] + first * (rank == 0) + last * (rank == pp_size - 1))
         return (cached[stop] - cached[start]) / left if left > 0 else math.inf
 
-    counts = best_split(len(weights), pp_size, cost)
-    ends = pairwise(accumulate(counts, initial=0))
-    return None if any(math.isinf(cost(rank, *stage)) for rank, stage in enumerate(ends)) else counts
+    return cost
+
+
+def largest(cost: Callable[[int, int, int], float], counts: Sequence[int]) -> float:
+    """The cost of the stage that costs the most, of a split into so many layers each."""
+    return max(cost(rank, *stage) for rank, stage in enumerate(pairwise(accumulate(counts, initial=0))))
 
 
 def best_split(num_layers: int, pp_size: int, cost: Callable[[int, int, int], float]) -> list[int]:

@@ -64,13 +64,13 @@ MUTATIONS = {
         "test_partition.py::test_every_tensor_of_the_model_has_an_owner",
     ),
     "a stage that does not fit": (
-        "partition.py::balance_cache",
+        "partition.py::cache_cost",
         "if left > 0 else math.inf",
         "if left else math.inf",
         "test_partition.py::test_the_split_that_leaves_most_tokens_equals_brute_force",
     ),
     "what the first and the last stage hold beside layers": (
-        "partition.py::balance_cache",
+        "partition.py::cache_cost",
         "first * (rank == 0) + last * (rank == pp_size - 1)",
         "0",
         "test_partition.py::test_the_split_that_leaves_most_tokens_equals_brute_force",

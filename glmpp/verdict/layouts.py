@@ -13,7 +13,7 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.formats.config import text_config
 from glmpp.gpus import GPUS
-from glmpp.partition import balance_cache, layer_list
+from glmpp.partition import balance_cache, cache_cost, largest, layer_list
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import run_of, stage_request
@@ -164,7 +164,7 @@ class Search:
         return Layout(report.deployment, verdict, why, found, None, len(by_rank))
 
     def better(self, one: Layout) -> list[int] | None:
-        """Layers per stage that leave more tokens than vLLM's split, by what each layer takes; None if none does."""
+        """Layers per stage that leave enough more tokens than vLLM's split, by what each layer takes; None if none do."""
         if one.deployment.pp == 1 or one.fit is None or not one.fit.known:
             return None
         stages = one.deployment.stages(self.checkpoint.config)
@@ -179,14 +179,14 @@ class Search:
         ends = [rest(memory) for memory in (one.fit.memories[0], one.fit.memories[-1])]
         everywhere = min(rest(memory) for memory in one.fit.memories)
         room = int(one.fit.gpu.memory * one.fit.share) - everywhere
-        counts = balance_cache(
-            [weights[kind] for kind in self.kinds],
-            [pages[kind] for kind in self.kinds],
-            one.deployment.pp,
-            room,
-            *(end - everywhere for end in ends),
-        )
-        return None if counts is None or counts == [len(stage.layers) for stage in stages] else counts
+        layers = [weights[kind] for kind in self.kinds], [pages[kind] for kind in self.kinds]
+        rooms = one.deployment.pp, room, *(end - everywhere for end in ends)
+        counts = balance_cache(*layers, *rooms)
+        if counts is None:
+            return None
+        cost = cache_cost(*layers, *rooms)
+        even = [len(stage.layers) for stage in stages]
+        return counts if largest(cost, even) > WORTH_IT * largest(cost, counts) else None
 
     def best(self, even: list[Layout], balanced: list[Layout]) -> list[tuple[Layout, int | None]]:
         """Of each layout the one with vLLM's split or the other, whichever is worth it, and the other's tokens."""
