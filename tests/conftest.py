@@ -56,10 +56,13 @@ LONGEST = [
     "test_vllm_sweep",
     "test_vllm_contract",
 ]
+ANYWHERE = ("notebooks that read all names", "notebook", "mutants with vLLM", "mutants")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at the marks in the same hook
 def pytest_collection_modifyitems(config, items):
-    """With pytest-xdist a file's tests stay on one worker, with their fixtures; each notebook goes where there is room."""
+    """With pytest-xdist a file's tests stay on one worker, with their fixtures and servers; notebooks and mutants go where
+    there is room."""
     if not hasattr(config, "workerinput"):
         return
 
@@ -76,7 +79,7 @@ def pytest_collection_modifyitems(config, items):
 
     items.sort(key=place)
     for item in items:
-        if kind(item) != "notebook":
+        if kind(item) not in ANYWHERE:
             item.add_marker(pytest.mark.xdist_group(kind(item)))
 
 

@@ -63,18 +63,18 @@ def test_a_name_that_was_elsewhere_before_is_found_there(monkeypatch):
 
 def test_the_load_format_and_the_dry_run_ask_before_they_use_anything():
     program = (
-        "from glmpp.engine import contract; contract.NAMES['vllm.config:Gone'] = contract.LOAD_FORMAT\n"
+        "from glmpp.engine import contract; contract.NAMES = {'vllm.version:Gone': contract.LOAD_FORMAT}\n"
         "import glmpp.engine.load_format"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode != 0 and "has no vllm.config:Gone" in done.stderr
+    assert done.returncode != 0 and "has no vllm.version:Gone" in done.stderr
     program = (
         "import sys; sys.argv = ['child', '0']\n"
-        "from glmpp.engine import contract, child; contract.NAMES['vllm.config:Gone'] = contract.DRY_RUN\n"
+        "from glmpp.engine import contract, child; contract.NAMES = {'vllm.version:Gone': contract.DRY_RUN}\n"
         "child.preload('cpu')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode != 0 and "has no vllm.config:Gone" in done.stderr
+    assert done.returncode != 0 and "has no vllm.version:Gone" in done.stderr
 
 
 def test_missing_layer_names_have_the_form_that_the_fix_leans_on():

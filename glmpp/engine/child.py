@@ -43,6 +43,23 @@ os.environ.update(
 # jsonschema imports it where it is installed (JupyterLab brings it) and builds a grammar for 3.6 s; vLLM never uses it.
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
+# What vLLM imports only once a model is built, which would be half of the time of a small model's verdict in every fork. A
+# release that has no such module does without.
+BACKENDS = "vllm.v1.attention.backends"
+LATE = [
+    "vllm.model_executor.models.adapters",
+    "vllm.model_executor.models.deepseek_mtp",
+    "vllm.model_executor.models.deepseek_v2",
+    "vllm.model_executor.models.llama",
+    "vllm.v1.executor.multiproc_executor",
+]
+LATE_ON_GPU = [
+    "flashinfer",
+    "vllm.models.deepseek_v32",
+    *(f"{BACKENDS}.{name}" for name in ("flash_attn", "flashinfer", "triton_attn", "flex_attention", "turboquant_attn")),
+    *(f"{BACKENDS}.mla.{name}" for name in ("flashattn_mla", "flashmla", "flashmla_sparse", "triton_mla")),
+]
+
 
 def preload(target: str) -> None:
     """Everything slow and common to all requests: half a minute of imports the first time, a second once forked."""
@@ -55,10 +72,8 @@ def preload(target: str) -> None:
     from vllm.model_executor.layers.quantization import get_quantization_config
 
     get_quantization_config("fp8")
-    models = ["vllm.model_executor.models.deepseek_v2", "vllm.model_executor.models.deepseek_mtp"]
-    if target != CPU:  # what a GPU's choosers ask for kernels takes 3 s, and 200 MB that forks then share
-        models += ["vllm.models.deepseek_v32", "flashinfer"]
-    for module in models:
+    contract.missing(contract.KV_CACHE)  # looks, and so imports
+    for module in LATE + (LATE_ON_GPU if target != CPU else []):
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
 

@@ -41,6 +41,7 @@ class StageLoad:
         self.built, self.guard, self.make_loader, self.nbytes, self.device = built, guard, make_loader, nbytes, device
         self.deaths: list[dict] = []
         self.dead: set[str] = set()
+        self.loader = None
 
     def run(self, all_deaths: bool) -> None:
         """Load until the end or the first death.
