@@ -139,7 +139,34 @@ def test_a_sweep_is_renewed_for_some_cases_and_keeps_the_order_and_seconds_of_th
     before = Sweep([Case("A", "plain", why="x"), Case("B", "plain")], {}, "m", 100.0)
     after = before.renewed(Sweep([Case("C", "plain"), Case("A", "plain")], {}, "m", 3.0))
     assert [(case.architecture, case.why) for case in after.cases] == [("A", ""), ("B", ""), ("C", "")]
-    assert after.seconds == 100.0 and before.cases[0].why == "x"
+    assert after.seconds == 100.0 and before.cases[0].why == "x" and (before.tried, after.tried) == (2, 3)
+
+
+def test_beside_another_targets_sweep_only_what_differs_is_kept(tmp_path):
+    def found(key: str) -> list[Finding]:
+        return [Finding(2, 1, DIES, "KeyError", key, key, "vllm/a.py:7", None, [], LOADS)]
+
+    def one(**changed) -> Case:
+        return Case(
+            "A", "plain", **{"model_class": "vllm.a.A", "verdicts": {1: LOADS, 2: DIES}, "findings": found("k"), **changed}
+        )
+
+    changes = [
+        {"model_class": "vllm.b.A"},
+        {"verdicts": {1: LOADS, 2: CANNOT_BUILD}},
+        {"why": "PP=1 dies"},
+        {"left": {"w": Left("absent", "")}},
+        {"findings": found("other")},
+    ]
+    here = Sweep([one()], {}, "m", 0.0, "h100")
+    assert Sweep([one(seconds=9.0, stand_ins=["driver"])], {}, "m", 0.0, "b200").beside(here).cases == []
+    for changed in changes:
+        there = Sweep([one(**changed), one()], {}, "m", 0.0, "b200")
+        assert there.beside(here).cases == [one(**changed)], changed
+    assert Sweep([Case("B", "plain")], {}, "m", 0.0).beside(here).cases == [Case("B", "plain")]
+    there.beside(here).save(tmp_path / "s.json")
+    again = Sweep.load(tmp_path / "s.json")
+    assert (again.tried, again.cases) == (2, [one(**changes[-1])])
 
 
 def test_the_command_renews_what_is_recorded():

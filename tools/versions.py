@@ -48,7 +48,7 @@ SUITES = [
 ]
 FINDINGS = "tests/findings/test_findings.py"
 UPSTREAM = "tests/upstream/test_pp_weight_loading.py"
-SWEPT = ("cpu", "h100")  # targets of which notebook 06 shows the record
+SWEPT = {"cpu": "", "h100": "", "b200": "h100"}  # targets of which notebook 06 shows the record: all, or beside another's
 UPSTREAM_SECONDS = 60  # as promised to whoever runs it in vLLM's own tests
 
 
@@ -203,12 +203,17 @@ import json, sys
 from pathlib import Path
 from glmpp.verdict.sweep import sweep
 from glmpp.verdict.sweep_report import Sweep
-gpu, target, only = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+gpu, target, only, beside = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
 found = sweep(only, gpu=gpu)
-(Sweep.load(target).renewed(found) if only else found).save(target)
+if beside:
+    found = found.beside(Sweep.load(beside))
+elif only:
+    found = Sweep.load(target).renewed(found)
+found.save(target)
 """
-    for gpu in SWEPT:
-        in_environment(NEWEST, program, gpu, swept(gpu), json.dumps(options.only))
+    for gpu, beside in SWEPT.items():
+        if not (beside and options.only):  # of some alone it could not be said what differs
+            in_environment(NEWEST, program, gpu, swept(gpu), json.dumps(options.only), swept(beside) if beside else "")
     return 0
 
 

@@ -83,6 +83,7 @@ class Sweep:
     Attributes:
         gpu: the GPU that was pretended, or "cpu".
         recorded: None for a live run; otherwise when it was recorded.
+        tried: how many cases there were; more than `cases` where only those are kept that differ from another target's.
     """
 
     cases: list[Case]
@@ -91,6 +92,10 @@ class Sweep:
     seconds: float
     gpu: str = CPU
     recorded: str | None = None
+    tried: int = 0
+
+    def __post_init__(self):
+        self.tried = self.tried or len(self.cases)
 
     @property
     def source(self) -> str:
@@ -164,11 +169,17 @@ class Sweep:
     def renewed(self, later: Sweep) -> Sweep:
         """This sweep with a later one's cases in place of its own; the seconds stay those of the whole."""
         cases = {(case.architecture, case.variant): case for case in (*self.cases, *later.cases)}
-        return replace(self, cases=list(cases.values()))
+        return replace(self, cases=list(cases.values()), tried=len(cases))
+
+    def beside(self, other: Sweep) -> Sweep:
+        """This sweep without the cases of which another target's says the same: class, verdicts, faults and reasons."""
+        same = {(case.architecture, case.variant): _said(case) for case in other.cases}
+        kept = [case for case in self.cases if same.get((case.architecture, case.variant)) != _said(case)]
+        return replace(self, cases=kept)
 
     def save(self, path: str | Path) -> None:
         head = {"recorded": f"on {time.strftime('%Y-%m-%d')}", "versions": self.versions, "machine": self.machine}
-        head |= {"gpu": self.gpu, "seconds": round(self.seconds)}
+        head |= {"gpu": self.gpu, "seconds": round(self.seconds), "tried": self.tried}
         lines = ",\n".join(json.dumps(asdict(case)) for case in self.cases)
         Path(path).write_text(json.dumps(head)[:-1] + f', "cases": [\n{lines}\n]}}\n')
 
@@ -195,6 +206,11 @@ def differences(one: Sweep, other: Sweep) -> DataFrame:
         told = {f"{what}, {sweep.gpu}": how for sweep, of in ((one, case), (other, twin)) for what, how in _told(of).items()}
         rows.append({"architecture": case.architecture, "variant": case.variant, **dict(sorted(told.items()))})
     return DataFrame(rows)
+
+
+def _said(case: Case) -> tuple:
+    faults = [(found.pp_size, found.stage, found.key, found.with_load_format) for found in case.findings]
+    return case.model_class, case.verdicts, case.why, sorted(case.left), faults
 
 
 def _told(case: Case) -> dict[str, str]:
