@@ -300,6 +300,8 @@ def main() -> int:
     parser.add_argument("--tested", help="matrix: a release on which `make test` has just run the same suites")
     parser.add_argument("--only", nargs="+", help="sweep, bytes, releases: try these architectures, keep the rest")
     options = parser.parse_args()
+    # uv leaves it to Python to compile what is imported: once, not in every process, whatever is usual on this machine.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     return commands[options.what](options)
 
 
