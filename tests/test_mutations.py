@@ -399,6 +399,12 @@ MUTATIONS = {
         "if True:",
         "test_vllm_plugin.py::test_a_filter_one_layer_too_wide_is_caught_by_the_books",
     ),
+    "a loader that cannot be made": (
+        "engine/stage_load.py::StageLoad.__init__",
+        "self.loader = None",
+        "pass",
+        "test_vllm_child.py::test_where_vllm_may_not_load_the_kits_plugin_the_load_format_is_said_to_be_unknown",
+    ),
     "the check is made": (
         "engine/load_format.py::StageModelLoader.load_weights",
         "self.check(losses(",

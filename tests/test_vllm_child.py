@@ -19,7 +19,7 @@ from glmpp.verdict import forks, server
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import LOADS, DryRunReport
+from glmpp.verdict.report import DIES, LOADS, DryRunReport
 
 pytestmark = pytest.mark.vllm
 needs_vllm = pytest.mark.skipif(vllm_version() is None, reason="builds the installed vLLM's classes")
@@ -214,3 +214,12 @@ def test_runs_that_take_too_long_are_ended_and_said_to_be(tiny, full):
     runs = [run_of(deployment, rank) for rank in range(8)]
     with pytest.raises(GlmppError, match="was not done after 0 s"):
         forks.run_stages(full, stage_request(full, deployment), runs, timeout=0.01)
+
+
+@needs_vllm
+def test_where_vllm_may_not_load_the_kits_plugin_the_load_format_is_said_to_be_unknown(tiny, own_server, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "of_somebody_else")
+    (stage,) = dry_run(tiny, 1, progress=False).stages
+    assert stage.verdict == LOADS
+    (stage,) = dry_run(tiny, Deployment(1, guard="loader"), progress=False).stages
+    assert (stage.verdict, stage.exception) == (DIES, "ValueError") and "`glmpp` is not supported" in stage.message
