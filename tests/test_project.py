@@ -246,8 +246,9 @@ RECORDS = sorted((ROOT / "data" / "recorded").glob(f"sweep-vllm-{findings.RELEAS
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_every_row_of_the_recorded_sweep_is_a_finding_or_says_why_it_is_none(path):
-    cases = [case for case in Sweep.load(path).counted if case.findings or case.left]
-    assert len(cases) > 20
+    sweep = Sweep.load(path)
+    cases = [case for case in sweep.counted if case.findings or case.left]
+    assert len(cases) > 20 or sweep.tried > len(sweep.cases)  # of that one only what differs from another target's
     assert {(case.architecture, case.variant): unknown for case in cases if (unknown := findings.uncovered(case))} == {}
 
 

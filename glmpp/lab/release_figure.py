@@ -10,12 +10,12 @@ from glmpp.verdict.releases import NOT_KNOWN, NOT_THERE, Record
 from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 
 CELLS = {
-    LOADS: (BLUE, "loads"),
+    LOADS: (BLUE, ""),
     DIES: (RED, "dies"),
     CANNOT_BUILD: (PURPLE, "not built"),
     INCOMPLETE: (ORANGE, "incomplete"),
-    NOT_KNOWN: (GREY, "not known"),
-    NOT_THERE: (PALE, "not there"),
+    NOT_KNOWN: (GREY, "?"),
+    NOT_THERE: (PALE, ""),
 }
 CONTROL = "GlmMoeDsaForCausalLM"
 
@@ -23,7 +23,7 @@ CONTROL = "GlmMoeDsaForCausalLM"
 def since_when(record: Record) -> Figure:
     """Architectures (rows) by releases (columns), the worst verdict of the variants at PP=1 and 2; the control on top.
 
-    Rows that are LOADS everywhere are left out.
+    Rows that are LOADS wherever the architecture is there are left out.
     """
     table = record.not_loading()
     names = [CONTROL, *(name for name in table.index if name != CONTROL)]

@@ -116,9 +116,9 @@ class Record:
         return DataFrame({name: [of.verdict(one) for one in names] for name, of in self.releases.items()}, index=names)
 
     def not_loading(self) -> DataFrame:
-        """The rows of `table` that are not LOADS everywhere."""
+        """The rows of `table` that are not LOADS on every release that knows the architecture."""
         table = self.table()
-        return table[(table != LOADS).any(axis=1)]
+        return table[~table.isin([LOADS, NOT_THERE]).all(axis=1)]
 
 
 def number(release: str) -> tuple[int, ...]:
