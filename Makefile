@@ -19,7 +19,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= lab,vllm,readers,weights,test
 BIN := $(VENV)/bin
-SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 READY := $(VENV)/.ready
 # A Python that was named and is not the environment's.
 VERSION := -c "import sys; print(sys.version_info[:2])"

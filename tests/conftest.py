@@ -43,26 +43,24 @@ settings.load_profile("any speed")
 LONGEST = [
     "test_vllm_plugin",
     "test_vllm_quantised",
-    "mutants with vLLM",
     "test_vllm_layouts",
+    "test_vllm_targets",
+    "test_faults",
     "test_vllm_check",
     "test_vllm_losses",
     "test_vllm_memory",
     "test_vllm_dry_run",
+    "test_vllm_child",
+    "test_vllm_sweep",
     "notebooks that read all names",
     "notebook",
-    "test_faults",
+    "mutants with vLLM",
     "mutants",
-    "test_vllm_sweep",
-    "test_vllm_contract",
 ]
-ANYWHERE = ("notebooks that read all names", "notebook", "mutants with vLLM", "mutants")
+SPREAD = ("test_notebooks.py", "test_mutations.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at the marks in the same hook
 def pytest_collection_modifyitems(config, items):
-    """With pytest-xdist a file's tests stay on one worker, with their fixtures and servers; notebooks and mutants go where
-    there is room."""
     if not hasattr(config, "workerinput"):
         return
 
@@ -74,13 +72,23 @@ def pytest_collection_modifyitems(config, items):
             return "notebooks that read all names" if "05_" in item.name else "notebook"
         return item.path.stem
 
-    def place(item) -> int:
-        return LONGEST.index(kind(item)) if kind(item) in LONGEST else len(LONGEST)
+    items.sort(key=lambda item: LONGEST.index(kind(item)) if kind(item) in LONGEST else len(LONGEST))
 
-    items.sort(key=place)
-    for item in items:
-        if kind(item) not in ANYWHERE:
-            item.add_marker(pytest.mark.xdist_group(kind(item)))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay on one worker, with their fixtures and servers; notebooks and mutants go where there is room.
+
+    Not by the mark `xdist_group`: pytest-xdist 3.8 appends it to a name that pytest 9.2 no longer asks for.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith(SPREAD) else file
+
+    return ByFile(config, log)
 
 
 def pytest_configure(config):

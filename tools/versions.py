@@ -34,7 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = ROOT / "data" / "recorded"
 TOOLS = ["pytest>=8", "hypothesis>=6.100", "pytest-xdist>=3.5"]
-SIDE_BY_SIDE = ["-n", "logical", "--maxprocesses", "4", "--dist", "loadgroup", "--no-loadscope-reorder"]  # as `make test`
+SIDE_BY_SIDE = ["-n", "logical", "--maxprocesses", "4", "--dist", "loadscope", "--no-loadscope-reorder"]  # as `make test`
 SUITES = [
     "tests/test_vllm_plugin.py",
     "tests/test_vllm_check.py",
