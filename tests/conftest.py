@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from workers import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,57 +39,6 @@ if expected := os.environ.get("GLMPP_MUTANT"):
 # No example fails for being slow: the machine may be busy with something else.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any speed")
-
-# What takes longest, in this order: begun first, so that in the end no worker waits long for another. `make test`.
-LONGEST = [
-    "test_vllm_plugin",
-    "test_vllm_quantised",
-    "test_vllm_layouts",
-    "test_vllm_targets",
-    "test_faults",
-    "test_vllm_check",
-    "test_vllm_losses",
-    "test_vllm_memory",
-    "test_vllm_dry_run",
-    "test_vllm_child",
-    "test_vllm_sweep",
-    "notebooks that read all names",
-    "notebook",
-    "mutants with vLLM",
-    "mutants",
-]
-SPREAD = ("test_notebooks.py", "test_mutations.py")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not hasattr(config, "workerinput"):
-        return
-
-    def kind(item) -> str:
-        marks = {mark.name for mark in item.iter_markers()}
-        if "mutation" in marks:
-            return "mutants with vLLM" if "vllm" in marks else "mutants"
-        if "notebooks" in marks:
-            return "notebooks that read all names" if "05_" in item.name else "notebook"
-        return item.path.stem
-
-    items.sort(key=lambda item: LONGEST.index(kind(item)) if kind(item) in LONGEST else len(LONGEST))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """A file's tests stay on one worker, with their fixtures and servers; notebooks and mutants go where there is room.
-
-    Not by the mark `xdist_group`: pytest-xdist 3.8 appends it to a name that pytest 9.2 no longer asks for.
-    """
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return nodeid if file.endswith(SPREAD) else file
-
-    return ByFile(config, log)
 
 
 def pytest_configure(config):

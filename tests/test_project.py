@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -226,6 +227,33 @@ def test_ci_runs_the_unit_tests_and_the_keyerror_on_another_python():
     live = re.search(r"^LIVE := (\w+)$", makefile, flags=re.M)[1]
     assert f"def {live}(" in (ROOT / "tests" / "test_vllm_dry_run.py").read_text()
     assert "$(MAKE) test-unit test-live" in makefile
+
+
+def test_a_files_tests_stay_on_one_worker(tmp_path):
+    """Groups by marks were lost without a word when pytest changed under pytest-xdist."""
+    pytest.importorskip("xdist")
+    own = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom workers import pytest_xdist_make_scheduler\n"
+    (tmp_path / "conftest.py").write_text(own)
+    test = (
+        "import os, pytest, time\n"
+        "@pytest.mark.parametrize('n', range(20))\n"
+        "def test_one(n):\n"
+        "    time.sleep(0.01)\n"
+        "    with open(__file__ + '.said', 'a') as file:\n"
+        "        file.write(os.environ['PYTEST_XDIST_WORKER'] + chr(10))\n"
+    )
+    names = ["test_a.py", "test_b.py", "test_notebooks.py"]
+    for name in names:
+        (tmp_path / name).write_text(test)
+    makefile = (ROOT / "Makefile").read_text()
+    how = re.search(r"^SIDE_BY_SIDE := (.+)$", makefile, flags=re.M)[1].replace("logical", "2").split()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *how, str(tmp_path)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    workers = [(tmp_path / f"{name}.said").read_text().split() for name in names]
+    assert [len(one) for one in workers] == [20, 20, 20]
+    assert [len(set(one)) for one in workers] == [1, 1, 2]
 
 
 def test_importing_the_kit_does_not_import_vllm():
