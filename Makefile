@@ -29,6 +29,9 @@ STALE := stale
 endif
 endif
 
+# Python compiles what is imported, once: a sixth of what is installed. All of it would take a minute.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: walkthrough lab test test-unit test-live test-python test-matrix test-upstream test-engine engine test-lab fuzz sweep same-bytes releases bench notebooks record lint lock stale clean
 
 walkthrough: $(READY)

@@ -53,7 +53,7 @@ def make(folder: Path, extras: str) -> None:
         [python, "-m", "pip", "install", "--quiet", *lock, "uv"],
         "uv could not be installed: is the package index reachable?",
     )
-    install = [folder / "bin" / "uv", "pip", "install", "--python", python, "--compile-bytecode", *lock]
+    install = [folder / "bin" / "uv", "pip", "install", "--python", python, *lock]
     failed = "The locked versions could not be installed: see the lines above."
     if "vllm" in extras.split(","):
         rest = ",".join(extra for extra in extras.split(",") if extra not in VLLM_EXTRAS)
