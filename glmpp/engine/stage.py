@@ -64,8 +64,8 @@ class Stages:
                     return weights
                 return self.selection.counted(pair for pair in weights if self.selection.wants(pair[0]))
 
-            def watch(self, model):  # meta tensors have no addresses: the account goes by the operators instead
-                return super().watch(model) if real else None
+            def watch(self, *model):  # meta tensors have no addresses: the account goes by the operators instead
+                return super().watch(*model) if real else None
 
         return Loader(config.load_config)
 
