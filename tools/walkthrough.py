@@ -162,6 +162,9 @@ def main() -> int:
     from glmpp.verdict.installed import vllm_version
     from glmpp.verdict.server import Server
 
+    at_once = 1 if arguments.in_place else 2
+    if at_once > 1:  # more threads than cores would only wait for each other
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     if vllm_version() is not None:
         Server.share(default_target(), CPU)  # vLLM is imported once for all kernels
 
@@ -171,7 +174,7 @@ def main() -> int:
     outcomes = []
     print(f"\n{'notebook':<36}{'seconds':>8}  verdicts passed")
     with progress_bar(total=cells) as bar:
-        for path, notebook, outcome in execute_all(paths, 1 if arguments.in_place else 2, bar.update):
+        for path, notebook, outcome in execute_all(paths, at_once, bar.update):
             outcomes.append(outcome)
             bar.write(outcome.row())
             if arguments.in_place and outcome.error is None:

@@ -137,7 +137,9 @@ def main(descriptor: int, target: str) -> None:
         descriptor: of a listening socket, which somebody has connected to.
         target: the GPU that is pretended, or "cpu".
     """
+    gc.disable()  # what is imported stays: looking through it again and again would be a fifth of the time
     preload(target)
+    gc.enable()
     gc.freeze()  # what the forks inherit is not theirs to look through, and stays shared
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished forks are reaped by the kernel
     listening, sockets = socket.socket(fileno=descriptor), selectors.DefaultSelector()
