@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -139,7 +140,10 @@ def wait_to_become(orders: socket.socket) -> None:
 
 def main() -> None:
     del sys.path[0]  # the tests' folder: pytest adds it behind the mutant's
+    gc.disable()
     preload(json.loads(sys.stdin.readline()))
+    gc.enable()
+    gc.freeze()  # a mutant need not look through what it inherits
     subprocess.Popen = Popen
     for line in sys.stdin:
         pid = os.fork()

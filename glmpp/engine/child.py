@@ -139,8 +139,9 @@ def main(descriptor: int, target: str) -> None:
     """
     gc.disable()  # what is imported stays: looking through it again and again would be a fifth of the time
     preload(target)
-    gc.enable()
     gc.freeze()  # what the forks inherit is not theirs to look through, and stays shared
+    gc.set_threshold(50_000)  # a load makes many objects, and little garbage
+    gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished forks are reaped by the kernel
     listening, sockets = socket.socket(fileno=descriptor), selectors.DefaultSelector()
     sockets.register(listening, selectors.EVENT_READ)

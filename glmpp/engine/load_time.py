@@ -63,6 +63,13 @@ class Clock:
         return call
 
 
+def read_through(path: Path) -> None:
+    """Bring a file into the page cache."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(1 << 24):
+            pass
+
+
 def resident_bytes(path: Path) -> int:
     """Bytes of a file that are in the page cache, mincore(2)."""
     size = path.stat().st_size
@@ -166,18 +173,14 @@ class Bench:
 
 
 def measure(request: dict, send) -> None:
-    """Load every stage asked for, `repeats` times, and send a message for each.
-
-    Warm: after one load that is not counted. It reads every shard (stock) or the stage's (the load format), so that stock
-    needs it for the first stage only.
-    """
+    """Load every stage asked for, `repeats` times, and send a message for each. Warm: all shards have been read before."""
     bench = Bench(request)
+    if request["cache"] == "warm":
+        for shard in bench.shards:
+            read_through(shard)
     for rank in request["ranks"]:
         bench.build(rank)
         weights = bench.in_memory() if request["format"] == "in-memory list" else None
-        reads_all = request["format"] in ("stock", FILTERED)
-        warm = request["cache"] == "warm" and (not reads_all or rank == request["ranks"][0])
-        for repeat in range(-1 if warm else 0, request["repeats"]):
+        for _ in range(request["repeats"]):
             row = bench.load(request["cache"], weights)
-            if repeat >= 0:
-                send({"kind": "load", "rank": rank, "format": request["format"], "cache": request["cache"], **row})
+            send({"kind": "load", "rank": rank, "format": request["format"], "cache": request["cache"], **row})

@@ -91,9 +91,8 @@ def load_times(
         ranks: stages to load; default all.
         formats: of STOCK, FILTERED, GLMPP, FLOOR. FILTERED is STOCK with vLLM's filter of experts on. These two have the
             kit's helper in the place of an affected release's.
-        cache: "warm": a load that is not counted has read before what those that are read; "cold": the shards are
-            dropped from the page cache before each load.
-        repeats: loads of each stage that are counted, for all formats or by format.
+        cache: "warm": all shards have been read before; "cold": they are dropped from the page cache before each load.
+        repeats: loads of each stage, for all formats or by format.
         shard, replica: which rank of each stage.
         reader: the load format's reader, see `glmpp.engine.load_format.StageModelLoader`; GLMPP only.
         recorded: where to save to with GLMPP_RECORD=1, and what to return where vLLM is not installed.
