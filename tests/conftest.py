@@ -42,9 +42,10 @@ settings.load_profile("any speed")
 
 
 def pytest_configure(config):
-    """One process imports vLLM for all workers, and for the kernels of the notebooks that they run."""
-    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput") and vllm_version():
-        server.Server.share(default_target(), CPU)
+    """One process for each target that many ask for imports vLLM for all workers, and for the kernels of the notebooks."""
+    leads = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    if leads and vllm_version() and "not vllm" not in config.option.markexpr:
+        server.Server.share(default_target(), "h100", CPU)
 
 
 @pytest.fixture

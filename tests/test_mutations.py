@@ -1071,6 +1071,7 @@ class Template:
         # As in the dry run's server: some of it is read by what is imported here.
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         environment |= {"VLLM_CONFIGURE_LOGGING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        environment |= {"HUMMING_DISABLE_PARALLEL_BUILD": "1"}
         command = [sys.executable, ROOT / "tests" / "template.py"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env=environment, text=True, **pipes)

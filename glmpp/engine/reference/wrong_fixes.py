@@ -13,11 +13,11 @@ from types import ModuleType
 import torch
 from vllm.logger import init_logger
 
+from glmpp.engine.guards import HELPER
 from glmpp.errors import GlmppError
 from glmpp.loader import load_fp8_indexer_wk_late_skip
 
 SKIP = "GLMPP_REFERENCE_SKIP"
-HELPER = "_try_load_fp8_indexer_wk"
 
 logger = init_logger(f"vllm.{__name__}")
 
