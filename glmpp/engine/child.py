@@ -56,6 +56,7 @@ LATE = [
 LATE_ON_GPU = [
     "flashinfer",
     "vllm.models.deepseek_v32",
+    "vllm.third_party.deep_gemm",
     *(f"{BACKENDS}.{name}" for name in ("flash_attn", "flashinfer", "triton_attn", "flex_attention", "turboquant_attn")),
     *(f"{BACKENDS}.mla.{name}" for name in ("flashattn_mla", "flashmla", "flashmla_sparse", "triton_mla")),
 ]

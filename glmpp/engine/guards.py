@@ -30,8 +30,10 @@ class Guard:
     def install(self) -> list[str]:
         """Patch the modules that are loaded by now; returns their names."""
         patched = []
+        if self.mode in ("installed", "loader"):
+            return patched
         for name, module in list(sys.modules.items()):
-            if not name.startswith("vllm.") or not hasattr(module, HELPER) or self.mode in ("installed", "loader"):
+            if not name.startswith("vllm.") or not hasattr(module, HELPER):
                 continue
             original = self.originals.setdefault(name, getattr(module, HELPER))
             if self.mode == "helper":
