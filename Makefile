@@ -1,5 +1,6 @@
 # make walkthrough  run every notebook in a fresh kernel, write HTML for reviewers: build/index.html
-# make test         run the tests, notebooks included
+# make test         run the tests, notebooks without vLLM included
+# make test-mutants each guard taken out of a copy of the package: its test must fail
 # make test-python  the unit tests and the KeyError, live, on another Python: OTHER=3.12, else the newest there is
 # make test-matrix  load format, verdicts and contract on three vLLM releases
 # make test-upstream  every finding in upstream/ on the newest release: real, and gone with its fix
@@ -32,7 +33,7 @@ endif
 # Python compiles what is imported, once: a sixth of what is installed. All of it would take a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: walkthrough lab test test-unit test-live test-python test-matrix test-upstream test-engine engine test-lab fuzz sweep same-bytes releases bench notebooks record lint lock stale clean
+.PHONY: walkthrough lab test test-mutants test-unit test-live test-python test-matrix test-upstream test-engine engine test-lab fuzz sweep same-bytes releases bench notebooks record lint lock stale clean
 
 walkthrough: $(READY)
 	$(BIN)/python tools/walkthrough.py
@@ -44,7 +45,11 @@ lab: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not mutation"
+
+# The tests of the tests.
+test-mutants: $(READY)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m mutation
 
 # The tests that need no vLLM and no kernel.
 test-unit: $(READY)

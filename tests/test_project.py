@@ -208,8 +208,10 @@ def test_nothing_generated_is_committed():
     assert not [path for path in tracked() if path.suffix == ".safetensors" or path.parts[-2] in ("generated", "build")]
 
 
-def test_ci_runs_the_test_command_of_the_readme():
-    assert re.search(r"^make test$", (ROOT / ".ci" / "run").read_text(), flags=re.M)
+def test_ci_runs_the_commands_of_the_readme_and_the_mutants():
+    ci = (ROOT / ".ci" / "run").read_text()
+    for command in ("walkthrough", "test", "test-mutants"):
+        assert re.search(rf"^make {command}$", ci, flags=re.M)
     assert "make test" in (ROOT / "README.md").read_text() and "make walkthrough" in (ROOT / "README.md").read_text()
 
 

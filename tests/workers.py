@@ -17,7 +17,6 @@ LONGEST = [
     "test_vllm_dry_run",
     "test_vllm_child",
     "test_vllm_sweep",
-    "notebooks that read all names",
     "notebook",
     "mutants with vLLM",
     "mutants",
@@ -34,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
         if "mutation" in marks:
             return "mutants with vLLM" if "vllm" in marks else "mutants"
         if "notebooks" in marks:
-            return "notebooks that read all names" if "05_" in item.name else "notebook"
+            return "notebook"
         return item.path.stem
 
     items.sort(key=lambda item: LONGEST.index(kind(item)) if kind(item) in LONGEST else len(LONGEST))
