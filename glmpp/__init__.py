@@ -22,7 +22,7 @@ from glmpp.synthetic import synthetic_original, write_checkpoint
 _LATER = {
     "Deployment": "glmpp.verdict.deployment",
     "DryRunReport": "glmpp.verdict.report",
-    "StageReport": "glmpp.verdict.report",
+    "StageReport": "glmpp.verdict.stage_report",
     "dry_run": "glmpp.verdict.dry_run",
     "claim": "glmpp.lab.notebook",
     "environment": "glmpp.lab.notebook",

@@ -31,7 +31,8 @@ from glmpp.verdict.installed import vllm_version
 from glmpp.verdict.layouts import CONTEXT, layouts
 from glmpp.verdict.layouts_text import layouts_json, layouts_text
 from glmpp.verdict.plan import plan_text
-from glmpp.verdict.report import CANNOT_TELL, DIES, INCOMPLETE, LOADS, DryRunReport
+from glmpp.verdict.report import DryRunReport
+from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
 from glmpp.verdict.text import as_json, as_text, evidence_lines, label, overall
 
 NO_RELEASE = "no release of vLLM is known here to load it"

@@ -23,8 +23,8 @@ from glmpp.formats.shard import read_shard
 from glmpp.synthetic import write_checkpoint
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.report import LOADS
 from glmpp.verdict.server import Server
+from glmpp.verdict.stage_report import LOADS
 
 CONFIG = ROOT / "data" / "glm-5.1-fp8" / "config.json"
 

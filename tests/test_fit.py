@@ -16,7 +16,7 @@ from glmpp.verdict.fit import Fit, KVCache, Memory
 from glmpp.verdict.layout import Layout, Layouts
 from glmpp.verdict.layouts import CONTEXT, distinct, layer_kinds
 from glmpp.verdict.layouts_text import layouts_json, layouts_text, serve_line
-from glmpp.verdict.report import DIES, LOADS
+from glmpp.verdict.stage_report import DIES, LOADS
 
 H200 = GPUS["h200"]
 

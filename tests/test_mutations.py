@@ -376,7 +376,7 @@ MUTATIONS = {
         "test_vllm_dry_run.py::test_several_models_in_one_process_do_not_share_missing_layers",
     ),
     "counting parameters that were left at init": (
-        "verdict/report.py::_stage_report",
+        "verdict/stage_report.py::stage_report",
         "if report.verdict == LOADS and report.unaccounted:",
         "if False:",
         "test_vllm_dry_run.py::test_a_tensor_missing_from_the_checkpoint_is_found_although_vllm_says_nothing",

@@ -19,7 +19,7 @@ from glmpp.verdict.no_false_alarm import (
     Comparison,
     compare_stage,
 )
-from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS, Death, Evidence, StageReport
+from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS, Death, Evidence, StageReport
 from glmpp.verdict.sweep_report import Sweep
 
 STAGE = make_stages({"num_hidden_layers": 2}, 1)[0]

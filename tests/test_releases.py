@@ -11,7 +11,7 @@ from glmpp.ledger import Left
 from glmpp.verdict import releases
 from glmpp.verdict.release_sweep import cases_of, known_of, release_of
 from glmpp.verdict.releases import NOT_KNOWN, NOT_THERE, Known, Record, Release, nearest_release, number, record
-from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
+from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 from glmpp.verdict.sweep_report import Case, Finding, Sweep
 
 AFFECTED = ("0.20.2", "0.21.0", "0.22.1")

@@ -16,7 +16,7 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
+from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

@@ -19,7 +19,8 @@ from glmpp.verdict import forks, server
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import DIES, LOADS, DryRunReport
+from glmpp.verdict.report import DryRunReport
+from glmpp.verdict.stage_report import DIES, LOADS
 
 pytestmark = pytest.mark.vllm
 needs_vllm = pytest.mark.skipif(vllm_version() is None, reason="builds the installed vLLM's classes")

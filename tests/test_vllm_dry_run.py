@@ -12,7 +12,8 @@ from glmpp.partition import OTHER_STAGE, make_stages
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS, DryRunReport
+from glmpp.verdict.report import DryRunReport
+from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

@@ -19,7 +19,7 @@ from glmpp.errors import GlmppError
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import DIES, LOADS
+from glmpp.verdict.stage_report import DIES, LOADS
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

@@ -30,7 +30,8 @@ from glmpp.verdict.advice import serve_line
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import CANNOT_BUILD, CANNOT_TELL, DIES, LOADS, DryRunReport
+from glmpp.verdict.report import DryRunReport
+from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, LOADS
 from glmpp.verdict.text import overall
 
 pytest.importorskip("vllm")

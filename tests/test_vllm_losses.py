@@ -13,7 +13,7 @@ from glmpp.synthetic import checkpoint_without
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.no_false_alarm import EQUAL, compare_case
-from glmpp.verdict.report import DIES, INCOMPLETE, LOADS
+from glmpp.verdict.stage_report import DIES, INCOMPLETE, LOADS
 from glmpp.verdict.text import as_text
 
 pytest.importorskip("vllm")

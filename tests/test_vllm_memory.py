@@ -17,7 +17,8 @@ from glmpp.gpus import CPU, GPUS
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.layouts import layouts
-from glmpp.verdict.report import LOADS, DryRunReport
+from glmpp.verdict.report import DryRunReport
+from glmpp.verdict.stage_report import LOADS
 from glmpp.verdict.text import as_text
 
 pytest.importorskip("vllm")

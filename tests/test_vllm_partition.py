@@ -12,7 +12,7 @@ from glmpp.partition import make_stages, partition_layers
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_pp_indices
-from glmpp.verdict.report import LOADS
+from glmpp.verdict.stage_report import LOADS
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

@@ -22,7 +22,7 @@ from glmpp.ledger import LOADED, digest
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import CANNOT_BUILD, DIES, LOADS
+from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, LOADS
 
 pytest.importorskip("vllm")
 VLLM = vllm_version()

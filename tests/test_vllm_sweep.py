@@ -19,7 +19,7 @@ from glmpp.verdict.installed import vllm_version
 from glmpp.verdict.no_false_alarm import EQUAL, NOT_COMPARABLE, REFUSED, compare
 from glmpp.verdict.release_sweep import try_release
 from glmpp.verdict.releases import NOT_THERE, Known, record
-from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
+from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 from glmpp.verdict.sweep import sweep, tiny_checkpoint
 from glmpp.verdict.sweep_report import NUMBER, Sweep
 from glmpp.verdict.variants import block_fp8

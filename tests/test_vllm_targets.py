@@ -23,7 +23,8 @@ from glmpp.verdict import server
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import CANNOT_BUILD, DIES, LOADS, DryRunReport
+from glmpp.verdict.report import DryRunReport
+from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, LOADS
 from glmpp.verdict.text import as_text
 
 pytestmark = pytest.mark.vllm

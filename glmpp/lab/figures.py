@@ -17,7 +17,8 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.lab.error import ErrorStats
 from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, Stage, partition_layers, stage_bytes
-from glmpp.verdict.report import CANNOT_BUILD, CANNOT_TELL, DIES, INCOMPLETE, LOADS, DryRunReport
+from glmpp.verdict.report import DryRunReport
+from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, INCOMPLETE, LOADS
 
 STYLE = Path(__file__).with_name("glmpp.mplstyle")
 BLUE, ORANGE, RED, PURPLE, GREY, VIOLET = "#5790fc", "#f89c20", "#e42536", "#964a8b", "#9c9ca1", "#7a21dd"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from glmpp.lab.figures import BLUE, ORANGE, PALE, RED, STAGE_COLOURS, STYLE, ink
 from glmpp.lab.layouts import HERE, NOWHERE
 from glmpp.verdict.layout import Layout, Layouts
-from glmpp.verdict.report import LOADS
+from glmpp.verdict.stage_report import LOADS
 
 
 def said(one: Layout) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from glmpp.lab.figures import BLUE, GREY, ORANGE, PALE, PURPLE, RED, STYLE, ink
 from glmpp.verdict.releases import NOT_KNOWN, NOT_THERE, Record
-from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
+from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 
 CELLS = {
     LOADS: (BLUE, ""),

@@ -13,7 +13,8 @@ from glmpp.partition import PARTITION_VARIABLE
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.releases import nearest_release
-from glmpp.verdict.report import CANNOT_TELL, DIES, INCOMPLETE, LOADS, DryRunReport, StageReport
+from glmpp.verdict.report import DryRunReport
+from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS, StageReport
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from glmpp.gpus import GPU, GPUS
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.fit import Fit, Memory
-from glmpp.verdict.report import LOADS
+from glmpp.verdict.stage_report import LOADS
 
 CRITERION = (
     "first those that load completely and hold a request of this length; of these first the most requests at a time, then "

@@ -21,7 +21,8 @@ from glmpp.verdict.fit import Fit, Memory
 from glmpp.verdict.forks import run_stages
 from glmpp.verdict.installed import NO_VLLM, vllm_version
 from glmpp.verdict.layout import Layout, Layouts
-from glmpp.verdict.report import INCOMPLETE, LOADS, DryRunReport, StageReport, assemble
+from glmpp.verdict.report import DryRunReport, assemble
+from glmpp.verdict.stage_report import INCOMPLETE, LOADS, StageReport
 
 CONTEXT = 131_072  # tokens of a request, unless asked otherwise
 WORTH_IT = 1.01  # of the tokens of vLLM's split: below it a split of its own is not worth a variable

@@ -23,7 +23,7 @@ from glmpp.gpus import target_name
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.installed import ask_vllm
-from glmpp.verdict.report import INCOMPLETE, LOADS, StageReport
+from glmpp.verdict.stage_report import INCOMPLETE, LOADS, StageReport
 from glmpp.verdict.sweep import FOLDER, dry_runs, tiny_checkpoint
 
 SIZES = (1, 2)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from glmpp.progress import progress_bar
 from glmpp.verdict.installed import ask_vllm
 from glmpp.verdict.releases import NOT_KNOWN, NOT_THERE, PP, WORST_FIRST, Known, Release
-from glmpp.verdict.report import INCOMPLETE, LOADS
+from glmpp.verdict.stage_report import INCOMPLETE, LOADS
 from glmpp.verdict.sweep import try_case
 from glmpp.verdict.sweep_report import Case, Sweep
 

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmpp.verdict.report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
+from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -1,4 +1,4 @@
-"""What a dry run found: a verdict for each stage, the evidence for it, the ledger, and how long it took."""
+"""What a dry run found: the ranks' reports and the PP=1 control put together, and what was real."""
 
 from __future__ import annotations
 
@@ -14,161 +14,16 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.formats.config import layer_count
 from glmpp.formats.files import printable
 from glmpp.gpus import CPU, GPUS
-from glmpp.ledger import EXPECTED, UNEXPECTED, Ledger, Left
 from glmpp.partition import Stage
 from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.fit import Fit, Memory
+from glmpp.verdict.fit import Fit
+from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, CONTROL, DRAFTER, STAGE, StageReport, stage_report
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-LOADS, DIES, CANNOT_BUILD = "loads", "dies", "cannot be built"
-INCOMPLETE, CANNOT_TELL = "loads, is not complete", "cannot tell"
-STAGE, DRAFTER, CONTROL = "stage", "MTP drafter", "PP=1 control"
 RANK_STAND_IN = "a real gloo group of size 1 whose rank and size fields are rewritten for each stage"
 GROUPS_STAND_IN = "real gloo groups of size 1 whose rank and size fields are rewritten for each rank of the layout"
-
-
-@dataclass(frozen=True)
-class Death:
-    """One exception while a stage is built or loads.
-
-    Attributes:
-        tensor: the checkpoint tensor that was handed over last; None when all of them had been, or none yet.
-        exception, message, key, place, function: its type, text, the KeyError's key, `file:line` in vLLM or the model.
-        traceback: the lines of vLLM and of the model, of the first death only.
-    """
-
-    tensor: str | None
-    exception: str
-    message: str
-    key: str | None
-    place: str
-    function: str
-    traceback: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What was run, and what was seen.
-
-    Attributes:
-        model_class: None if the model was not built.
-        device: "meta", or "cpu" for a model that asks for data while it is built or loaded.
-        stand_ins: part -> what stands in for it and why.
-        backends: what vLLM chose, by its own names: "attention", "linear", "moe" -> choice -> number of layers.
-        refused: the model was not built, and the exception is one that vLLM raises on purpose.
-        patched: modules of vLLM that call another helper than their own.
-        handed_over: tensors handed over before the end, good or bad.
-        order: SHA-256 of their names in the order in which they came.
-        missing_prefixes: vLLM's placeholders on this stage, as dot-terminated prefixes.
-        experts: numbers of those that the rank holds; None: a part or all of each.
-        held: tensors of other stages that the model held to the end, or while 50 others were handed over -> bytes.
-        digests: SHA-256 per parameter (weights "real" only).
-    """
-
-    model_class: str | None = None
-    device: str = "meta"
-    stand_ins: dict[str, str] = field(default_factory=dict)
-    backends: dict[str, dict[str, int]] = field(default_factory=dict)
-    refused: bool = False
-    patched: list[str] = field(default_factory=list)
-    handed_over: int = 0
-    order: str | None = None
-    missing_prefixes: list[str] = field(default_factory=list)
-    experts: list[int] | None = None
-    held: dict[str, int] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds on this machine."""
-
-    build: float = 0.0
-    load: float = 0.0
-
-
-def _of_first_death(name: str) -> property:
-    return property(lambda self: getattr(self.deaths[0], name) if self.deaths else None)
-
-
-def _of_evidence(name: str) -> property:
-    return property(lambda self: getattr(self.evidence, name))
-
-
-@dataclass
-class StageReport:
-    """One rank's verdict, the evidence for it, its ledger and its times.
-
-    The attributes of the first death and of the evidence are the report's, too.
-
-    Attributes:
-        stage: what the pipeline stage holds.
-        shard, shards: which of its GPUs, of how many that share each of its tensors.
-        replica, replicas: the same for data parallelism.
-        verdict: LOADS; DIES: an exception while loading; CANNOT_BUILD: an exception before that, although PP=1 builds, or
-            because vLLM refuses the checkpoint on the GPU that is pretended;
-            INCOMPLETE: the load ends well and parameters that nobody accounts for were not written; CANNOT_TELL:
-            PP=1 cannot be built here either, or the model asks for the data of tensors that are too large to make up.
-        role: STAGE, DRAFTER or CONTROL.
-        deaths: all of them, when asked for; otherwise the first. A failed build is one.
-        ledger: every tensor and every parameter, from the writes that were observed; None if the model was not built.
-        left: what was left at init, or partly -> of which kind it is and why.
-        memory: what the rank takes of its GPU; None if the model was not built.
-    """
-
-    stage: Stage
-    verdict: str
-    role: str = STAGE
-    deaths: list[Death] = field(default_factory=list)
-    evidence: Evidence = field(default_factory=Evidence)
-    ledger: Ledger | None = None
-    left: dict[str, Left] = field(default_factory=dict)
-    times: Times = field(default_factory=Times)
-    memory: Memory | None = None
-    shard: int = 0
-    shards: int = 1
-    replica: int = 0
-    replicas: int = 1
-
-    tensor, exception, message, key = map(_of_first_death, ("tensor", "exception", "message", "key"))
-    place, function, traceback = map(_of_first_death, ("place", "function", "traceback"))
-    model_class, device, stand_ins, patched = map(_of_evidence, ("model_class", "device", "stand_ins", "patched"))
-    handed_over, order, held, digests = map(_of_evidence, ("handed_over", "order", "held", "digests"))
-    missing_prefixes, backends, refused = map(_of_evidence, ("missing_prefixes", "backends", "refused"))
-    experts = _of_evidence("experts")
-
-    @property
-    def loads(self) -> bool:
-        return self.verdict == LOADS
-
-    @property
-    def rank(self) -> tuple[int, int, int]:
-        """(stage, shard, replica)."""
-        return self.stage.rank, self.shard, self.replica
-
-    @property
-    def label(self) -> str:
-        """ "stage 1", "stage 1, rank 7 of 8", "stage 1, rank 7 of 8, replica 1 of 2", or what else was run."""
-        label = f"stage {self.stage.rank}" if self.role == STAGE else self.role
-        label += f", rank {self.shard} of {self.shards}" if self.shards > 1 else ""
-        return label + (f", replica {self.replica} of {self.replicas}" if self.replicas > 1 else "")
-
-    @property
-    def accounted(self) -> dict[str, str]:
-        """Parameters left at init that are no fault -> why."""
-        return {name: one.why for name, one in self.left.items() if one.kind == EXPECTED}
-
-    @property
-    def unaccounted(self) -> list[str]:
-        """Parameters left at init that nobody accounts for, and buffers that the checkpoint has a value for."""
-        return [name for name, one in self.left.items() if one.kind != EXPECTED]
-
-    @property
-    def dropped(self) -> list[str]:
-        """Tensors that were handed over and left no trace, and are not known to be somebody else's."""
-        return self.ledger.in_column(UNEXPECTED) if self.ledger else []
 
 
 @dataclass
@@ -296,7 +151,7 @@ def assemble(
     if stages is None or said not in (None, stages[0].num_layers):
         stages = deployment.stages(checkpoint.config, said or layer_count(checkpoint.config))
     ready = next(message for message in messages if message["kind"] == "ready")
-    reports = [_stage_report(message, checkpoint, stages) for message in messages if message["kind"] == "stage"]
+    reports = [stage_report(message, checkpoint, stages) for message in messages if message["kind"] == "stage"]
     control = next((report for report in reports if report.role == CONTROL), None)
     if (control and control.verdict == CANNOT_BUILD) or deployment.pp == 1:
         for report in reports:
@@ -317,35 +172,6 @@ def assemble(
         evidence=evidence,
         recorded=recorded,
     )
-
-
-def _stage_report(message: dict, checkpoint: Checkpoint, stages: list[Stage]) -> StageReport:
-    deaths = [Death(**_fields(Death, death)) for death in message.get("deaths", ())]
-    if "exception" in message:  # the first, or why it could not be built; with its traceback
-        deaths[:1] = [Death(**{"tensor": None, **_fields(Death, message)})]
-    report = StageReport(
-        stage=stages[0].whole() if message["control"] else stages[message["rank"]],
-        verdict=message["verdict"],
-        role=CONTROL if message["control"] else DRAFTER if message["drafter"] else STAGE,
-        deaths=deaths,
-        evidence=Evidence(**_fields(Evidence, message)),
-        left={name: Left(**one) for name, one in message.get("left", {}).items()},
-        times=Times(message.get("build_seconds", 0.0), message.get("load_seconds", 0.0)),
-        memory=Memory.of(message["memory"]) if "memory" in message else None,
-        **{name: message[name] for name in ("shard", "shards", "replica", "replicas") if name in message},
-    )
-    if "columns" in message:
-        columns = (column for column, count in message["columns"] for _ in range(count))
-        parameters = {name: tuple(counts) for name, counts in message["parameters"].items()}
-        tensors, filled = dict(zip(checkpoint, columns, strict=True)), message.get("filled", {})
-        report.ledger = Ledger(tensors, parameters, padding=message.get("padding", {}), filled=filled)
-        if report.verdict == LOADS and report.unaccounted:
-            report.verdict = INCOMPLETE
-    return report
-
-
-def _fields(kind: type, message: dict) -> dict:
-    return {name: message[name] for name in kind.__dataclass_fields__ if name in message}
 
 
 def peak_bytes(ends: list[dict]) -> int:

@@ -27,7 +27,8 @@ from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import run_of, stage_request
 from glmpp.verdict.forks import run_stages
 from glmpp.verdict.installed import ask_vllm
-from glmpp.verdict.report import CANNOT_TELL, INCOMPLETE, LOADS, DryRunReport, StageReport, assemble
+from glmpp.verdict.report import DryRunReport, assemble
+from glmpp.verdict.stage_report import CANNOT_TELL, INCOMPLETE, LOADS, StageReport
 from glmpp.verdict.sweep_report import Case, Finding, Sweep
 from glmpp.verdict.variants import write_block_fp8
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from glmpp.gpus import CPU
 from glmpp.ledger import Left
-from glmpp.verdict.report import LOADS
+from glmpp.verdict.stage_report import LOADS
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series

@@ -9,17 +9,8 @@ from itertools import groupby
 from glmpp.checkpoint import Checkpoint
 from glmpp.verdict.advice import fixed_in, nearest_in_record
 from glmpp.verdict.fit import LEFT_OUT, Fit
-from glmpp.verdict.report import (
-    CANNOT_BUILD,
-    CANNOT_TELL,
-    CONTROL,
-    DIES,
-    INCOMPLETE,
-    LOADS,
-    STAGE,
-    DryRunReport,
-    StageReport,
-)
+from glmpp.verdict.report import DryRunReport
+from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, CONTROL, DIES, INCOMPLETE, LOADS, STAGE, StageReport
 
 SCHEMA_VERSION = 5
 SHOWN = 4  # names on a line; --json has all of them
