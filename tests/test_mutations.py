@@ -753,6 +753,12 @@ MUTATIONS = {
         "if package:",
         "test_vllm_child.py::test_nobody_is_served_by_a_process_that_has_ended_or_runs_other_code",
     ),
+    "servers that are started together wait for each other": (
+        "engine/child.py::main",
+        "fcntl.lockf(turn, fcntl.LOCK_EX)",
+        "pass",
+        "test_vllm_child.py::test_those_that_are_started_together_import_one_after_another",
+    ),
     "a distribution of another name": (
         "engine/contract.py::vllm_version",
         'packages_distributions().get("vllm", ())',

@@ -96,9 +96,14 @@ def test_a_vllm_that_cannot_be_imported_is_named_every_time(tiny, tmp_path, monk
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
     monkeypatch.delenv("GLMPP_WITHOUT_VLLM", raising=False)
     monkeypatch.setattr(contract, "vllm_version", lambda: "broken")
-    for _ in range(8):  # the request comes before the process fails, or after
-        with pytest.raises(GlmppError, match=r"broke off after 0 messages(.|\n)*ImportError: libcudart\.so\.13"):
+    named = r"broke off after 0 messages(.|\n)*ImportError: libcudart\.so\.13"
+    for _ in range(3):  # the request comes before the process fails
+        with pytest.raises(GlmppError, match=named):
             dry_run(tiny, 2, progress=False)
+    running = server.Server.running()
+    running.process.wait()  # or after
+    with pytest.raises(GlmppError, match=named):
+        forks.collect([fork(running, tiny)])
 
 
 @needs_vllm
@@ -158,6 +163,24 @@ def test_a_process_that_shares_its_vllm_serves_those_that_it_starts(own_server, 
     done = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True)
     assert done.stdout == "True True\n", done.stderr
     assert not server.Server.current[CPU].ended()  # it outlives them
+
+
+def test_those_that_are_started_together_import_one_after_another(own_server, tmp_path, monkeypatch):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text(
+        "import pathlib, time\n"
+        f"said = pathlib.Path({str(tmp_path / 'said')!r}).open('a')\n"
+        "print('begins', file=said, flush=True)\n"
+        "time.sleep(3)\n"
+        "print('ends', file=said, flush=True)\n"
+        "raise ImportError\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    monkeypatch.setenv(server.SHARED, "")
+    server.Server.share(CPU, "h100")
+    for one in server.Server.current.values():
+        one.process.wait()  # the next has its turn, although this one fails
+    assert (tmp_path / "said").read_text().split() == ["begins", "ends"] * 2
 
 
 @needs_vllm

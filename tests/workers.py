@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-# What takes longest, in this order: begun first, so that in the end no worker waits long for another. `make test`.
-LONGEST = [
+# Begun in this order: first what needs no vLLM, while it is imported for all; then what takes longest, so that in the end no
+# worker waits long for another.
+ORDER = [
+    "test_hub",
+    "test_house",
+    "test_loader",
+    "test_dequant",
+    "test_forward",
+    "test_checkpoint",
     "test_vllm_plugin",
     "test_vllm_quantised",
     "test_vllm_layouts",
@@ -36,7 +43,7 @@ def pytest_collection_modifyitems(config, items):
             return "notebook"
         return item.path.stem
 
-    items.sort(key=lambda item: LONGEST.index(kind(item)) if kind(item) in LONGEST else len(LONGEST))
+    items.sort(key=lambda item: ORDER.index(kind(item)) if kind(item) in ORDER else len(ORDER))
 
 
 @pytest.hookimpl(optionalhook=True)

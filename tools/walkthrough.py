@@ -13,6 +13,7 @@ import io
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from pages import write_pages
 from PIL import Image
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
@@ -61,21 +63,23 @@ def execute(path: Path, on_cell=lambda: None) -> tuple[nbformat.NotebookNode, Ou
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
-    client = NotebookClient(
-        notebook,
-        kernel_name="python3",
-        timeout=900,
-        resources={"metadata": {"path": str(path.parent)}},
-        record_timing=False,
-        on_cell_complete=lambda **_: on_cell(),
-    )
     started, error = time.perf_counter(), None
     BUILD.mkdir(exist_ok=True)
-    try:
-        with open(BUILD / "kernel.log", "a") as log:  # what the kernel process itself says, not its cells
-            client.execute(stderr=log)
-    except CellExecutionError as failure:
-        error = re.sub(r"\x1b\[[\d;]*m", "", str(failure)).strip().splitlines()[-1]
+    with tempfile.TemporaryDirectory() as sockets, open(BUILD / "kernel.log", "a") as log:
+        client = NotebookClient(
+            notebook,
+            kernel_name="python3",
+            timeout=900,
+            resources={"metadata": {"path": str(path.parent)}},
+            record_timing=False,
+            on_cell_complete=lambda **_: on_cell(),
+            # Not TCP: a port that is free when it is chosen may be another process's when the kernel wants it.
+            config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
+        )
+        try:
+            client.execute(stderr=log)  # what the kernel process itself says, not its cells
+        except CellExecutionError as failure:
+            error = re.sub(r"\x1b\[[\d;]*m", "", str(failure)).strip().splitlines()[-1]
     for cell in notebook.cells:
         tidy(cell)
     notebook.metadata = {

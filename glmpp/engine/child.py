@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib.util
 import json
@@ -19,6 +20,7 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import traceback
 
 from glmpp.engine import contract
@@ -33,6 +35,7 @@ os.environ.update(
     DO_NOT_TRACK="1",
     HF_HUB_OFFLINE="1",
     HUMMING_DISABLE_PARALLEL_BUILD="1",  # vLLM >= 0.32 starts background compiles from an import
+    CUDA_TILE_TEMP_DIR=tempfile.gettempdir(),  # else an import makes one, which nobody uses or removes
     TQDM_DISABLE="1",
     VLLM_ALLOW_LONG_MAX_MODEL_LEN="1",  # the length asked for is nominal: nothing is generated
     # What is chosen for a GPU must not depend on this machine: without it vLLM looks for nvcc, and asks NVIDIA's server.
@@ -55,6 +58,7 @@ LATE = [
 ]
 LATE_ON_GPU = [
     "flashinfer",
+    "vllm.compilation.passes.fusion.allreduce_rms_fusion",
     "vllm.models.deepseek_v32",
     "vllm.third_party.deep_gemm",
     *(f"{BACKENDS}.{name}" for name in ("flash_attn", "flashinfer", "triton_attn", "flex_attention", "turboquant_attn")),
@@ -128,7 +132,7 @@ def answer(names: dict, pipe: int, turns: int) -> None:
             raise
 
 
-def main(descriptor: int, target: str) -> None:
+def main(descriptor: int, target: str, turn: int | None = None) -> None:
     """Import vLLM once, then fork for every message on a connection, so that no request sees another's patches.
 
     A message is a JSON object, see `answer`, and with it come the pipe to answer into and the one that gives out turns.
@@ -137,9 +141,14 @@ def main(descriptor: int, target: str) -> None:
     Args:
         descriptor: of a listening socket, which somebody has connected to.
         target: the GPU that is pretended, or "cpu".
+        turn: of a file that is locked while vLLM is imported.
     """
+    if turn is not None:
+        fcntl.lockf(turn, fcntl.LOCK_EX)
     gc.disable()  # what is imported stays: looking through it again and again would be a fifth of the time
     preload(target)
+    if turn is not None:
+        os.close(turn)  # and unlocks it, as the end of the process would
     gc.freeze()  # what the forks inherit is not theirs to look through, and stays shared
     gc.set_threshold(50_000)  # a load makes many objects, and little garbage
     gc.enable()

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import ClassVar
+from typing import BinaryIO, ClassVar
 
 from glmpp.gpus import default_target
 
@@ -26,7 +26,7 @@ spec = spec_from_file_location("glmpp", sys.argv[1])
 sys.modules["glmpp"] = module_from_spec(spec)
 spec.loader.exec_module(sys.modules["glmpp"])
 from glmpp.engine.child import main
-main(int(sys.argv[2]), sys.argv[3])
+main(int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))
 """
 
 
@@ -52,29 +52,34 @@ class Server:
 
     current: ClassVar[dict[str, Server]] = {}
 
-    def __init__(self, target: str, address: bytes | None = None) -> None:
-        """Start one, or connect to the one at an address."""
+    def __init__(self, target: str, address: bytes | None = None, turn: BinaryIO | None = None) -> None:
+        """Start one, or connect to the one at an address.
+
+        Args:
+            turn: an open file; those that are started with it import one after another.
+        """
         self.target = target
         self.process: subprocess.Popen | None = None
         self.owner = os.getpid()
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         atexit.register(self.socket.close)
         if address is None:
-            self._start()
+            self._start(turn)
         else:
             self.socket.connect(address)
 
-    def _start(self) -> None:
+    def _start(self, turn: BinaryIO | None) -> None:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
             listening.bind("")  # Linux chooses a name that no file stands for
             listening.listen()
             self.socket.connect(listening.getsockname())
+            turns = [] if turn is None else [turn.fileno()]
             # A session of its own: interrupting the notebook's kernel must not end it.
             self.process = subprocess.Popen(
-                [sys.executable, "-c", START, str(PACKAGE), str(listening.fileno()), self.target],
+                [sys.executable, "-c", START, str(PACKAGE), str(listening.fileno()), self.target, *map(str, turns)],
                 cwd=ELSEWHERE,
-                pass_fds=[listening.fileno()],
+                pass_fds=[listening.fileno(), *turns],
                 stdin=subprocess.DEVNULL,
                 stdout=self.log,
                 stderr=self.log,
@@ -82,14 +87,14 @@ class Server:
             )
 
     @classmethod
-    def running(cls, target: str | None = None) -> Server:
+    def running(cls, target: str | None = None, turn: BinaryIO | None = None) -> Server:
         """The server of a target; for a question that no target has a part in, any that is there."""
         mine = (server for server in cls.current.values() if server.owner == os.getpid() and not server.ended())
         for server in mine:
             if target in (None, server.target):
                 return server
         target = target or default_target()
-        cls.current[target] = cls._shared(target) or cls(target)
+        cls.current[target] = cls._shared(target) or cls(target, turn=turn)
         return cls.current[target]
 
     @classmethod
@@ -103,8 +108,13 @@ class Server:
 
     @classmethod
     def share(cls, *targets: str) -> None:
-        """Start servers now, for this process and those that it starts. They end with the last of them."""
-        addresses = [f"{target} {cls.running(target).socket.getpeername().hex()} {PACKAGE}" for target in targets]
+        """Start servers now, for this process and those that it starts. They end with the last of them.
+
+        They import one after another: in a new environment the first compiles what the others then find.
+        """
+        with tempfile.TemporaryFile() as turn:
+            sockets = {target: cls.running(target, turn).socket for target in targets}
+        addresses = [f"{target} {socket.getpeername().hex()} {PACKAGE}" for target, socket in sockets.items()]
         os.environ[SHARED] = os.pathsep.join(addresses)
 
     def ended(self) -> bool:
