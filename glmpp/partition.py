@@ -10,6 +10,7 @@ import math
 import os
 import re
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -249,7 +250,11 @@ def owned(checkpoint: Checkpoint, stage: Stage) -> list[TensorSpec]:
 
 def stage_bytes(checkpoint: Checkpoint, stages: list[Stage]) -> list[int]:
     """Checkpoint bytes that each stage loads. A tied embedding counts on both of its stages."""
-    return [sum(spec.nbytes for spec in owned(checkpoint, stage)) for stage in stages]
+    whole: Counter[str] = Counter()  # layers, and tensors beside them
+    for spec in checkpoint.values():
+        index = stages[0].layer_of(spec.name)
+        whole[spec.name if index is None else f"{stages[0].layer_list}.{index}."] += spec.nbytes
+    return [sum(nbytes for name, nbytes in whole.items() if stage.owns(name)) for stage in stages]
 
 
 def balance(checkpoint: Checkpoint, pp_size: int, drafter: bool = False) -> list[int]:

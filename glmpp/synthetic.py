@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -98,10 +99,15 @@ def write_checkpoint(
 def _synthetic_tensor(spec: TensorSpec, plan: Checkpoint, seed: int, block: tuple[int, int]) -> torch.Tensor:
     """The bytes stored under `spec.name`; weight and scale of a pair come from the same original."""
     if spec.is_scale:
-        weight = plan[spec.name.removesuffix("_scale_inv")]
-        return quantize(synthetic_original(weight, seed), block)[1]
-    original = synthetic_original(spec, seed)
-    return quantize(original, block)[0] if spec.dtype == "F8_E4M3" else original.to(spec.torch_dtype)
+        return _pair(plan[spec.name.removesuffix("_scale_inv")], seed, block)[1]
+    if spec.dtype == "F8_E4M3":
+        return _pair(spec, seed, block)[0]
+    return synthetic_original(spec, seed).to(spec.torch_dtype)
+
+
+@functools.lru_cache(maxsize=1)  # its scale is asked for next
+def _pair(weight: TensorSpec, seed: int, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantize(synthetic_original(weight, seed), block)
 
 
 @contextlib.contextmanager

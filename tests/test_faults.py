@@ -185,12 +185,12 @@ def test_200_verdicts_in_a_row_take_no_more_memory_and_no_more_files(needs_vllm,
         pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
         return *(n * os.sysconf("SC_PAGE_SIZE") for n in pages), sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
 
-    for _ in range(10):
-        dry_run(tiny, Deployment(pp=2, guard="loader"), control=False, progress=False)
+    for _ in range(5):
+        dry_run(tiny, Deployment(pp=4, guard="loader"), control=False, progress=False)
     mine, servers, files = held()
-    for _ in range(100):
-        report = dry_run(tiny, Deployment(pp=2, guard="loader"), control=False, progress=False)
-        assert [stage.loads for stage in report.stages] == [True, True]
+    for _ in range(50):
+        report = dry_run(tiny, Deployment(pp=4, guard="loader"), control=False, progress=False)
+        assert [stage.loads for stage in report.stages] == [True] * 4
     mine_then, servers_then, files_then = held()
     assert files_then == files
     assert mine_then - mine < 20e6 and servers_then - servers < 5e6

@@ -119,7 +119,7 @@ def tiny_checkpoint():
 
 
 def all_names_checkpoint():
-    """A checkpoint with all names of GLM-5.1 and small tensors, 1 GB in about as many shards as the real one; 20 s once."""
+    """A checkpoint with all names of GLM-5.1 and small tensors, 1 GB in about as many shards as the real one; 14 s once."""
     config = reduced_config(GLM_CONFIG, **ALL_NAMES)
     return _generated(ALL_NAMES_CHECKPOINT, config, max_shard_bytes=7_000_000)
 
