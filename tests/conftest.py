@@ -36,6 +36,9 @@ collect_ignore = [
 if expected := os.environ.get("GLMPP_MUTANT"):
     assert Path(glmpp.__file__).is_relative_to(expected), f"imported {glmpp.__file__}, expected the copy in {expected}"
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # so would more forks for a dry run, see `side_by_side`
+    forks.cores = lambda: 1
+
 # No example fails for being slow: the machine may be busy with something else.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any speed")
@@ -44,7 +47,8 @@ settings.load_profile("any speed")
 def pytest_configure(config):
     """One process for each target that many ask for imports vLLM for all workers, and for the kernels of the notebooks."""
     leads = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
-    if leads and vllm_version() and "not vllm" not in config.option.markexpr:
+    without = "not vllm" in config.option.markexpr or config.option.markexpr == "mutation"  # mutants have their own
+    if leads and vllm_version() and not without:
         server.Server.share(default_target(), "h100", CPU)
 
 

@@ -157,8 +157,8 @@ ASKS = (
 
 
 @needs_vllm
-def test_a_process_that_shares_its_vllm_serves_those_that_it_starts(own_server, monkeypatch):
-    monkeypatch.setenv(server.SHARED, "")
+def test_a_process_that_shares_its_vllm_serves_those_that_it_starts(monkeypatch):
+    monkeypatch.setenv(server.SHARED, os.environ.get(server.SHARED, ""))  # put back in the end
     server.Server.share(CPU)
     done = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True)
     assert done.stdout == "True True\n", done.stderr

@@ -31,7 +31,8 @@ def whole(tiny) -> DryRunReport:
 
 
 @affected
-def test_full_size_every_stage_of_pp_8_dies_at_the_reported_key_and_pp_1_loads(full):
+def test_full_size_every_stage_of_pp_8_dies_at_the_reported_key_and_pp_1_loads(full, side_by_side):
+    side_by_side(2)
     report = dry_run(full, 8, progress=False)
     assert [one.verdict for one in report.stages] == [DIES] * 8
     assert [one.key for one in report.stages] == [KEY.format(9)] + [KEY.format(0)] * 7
