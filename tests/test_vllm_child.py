@@ -54,8 +54,11 @@ def test_nothing_is_imported_from_the_folder_that_is_checked(tiny, tmp_path, pat
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [GLMPP, "check", ".", "--pp", "2", "--guard", "loader"]
     if path:
-        program = f"import os; os.environ['PYTHONPATH'] = {path!r}; from glmpp import cli; raise SystemExit(cli.main())"
-        command = [sys.executable, "-c", f"import sys; sys.path.remove(''); {program}", *command[1:]]
+        program = tmp_path / "program.py"  # not -c, with which Python itself looks for modules where it works
+        program.write_text(
+            f"import os\nos.environ['PYTHONPATH'] = {path!r}\nfrom glmpp import cli\nraise SystemExit(cli.main())\n"
+        )
+        command = [sys.executable, program, *command[1:]]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert [file.name for file in marks.iterdir()] == []
     assert done.returncode == 0, done.stdout + done.stderr
@@ -83,7 +86,9 @@ def test_only_the_same_user_is_served():
 
 def test_the_hostile_modules_would_show(tmp_path):
     marks = hostile(tmp_path)
-    subprocess.run([sys.executable, "-c", "import msgspec"], cwd=tmp_path, capture_output=True)
+    program = tmp_path / "program.py"
+    program.write_text("import msgspec\n")
+    subprocess.run([sys.executable, program], capture_output=True)
     assert "msgspec" in {file.name for file in marks.iterdir()}
 
 
