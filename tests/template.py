@@ -127,7 +127,7 @@ def wait_to_become(orders: socket.socket) -> None:
             runpy.run_module(program, run_name="__main__", alter_sys=True)
         else:
             sys.argv[0] = "-c"
-            sys.path.insert(0, "")  # as the interpreter does
+            sys.path[:0] = ["", *environment["PYTHONPATH"].split(os.pathsep)]  # as the interpreter does
             exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
     except BaseException:
         import traceback
