@@ -113,8 +113,8 @@ class Server:
         They import one after another: in a new environment the first compiles what the others then find.
         """
         with tempfile.TemporaryFile() as turn:
-            sockets = {target: cls.running(target, turn).socket for target in targets}
-        addresses = [f"{target} {socket.getpeername().hex()} {PACKAGE}" for target, socket in sockets.items()]
+            servers = [cls.running(target, turn) for target in targets]
+        addresses = [f"{each.target} {each.socket.getpeername().hex()} {PACKAGE}" for each in servers]
         os.environ[SHARED] = os.pathsep.join(addresses)
 
     def ended(self) -> bool:
