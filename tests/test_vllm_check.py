@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import faulty
@@ -13,10 +14,13 @@ from conftest import ROOT
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.errors import KitError
+from glmpp.formats.tensor import TensorSpec
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
+from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, INCOMPLETE, LOADS
+from glmpp.verdict.text import as_text
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -132,6 +136,69 @@ def test_all_goes_on_after_a_death_and_finds_every_one(checked):
 def test_the_load_format_cures_what_comes_from_being_handed_a_foreign_tensor(checked, fault):
     report = checked(fault, guard="loader")
     assert report.loads and [stage.held for stage in report.stages] == [{}] * 3
+
+
+# --- what is asked of a tensor ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", faulty.ASKS)
+def test_what_a_model_asks_of_data_is_answered_with_the_bytes_of_a_small_checkpoint(checked, fault):
+    report = checked(fault)
+    assert [(stage.verdict, stage.data) for stage in report.all] == [(LOADS, "the checkpoint's")] * 4, report.stages[
+        0
+    ].message
+    assert "tried again on the CPU with values: the checkpoint's" in as_text(Checkpoint([], {}), report)
+
+
+@pytest.mark.parametrize("fault", [*faulty.ASKS, *faulty.ASKS_TOO_MUCH, "unguarded lookup"])
+def test_what_torch_has_no_answer_for_without_data_cannot_be_told_of_a_large_checkpoint(fault, tmp_path):
+    small = Checkpoint.from_directory(faulty.write_faulty(fault, tmp_path))
+    large = Checkpoint([*small.values(), TensorSpec("unused.large", "BF16", (40_000, 40_000))], small.config)
+    report = dry_run(large, 2, progress=False)
+    known = (DIES, DIES) if fault == "unguarded lookup" else (DIES,) * 3
+    expected = (CANNOT_TELL,) * 3 if fault in faulty.ASKS else known
+    assert tuple(stage.verdict for stage in report.all)[: len(expected)] == expected, report.stages[0].message
+    assert ("no verdict" in report.stages[0].message) == (fault in faulty.ASKS)
+
+
+@pytest.mark.parametrize("fault", faulty.ASKS_TOO_MUCH)
+def test_what_no_tensor_has_an_answer_to_is_a_death(fault, tmp_path):
+    report = dry_run(Checkpoint.from_directory(faulty.write_faulty(fault, tmp_path)), 2, progress=False)
+    assert [stage.verdict for stage in report.all] == [DIES] * 3
+    assert {stage.place.partition(":")[0] for stage in report.all} == {"faulty.py"}
+
+
+# --- what is no verdict -------------------------------------------------------------------------------------------
+
+
+def test_a_fault_of_the_kit_is_said_to_be_one_and_ends_with_3(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = faulty.write_faulty("breaks the kit", tmp_path)
+    with pytest.raises(KitError, match=r"TypeError: 'NoneType' object is not callable\n(.|\n)*glmpp/engine/account\.py:\d+"):
+        dry_run(Checkpoint.from_directory(model), 2, progress=False)
+    code, out, err = command(capsys, "check", model, "--pp", 2)
+    assert code == 3 and out == ""
+    (report,) = tmp_path.glob("glmpp-fault-*.txt")
+    assert err == f"glmpp: a fault of glmpp, and no verdict; please report it with {report}\n"
+    assert "glmpp/engine/account.py" in report.read_text() and f"vLLM {vllm_version()}" in report.read_text()
+
+
+def test_a_fault_of_the_command_itself_ends_with_3_too(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cli, "dry_run", lambda *args, **kwargs: {}["no such"])
+    code, _, err = command(capsys, "check", tiny.directory)
+    (report,) = tmp_path.glob("glmpp-fault-*.txt")
+    assert code == 3 and str(report) in err and "KeyError: 'no such'" in report.read_text()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not" / "there"))
+    assert "KeyError: 'no such'" in command(capsys, "check", tiny.directory)[2]
+
+
+def test_a_class_that_cannot_be_imported_is_no_verdict_and_the_package_is_named(tmp_path, capsys):
+    model = faulty.write_faulty("needs a name that transformers lacks", tmp_path)
+    code, out, _ = command(capsys, "check", model, "--pp", 2)
+    assert code == 2 and out.endswith("PP=2: cannot tell: PP=1 cannot be built here either\n")
+    assert "ImportError: cannot import name 'NoSuchConfig' from 'transformers'" in " ".join(out.split())
+    assert "is newer than vLLM" in out and "install an older transformers" in " ".join(out.split())
 
 
 # --- the command --------------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ import torch
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
-from vllm.model_executor.models import utils
+from vllm.model_executor.models import registry, utils
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from glmpp.engine import contract, fixes
+from glmpp.engine.failures import chain, frames
 from glmpp.engine.groups import Place, set_layer_counts
 from glmpp.engine.stand_ins import StandIns
 from glmpp.engine.targets import tensors_on
@@ -74,7 +75,11 @@ class ModelBuilder:
             Exception: of whatever kind the config checks or the model's class end with.
         """
         utils._model_to_pp_missing_layer_names.clear()  # keyed by id(model), and ids are reused: see missing_prefixes
-        config = self.vllm_config(place)  # what fails here no stand-in is for
+        try:
+            config = self.vllm_config(place)  # what fails here no stand-in is for
+        except Exception as error:
+            name_cause(error, self.request["config"].get("architectures") or [])
+            raise
         # As the load format does it: plugins are loaded, no model is built. The fork ends, and with it the fixes.
         fixes.apply(self.request.get("fixes", []), contract.vllm_version(), config.model_config.architectures)
 
@@ -87,6 +92,18 @@ class ModelBuilder:
                 return Built(initialize_model(vllm_config=mine, model_config=model_config), mine, model_config)
 
         return self.stand_ins.build(construct)
+
+
+def name_cause(error: Exception, architectures: list[str]) -> None:
+    """Give an error of vLLM's registry its cause: why a class cannot be imported, the registry says in its log alone."""
+    if not any(frame.module == registry.__name__ for cause in chain(error) for frame in frames(cause)):
+        return
+    for architecture in architectures:
+        if known := registry.ModelRegistry.models.get(architecture):
+            try:
+                known.load_model_cls()
+            except Exception as cause:
+                error.__cause__ = cause
 
 
 def become_replica(config: VllmConfig, replica: int) -> None:

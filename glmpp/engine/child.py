@@ -24,7 +24,9 @@ import tempfile
 import traceback
 
 from glmpp.engine import contract
+from glmpp.engine.failures import frames, is_kits, without_paths
 from glmpp.engine.stand_ins import expert_map_on_cpu, inspect_in_process, install_platform
+from glmpp.errors import GlmppError
 from glmpp.gpus import CPU
 
 # Before torch and vLLM are imported. The GPU, if there is one, stays unseen: verdicts must not depend on the machine.
@@ -64,6 +66,9 @@ LATE_ON_GPU = [
     *(f"{BACKENDS}.{name}" for name in ("flash_attn", "flashinfer", "triton_attn", "flex_attention", "turboquant_attn")),
     *(f"{BACKENDS}.mla.{name}" for name in ("flashattn_mla", "flashmla", "flashmla_sparse", "triton_mla")),
 ]
+
+
+FAULT = 70  # the exit code after a fault of the kit: EX_SOFTWARE of sysexits.h
 
 
 def preload(target: str) -> None:
@@ -126,10 +131,20 @@ def answer(names: dict, pipe: int, turns: int) -> None:
 
             serve(request, names, turns, send)
             send({"kind": "end", "peak_rss_bytes": peak_rss_bytes(), "shared_bytes": shared})
-        except BaseException:
+        except BaseException as error:
             traceback.print_exc()  # before the pipe closes: the parent reads the log then
             sys.stderr.flush()
+            if isinstance(error, GlmppError):
+                send({"kind": "refused", "message": str(error)})
+            elif is_kits(error):
+                send({"kind": "fault", "message": told(error)})
             raise
+
+
+def told(error: BaseException) -> str:
+    """A fault of the kit in a line, its traceback behind it."""
+    where = frames(error)
+    return "\n".join([f"{type(error).__name__}: {without_paths(str(error))}", *map(str, where)])
 
 
 def main(descriptor: int, target: str, turn: int | None = None) -> None:
@@ -146,7 +161,13 @@ def main(descriptor: int, target: str, turn: int | None = None) -> None:
     if turn is not None:
         fcntl.lockf(turn, fcntl.LOCK_EX)
     gc.disable()  # what is imported stays: looking through it again and again would be a fifth of the time
-    preload(target)
+    try:
+        preload(target)
+    except Exception as error:
+        if is_kits(error):
+            print(told(error), file=sys.stderr)
+            sys.exit(FAULT)
+        raise
     if turn is not None:
         os.close(turn)  # and unlocks it, as the end of the process would
     gc.freeze()  # what the forks inherit is not theirs to look through, and stays shared

@@ -10,9 +10,8 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 
+from glmpp.engine.failures import RANKS_AWAY, NeedsRanks
 from glmpp.partition import PARTITION_VARIABLE
-
-ALONE = "no other process of this group is here"
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,11 @@ class Alone:
         self.real, self.size, self.rank = real, lambda: size, lambda: rank
 
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(f"{name} of {self!r}")
+        raise NeedsRanks(f"{name} of {self!r}")
 
     def __repr__(self) -> str:
         """Stands in what torch says of a group that it does not know."""
-        return f"<{self.size()} ranks: {ALONE}>"
+        return f"<{self.size()} ranks: {RANKS_AWAY}>"
 
 
 def init_groups(rank: int, size: int, tp: int, init_file: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 from glmpp.engine.selection import missing_prefixes
+from glmpp.errors import GlmppError
 
 HELPER = "_try_load_fp8_indexer_wk"
 
@@ -69,14 +71,21 @@ class Guard:
 
 
 def load_function(place: str):
-    """A function from "module:function", or from "/path/to/file.py:function", whose folder is not searched for more."""
+    """A function from "module:function", or from "/path/to/file.py:function", whose folder is not searched for more.
+
+    Raises:
+        GlmppError: it is not there, or importing it fails.
+    """
     module, _, name = place.rpartition(":")
-    if not module.endswith(".py"):
-        return getattr(importlib.import_module(module), name)
-    spec = importlib.util.spec_from_file_location(Path(module).stem, module)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return getattr(loaded, name)
+    try:
+        if not module.endswith(".py"):
+            return getattr(importlib.import_module(module), name)
+        spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        return getattr(loaded, name)
+    except Exception as error:
+        raise GlmppError(f"the helper {place!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def calling_module(frame) -> torch.nn.Module:

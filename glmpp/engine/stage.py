@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,24 +10,22 @@ import torch
 from vllm.model_executor.model_loader import get_model_loader
 
 from glmpp.engine.account import Account
-from glmpp.engine.build import ModelBuilder
+from glmpp.engine.build import Built, ModelBuilder
 from glmpp.engine.choices import choices
-from glmpp.engine.groups import ALONE, Place, pretend
+from glmpp.engine.failures import NO_VERDICT, PACKAGE, REFUSAL, chain, describe, is_kits, is_torchs, kind_of
+from glmpp.engine.groups import Place, pretend
 from glmpp.engine.guards import Guard
 from glmpp.engine.load_format import StageModelLoader
 from glmpp.engine.memory import memory
+from glmpp.engine.packages import what_to_install
 from glmpp.engine.source import Source, answer_for_headers
 from glmpp.engine.stage_load import StageLoad
-from glmpp.engine.targets import refuses
-from glmpp.engine.traces import describe
+from glmpp.engine.unanswered import UnansweredOnMeta
 from glmpp.gpus import CPU
 from glmpp.ledger import digest
 
-# What PyTorch says when code asks a meta tensor for its data. It is no verdict on the checkpoint.
-NEEDS_DATA = re.compile(r"copy out of meta tensor|on meta tensors|_local_scalar_dense|data is not allocated yet")
-# What a rank alone says that wants to hear from others. That is no verdict either.
-NEEDS_OTHERS = re.compile(rf"{ALONE}|Could not run 'vllm::(all_reduce|all_gather|reduce_scatter)'")
 SMALL_ENOUGH = 2_000_000_000  # bytes of a checkpoint that is tried again with data, on the CPU
+NO_DATA, MADE_UP, REAL = "none", "made up", "the checkpoint's"  # what the tensors that are handed over hold
 
 
 class Stages:
@@ -39,91 +36,106 @@ class Stages:
         self.source = Source(request["tensors"])
         self.guard = Guard(request["guard"], request["helper"], request["callers"])
         self.builder = ModelBuilder(request)
-        self.real = request["weights"] == "real"
-        if not any(Path(request["model"]).glob("*.safetensors")):
+        self.has_files = any(Path(request["model"]).glob("*.safetensors"))
+        if not self.has_files:
             answer_for_headers(request["tensors"])
 
-    def loader(self, config, hand_over, device: str):
-        """The loader that vLLM chooses, its source replaced by empty tensors unless real bytes are asked for.
+    def loader(self, config, hand_over, data: str):
+        """The loader that vLLM chooses, its source replaced by tensors that are made here unless real bytes are asked for.
 
         Args:
             hand_over: what the iterator of weights passes through on its way to the model.
-            device: of the empty tensors.
+            data: NO_DATA, MADE_UP or REAL.
         """
-        source, real, chosen = self.source, self.real, type(get_model_loader(config.load_config))
+        source, chosen = self.source, type(get_model_loader(config.load_config))
 
         class Loader(chosen):
             def get_all_weights(self, model_config, model):
                 return hand_over(super().get_all_weights(model_config, model))
 
             def _get_weights_iterator(self, files):
-                if real:
+                if data == REAL:
                     return super()._get_weights_iterator(files)
-                weights = source.hand_over(device)
+                weights = source.hand_over("meta" if data == NO_DATA else "cpu")
                 if not isinstance(self, StageModelLoader):
                     return weights
                 return self.selection.counted(pair for pair in weights if self.selection.wants(pair[0]))
 
             def watch(self, *model):  # meta tensors have no addresses: the account goes by the operators instead
-                return super().watch(*model) if real else None
+                return super().watch(*model) if data == REAL else None
 
         return Loader(config.load_config)
 
     def run(self, place: Place) -> dict:
-        """Build and load a stage; once more with data on the CPU if the model asks for some.
+        """Build and load a stage. What fails without data is tried again: with data if there is not too much of it, which
+        then decides, else to see whether the lack of data is the reason.
 
         Nothing carries over from one run to the next: which of them share a process must not show in what is said of them.
         """
-        device = "cpu" if self.real else "meta"
-        result, needs_data = self.attempt(place, device)
-        if needs_data and device == "meta":
-            if sum(self.source.nbytes.values()) > SMALL_ENOUGH:
-                return {**result, "verdict": "cannot tell"}
-            result, _ = self.attempt(place, "cpu")
+        if self.request["weights"] == "real":
+            return self.attempt(place, REAL)[0]
+        result, error = self.attempt(place, NO_DATA)
+        if error is None:
+            return result
+        if sum(self.source.nbytes.values()) <= SMALL_ENOUGH:
+            return self.attempt(place, REAL if self.has_files else MADE_UP)[0]
+        if is_torchs(error):
+            with UnansweredOnMeta():
+                return self.attempt(place, NO_DATA)[0]
         return result
 
-    def attempt(self, place: Place, device: str) -> tuple[dict, bool]:
-        """A stage's verdict with its evidence, and whether all that it failed for is a tensor without data."""
-        result: dict = {"verdict": "cannot be built"}
-        needs_data, built, started = False, None, time.perf_counter()
+    def attempt(self, place: Place, data: str) -> tuple[dict, Exception | None]:
+        """A stage's verdict with its evidence, and what it failed with, if it did."""
+        device = "meta" if data == NO_DATA else "cpu"
+        result: dict = {"verdict": "cannot be built", "device": device, "data": data}
+        built, failed, started = None, None, time.perf_counter()
         self.builder.stand_ins.reset()
         try:
             built = self.builder.build(place, device)
-            result["build_seconds"] = time.perf_counter() - started
-            result["backends"] = choices(built.model)
-            result["patched"] = self.guard.install()
-            load = StageLoad(built, self.guard, lambda *how: self.loader(*how, device=device), self.source.nbytes, device)
-            started = time.perf_counter()
-            load.run(self.request["all_deaths"])
-            result["load_seconds"] = time.perf_counter() - started
-            result["verdict"] = "dies" if load.deaths else "loads"
-            if load.deaths and NEEDS_OTHERS.search(load.deaths[0]["message"]):
-                result["verdict"] = "cannot tell"
-            if load.deaths:
-                result.update(load.deaths[0], deaths=[{**death, "traceback": []} for death in load.deaths])
-                needs_data = bool(NEEDS_DATA.search(load.deaths[0]["message"]))
-            account = Account(load, self.source.shapes, self.drafted() if place.drafter else None)
-            result.update(account.message(self.request["model"] if self.real else None))
-            if self.real:
-                # What belongs to a tower that this stage has no use for, vLLM itself leaves without data.
-                held = {name: p for name, p in built.model.named_parameters() if not p.is_meta}
-                result["digests"] = {name: digest(p) for name, p in held.items()}
-                self.keep(place, built.model)
-            result["memory"] = memory(self.builder, place, built, device, self.request["context"])
-            result["model_class"] = f"{type(built.model).__module__}.{type(built.model).__qualname__}"
         except Exception as error:
-            if built is not None:
-                raise  # not the model's fault
+            if is_kits(error):
+                raise
+            failed = error
             result.update(describe(error), build_seconds=time.perf_counter() - started)
-            if NEEDS_OTHERS.search(str(error)):
-                result["verdict"] = "cannot tell"
-            if error.__cause__ is not None:
+            if error.__cause__ is not None and kind_of(error) != PACKAGE:
                 left = describe(error.__cause__)
-                result["message"] += f" (with stand-ins: {left['exception']}: {left['message'][:300]} in {left['place']})"
-            needs_data = bool(NEEDS_DATA.search(str(error)))
-            result["refused"] = refuses(error) and (self.request["gpu"] != CPU or self.is_layout_refused(place, device))
-        result.update(stand_ins=self.builder.stand_ins.reasons, device=device, num_layers=self.builder.num_layers)
-        return result, needs_data
+                result["message"] += f" (from {left['exception']}: {left['message'][:300]} in {left['place']})"
+            refused = kind_of(error) == REFUSAL
+            result["refused"] = refused and (self.request["gpu"] != CPU or self.is_layout_refused(place, device))
+        else:
+            result["build_seconds"] = time.perf_counter() - started
+            failed = self.load(place, built, data, result)
+        if failed is not None and (why := NO_VERDICT.get(kind_of(failed))):
+            if kind_of(failed) == PACKAGE:
+                missing = next(cause for cause in chain(failed) if isinstance(cause, ImportError))
+                result.update(describe(missing))
+                why = f"{why}: {what_to_install(missing)}"
+            result.update(verdict="cannot tell", message=f"{result['message']} ({why})")
+        result.update(stand_ins=self.builder.stand_ins.reasons, num_layers=self.builder.num_layers)
+        return result, failed
+
+    def load(self, place: Place, built: Built, data: str, result: dict) -> Exception | None:
+        """Load a stage that has been built, and put down what is seen; returns the first exception on the way."""
+        device = result["device"]
+        result["backends"] = choices(built.model)
+        result["patched"] = self.guard.install()
+        load = StageLoad(built, self.guard, lambda *how: self.loader(*how, data=data), self.source.nbytes, device)
+        started = time.perf_counter()
+        load.run(self.request["all_deaths"])
+        result["load_seconds"] = time.perf_counter() - started
+        result["verdict"] = "dies" if load.deaths else "loads"
+        if load.deaths:
+            result.update(load.deaths[0], deaths=[{**death, "traceback": []} for death in load.deaths])
+        account = Account(load, self.source.shapes, self.drafted() if place.drafter else None)
+        result.update(account.message(self.request["model"] if data == REAL else None))
+        if self.request["weights"] == "real":
+            # What belongs to a tower that this stage has no use for, vLLM itself leaves without data.
+            held = {name: p for name, p in built.model.named_parameters() if not p.is_meta}
+            result["digests"] = {name: digest(p) for name, p in held.items()}
+            self.keep(place, built.model)
+        result["memory"] = memory(self.builder, place, built, device, self.request["context"])
+        result["model_class"] = f"{type(built.model).__module__}.{type(built.model).__qualname__}"
+        return load.error
 
     def keep(self, place: Place, model: torch.nn.Module) -> None:
         """Save a rank's parameters if they are asked for."""
@@ -140,7 +152,9 @@ class Stages:
         try:
             pretend(alone)
             self.builder.build(alone, device)
-        except Exception:
+        except Exception as error:
+            if is_kits(error):
+                raise
             return False
         finally:
             self.builder.stand_ins.reset()  # they helped another layout

@@ -13,9 +13,9 @@ from vllm.config import set_current_vllm_config
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from glmpp.engine.build import Built
+from glmpp.engine.failures import describe, is_kits, on_behalf
 from glmpp.engine.guards import Guard
 from glmpp.engine.targets import is_gpu
-from glmpp.engine.traces import describe
 from glmpp.engine.writes import WriteRecorder
 
 HELD_FOR = 50  # tensors: halves of a pair come closer together
@@ -27,6 +27,7 @@ class StageLoad:
 
     Attributes:
         deaths: one dict each: the tensor that was handed over last (None: after all of them), exception, key, place.
+        error: the first of them as it was raised; None without one.
         recorder, loader: of the last pass over the checkpoint.
         held: tensor -> bytes, of those that the model still held when the last one, or HELD_FOR others, had been handed
             over; {} for a model that makes a list of all of them first.
@@ -40,6 +41,7 @@ class StageLoad:
         """
         self.built, self.guard, self.make_loader, self.nbytes, self.device = built, guard, make_loader, nbytes, device
         self.deaths: list[dict] = []
+        self.error: Exception | None = None
         self.dead: set[str] = set()
         self.loader = None
 
@@ -62,6 +64,9 @@ class StageLoad:
             step()
             return True
         except Exception as error:
+            if is_kits(error):
+                raise
+            self.error = self.error or error
             tensor = self.recorder.order[-1] if self.recorder.order and not self.exhausted else None
             self.deaths.append({"tensor": tensor, **describe(error)})
             self.dead.add(tensor)
@@ -125,7 +130,7 @@ def constructors_on(device: str) -> Iterator[None]:
             wanted = kwargs.get("device")
             if wanted is None or is_gpu(wanted):
                 kwargs["device"] = device
-            return construct(*args, **kwargs)
+            return on_behalf(construct, *args, **kwargs)
 
         return call
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from glmpp.engine import targets
+from glmpp.engine.failures import NotHere, is_kits, is_refusal, on_behalf
 from glmpp.gpus import CPU, GPUS
 
 T = TypeVar("T")
@@ -130,11 +131,11 @@ def _custom_operators() -> Callable[[], None] | None:
     original = kind.__getattr__
 
     def absent(*args, **kwargs):
-        raise NotImplementedError("an operator of vLLM's GPU library")
+        raise NotHere("an operator of vLLM's GPU library")
 
     def look_up(namespace, name):
         try:
-            return original(namespace, name)
+            return on_behalf(original, namespace, name)
         except AttributeError:
             if namespace.name not in ("_C", "_moe_C") or name.startswith("__"):
                 raise
@@ -197,7 +198,7 @@ class StandIns:
         try:
             return construct()
         except Exception as error:
-            if self.target != CPU and targets.refuses(error):
+            if is_kits(error) or (self.target != CPU and is_refusal(error)):
                 raise  # the GPU itself would be refused, too
             first = latest = error
         added: dict[str, Callable[[], None]] = {}
@@ -212,6 +213,8 @@ class StandIns:
                 try:
                     model = construct()
                 except Exception as error:
+                    if is_kits(error):
+                        raise
                     if _same(error, latest):
                         remove()
                         continue

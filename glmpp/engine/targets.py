@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import re
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from glmpp.engine import contract, driver
+from glmpp.engine.failures import on_behalf
 from glmpp.gpus import GPU
 
 DEVICES = 4096  # more than any layout asks for: whether a machine has that many is not asked here
@@ -212,20 +211,6 @@ def _pretend_in_triton(gpu: GPU) -> None:
     triton_driver.set_active(PretendedDriver())
 
 
-def refuses(error: BaseException) -> bool:
-    """Whether an error is vLLM's own refusal, raised on purpose: the same on the GPU itself, so it is a verdict.
-
-    Anything else may come of the pretence: an operator without an answer for "meta", a library that wants a driver.
-    """
-    if type(error).__module__.startswith("pydantic"):
-        return True  # it wraps what the checks of vLLM's configs say
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    if "/vllm/" not in last.filename:
-        return False
-    asserts = (last.line or "").startswith("assert ")
-    return (last.line or "").startswith("raise ") or (asserts and not re.search(r"cuda|device", last.line))
-
-
 class OnDevice(TorchFunctionMode):
     """Tensors that code puts on a GPU by name are made on another device."""
 
@@ -236,12 +221,12 @@ class OnDevice(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is torch.Tensor.cuda:
-            return args[0].to(self.device)
+            return on_behalf(args[0].to, self.device)
         if is_gpu(kwargs.get("device")):
             kwargs = {**kwargs, "device": self.device}
         if any(isinstance(arg, (torch.device, str)) and is_gpu(arg) for arg in args):
             args = tuple(self.device if isinstance(arg, (torch.device, str)) and is_gpu(arg) else arg for arg in args)
-        return function(*args, **kwargs)
+        return on_behalf(function, *args, **kwargs)
 
 
 def is_gpu(device: Any) -> bool:

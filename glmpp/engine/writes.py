@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from glmpp.engine.failures import on_behalf
+
 NO_PADDING: Mapping[str, int] = MappingProxyType({})
 
 
@@ -84,7 +86,7 @@ class WriteRecorder(TorchDispatchMode):
                 if name is not None:
                     self.regions[name].append((tensor.storage_offset() * tensor.element_size(), tensor.numel()))
                     self.stored.update(self.order[-1:])
-        return func(*args, **(kwargs or {}))
+        return on_behalf(func, *args, **(kwargs or {}))
 
 
 def loadable(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.errors import GlmppError
+from glmpp.errors import GlmppError, KitError
 from glmpp.verdict.server import Server
 
 
@@ -71,10 +71,15 @@ class Fork:
                 os.kill(self.pid, signal.SIGKILL)
 
     def check(self) -> None:
-        """Raise a GlmppError with its last words if it ended before its work did."""
+        """Raise a GlmppError with its last words if it ended before its work did, a KitError if the kit is to blame."""
         if self.ended:
             return
+        for message in self.messages:
+            if message["kind"] in ("refused", "fault"):
+                raise (GlmppError if message["kind"] == "refused" else KitError)(message["message"])
         words = self.last_words()
+        if self.server.ended() and self.server.had_fault():
+            raise KitError(words)
         how, hint = ("broke off", "") if words else ("was killed", ", by the system if memory ran out")
         raise GlmppError(f"the vLLM child process {how} after {len(self.messages)} messages{hint}:\n{words}")
 

@@ -38,6 +38,7 @@ ELSEWHERE = "/"
 # Set for the processes that a process starts, to let them use its servers: target, address and whose code it runs, of each.
 SHARED = "GLMPP_SERVER"
 PACKAGE = Path(__file__).parents[1] / "__init__.py"
+FAULT = 70  # the exit code of `glmpp.engine.child` after a fault of the kit
 
 
 class Server:
@@ -125,6 +126,10 @@ class Server:
             return False
         except OSError:
             return True
+
+    def had_fault(self) -> bool:
+        """Of one that has ended: whether a fault of the kit ended it."""
+        return self.process is not None and self.process.wait() == FAULT
 
     def last_words(self, lines: int) -> str:
         """The end of what it said, complete once it has ended."""

@@ -11,6 +11,7 @@ from glmpp.verdict.fit import Memory
 
 LOADS, DIES, CANNOT_BUILD = "loads", "dies", "cannot be built"
 INCOMPLETE, CANNOT_TELL = "loads, is not complete", "cannot tell"
+NO_DATA = "none"
 STAGE, DRAFTER, CONTROL = "stage", "MTP drafter", "PP=1 control"
 
 
@@ -39,7 +40,8 @@ class Evidence:
 
     Attributes:
         model_class: None if the model was not built.
-        device: "meta", or "cpu" for a model that asks for data while it is built or loaded.
+        device: "meta", or "cpu" where it was tried with data.
+        data: what the tensors held: "none", "made up", or "the checkpoint's".
         stand_ins: part -> what stands in for it and why.
         backends: what vLLM chose, by its own names: "attention", "linear", "moe" -> choice -> number of layers.
         refused: the model was not built, and the exception is one that vLLM raises on purpose.
@@ -54,6 +56,7 @@ class Evidence:
 
     model_class: str | None = None
     device: str = "meta"
+    data: str = NO_DATA
     stand_ins: dict[str, str] = field(default_factory=dict)
     backends: dict[str, dict[str, int]] = field(default_factory=dict)
     refused: bool = False
@@ -122,7 +125,7 @@ class StageReport:
     model_class, device, stand_ins, patched = map(_of_evidence, ("model_class", "device", "stand_ins", "patched"))
     handed_over, order, held, digests = map(_of_evidence, ("handed_over", "order", "held", "digests"))
     missing_prefixes, backends, refused = map(_of_evidence, ("missing_prefixes", "backends", "refused"))
-    experts = _of_evidence("experts")
+    experts, data = map(_of_evidence, ("experts", "data"))
 
     @property
     def loads(self) -> bool:

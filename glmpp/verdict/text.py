@@ -10,9 +10,19 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.verdict.advice import fixed_in, nearest_in_record
 from glmpp.verdict.fit import LEFT_OUT, Fit
 from glmpp.verdict.report import DryRunReport
-from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, CONTROL, DIES, INCOMPLETE, LOADS, STAGE, StageReport
+from glmpp.verdict.stage_report import (
+    CANNOT_BUILD,
+    CANNOT_TELL,
+    CONTROL,
+    DIES,
+    INCOMPLETE,
+    LOADS,
+    NO_DATA,
+    STAGE,
+    StageReport,
+)
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 SHOWN = 4  # names on a line; --json has all of them
 
 
@@ -86,6 +96,7 @@ def _stage_json(stage: StageReport, found: Fit | None = None) -> dict:
         "backends": stage.backends,
         "refused": stage.refused,
         "device": stage.device,
+        "data": stage.data,
         "tensors_handed_over": stage.handed_over,
         "deaths": [
             {key: getattr(death, key) for key in ("exception", "message", "key", "place", "function", "tensor")}
@@ -123,8 +134,8 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, ut
         lines += [f"{label(alike):<{width}} layers {_layers(alike):<8} {alike[0].verdict}", *evidence_lines(alike[0])]
     lines += ["", *lines_of_memory] if (lines_of_memory := memory_lines(report, utilization)) else []
     lines += ["", "stand-ins: " + ", ".join(report.stand_ins)]
-    if any(stage.device == "cpu" for stage in report.all):
-        lines.append("made-up values on the CPU: the model asks for data while it is built or loaded")
+    if data := sorted({stage.data for stage in report.all if stage.data != NO_DATA and not stage.deaths}):
+        lines.append(f"failed without data, and was tried again on the CPU with values: {', '.join(data)}")
     return "\n".join([*lines, "", f"{report.deployment.layout}: {conclusion(report)}"])
 
 
@@ -143,7 +154,7 @@ def evidence_lines(stage: StageReport) -> list[str]:
     lines = []
     for death in stage.deaths:
         said = " ".join(death.message.split())
-        lines.append(f"    KeyError: {death.key!r}" if death.key else f"    {death.exception}: {said[:300]}")
+        lines.append(f"    KeyError: {death.key!r}" if death.key else f"    {death.exception}: {said[:500]}")
         lines.append(f"        in {death.place} {death.function}" + (f", handed {death.tensor}" if death.tensor else ""))
     if stage.verdict == INCOMPLETE:
         lines += _left_lines(stage)
@@ -235,7 +246,8 @@ def conclusion(report: DryRunReport) -> str:
     if found == LOADS:
         return "loads, complete"
     if found == CANNOT_TELL:
-        return "cannot tell: " + ("PP=1 cannot be built here either" if report.control else "see above")
+        neither = report.control is not None and report.control.verdict == CANNOT_TELL
+        return "cannot tell: " + ("PP=1 cannot be built here either" if neither else "see above")
     if found == INCOMPLETE:
         kinds = Counter(stage.left[name].kind for stage in report.all for name in stage.unaccounted if stage.role != CONTROL)
         said = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) or "see PP=1"

@@ -7,6 +7,7 @@ of the child processes.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,25 @@ FAULTS = (
     "padded vocabulary, a slice never written",
     "waits for the other shards, building",
     "waits for the other shards, loading",
+    "breaks the kit",
+    "needs a name that transformers lacks",
 )
+# What a model may ask a tensor for that one without data has no answer to.
+ASKS: dict[str, Callable[[torch.Tensor], object]] = {
+    "asks whether two are equal": lambda tensor: torch.equal(tensor, tensor),
+    "takes what a mask says": lambda tensor: tensor[tensor > 0],
+    "looks for what is not zero": lambda tensor: tensor.nonzero(),
+    "looks for different values": lambda tensor: torch.unique(tensor),
+    "counts values": lambda tensor: torch.bincount(tensor.flatten().int()),
+    "turns it into an array": lambda tensor: tensor.float().numpy(),
+    "asks for a value": lambda tensor: 1 / tensor.flatten()[0].item(),
+    "saves it": lambda tensor: tensor.view(torch.uint8).cpu().numpy().tobytes(),
+}
+# And what no tensor has an answer to, with data or without.
+ASKS_TOO_MUCH: dict[str, Callable[[torch.Tensor], object]] = {
+    "multiplies what does not fit": lambda tensor: tensor @ torch.ones(3, 3, dtype=tensor.dtype, device=tensor.device),
+    "takes rows that are not there": lambda tensor: tensor.narrow(0, 1000, 1000),
+}
 LAYERS, HIDDEN = 12, 16
 FIX = "faulty_lookup"
 
@@ -35,7 +54,8 @@ FIX = "faulty_lookup"
 def register() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
-    ModelRegistry.register_model("FaultyForCausalLM", "faulty:FaultyForCausalLM")
+    for name in ("FaultyForCausalLM", "LackingForCausalLM"):
+        ModelRegistry.register_model(name, f"faulty:{name}")
     if "glmpp.engine.answers" in sys.modules:  # a process of the dry run
         add_fix()
 
@@ -72,7 +92,8 @@ def write_faulty(fault: str, folder: Path) -> Path:
     save_file(
         {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in tensors.items()}, model / "model.safetensors"
     )
-    config = config_of("FaultyForCausalLM", HIDDEN, LAYERS, 64, fault) | {"torch_dtype": "bfloat16"}
+    architecture = "LackingForCausalLM" if "lacks" in fault else "FaultyForCausalLM"
+    config = config_of(architecture, HIDDEN, LAYERS, 64, fault) | {"torch_dtype": "bfloat16"}
     (model / "config.json").write_text(json.dumps(config))
     return model
 
@@ -95,6 +116,8 @@ def config_of(architecture: str, hidden: int, layers: int, vocabulary: int, faul
 
 def __getattr__(name: str):
     """The model class, made when vLLM asks for it: this file is imported where there is no vLLM, too."""
+    if name == "LackingForCausalLM":
+        from transformers import NoSuchConfig  # noqa: F401
     if name != "FaultyForCausalLM":
         raise AttributeError(name)
     from vllm.distributed import get_pp_group, get_tp_group
@@ -148,7 +171,14 @@ def __getattr__(name: str):
                 get_tp_group().all_gather(torch.ones(2, device="cpu"), dim=0)
             params, loaded = dict(self.named_parameters()), set()
             self.held = {}
+            if self.fault == "breaks the kit":
+                import glmpp.engine.account
+
+                glmpp.engine.account.padding = None
             for name, tensor in weights:
+                if name.startswith("unused."):
+                    continue
+                (ASKS | ASKS_TOO_MUCH).get(self.fault, id)(tensor)
                 self.touch(name)
                 if self.skips(name):
                     continue

@@ -1,0 +1,249 @@
+"""An exception as evidence: whose it is, what it tells of a checkpoint, where it rose, without this machine's paths.
+
+Whose code a frame is says its module's name, never its path: a folder may be called anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import linecache
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from glmpp.errors import GlmppError
+
+# What an exception is. FAULT is the model's or the checkpoint's, and REFUSAL is vLLM's "no" on purpose: both are verdicts,
+# they would be the same on the GPU itself. The others are none.
+FAULT, REFUSAL, KIT, PACKAGE, RANKS, NO_ANSWER = "fault", "refusal", "glmpp", "package", "other ranks", "no answer"
+NO_VERDICT = {
+    PACKAGE: "no verdict on the checkpoint",
+    RANKS: "no verdict: this rank waits for others, and runs alone",
+    NO_ANSWER: "no verdict: torch cannot do this without data, or without the GPU",
+}
+
+# What vLLM refuses with, and where it does. A KeyError, or an error elsewhere, may come of the pretence.
+REFUSES_WITH = (ValueError, NotImplementedError, RuntimeError, AssertionError)
+REFUSES_IN = (
+    *("vllm.config", "vllm.engine.arg_utils", "vllm.transformers_utils", "vllm.platforms", "vllm.distributed.utils"),
+    *("vllm.model_executor", "vllm.models", "vllm.v1.attention"),
+)
+OF_THE_PRETENCE = re.compile(r"cuda|device")  # in an assertion: what is asserted of the hardware was pretended
+
+# Packages that models call: an exception in one of them is the caller's.
+LIBRARIES = {
+    *sys.stdlib_module_names,
+    "numpy",
+    "pydantic",
+    "pydantic_core",
+    "safetensors",
+    "torch",
+    "transformers",
+    "triton",
+}
+RANKS_AWAY = "no other process of this group is here"  # in the name of a group, which torch repeats
+UNANSWERED = "unanswered_on_meta"  # an attribute of exceptions, see `glmpp.engine.unanswered`
+STUDIED = ("glmpp.loader",)  # the helper in its wrong versions: the kit's code that stands in for a model's
+SHOWN = (*STUDIED, "glmpp.engine.load_format")
+PACKAGES = ("vllm", "torch", "transformers", "glmpp")
+
+
+class NotHere(NotImplementedError):
+    """What a stand-in says that was asked for more than it can do."""
+
+
+class NeedsRanks(RuntimeError):
+    """What a rank says that runs alone and was asked for others."""
+
+
+def on_behalf(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function for somebody else: what it raises is the caller's caller's, not the kit's."""
+    return function(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A line of a traceback: `module` is the name of the module whose code it is."""
+
+    module: str
+    path: str
+    line: int
+    function: str
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+    @property
+    def file(self) -> str:
+        """The file without the machine: from the package on, of a module that is in no package its name alone."""
+        for folder in getattr(sys.modules.get(self.package), "__path__", ()):
+            if Path(self.path).is_relative_to(folder):
+                return f"{self.package}/{Path(self.path).relative_to(folder).as_posix()}"
+        return Path(self.path).name
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether it is worth showing: vLLM's, a model's, the kit's where it stands in for these."""
+        own = self.package == "glmpp" and self.module not in SHOWN
+        return not own and self.package not in LIBRARIES and not self.path.startswith("<")
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}\n    {linecache.getline(self.path, self.line).strip()}"
+
+
+def frames(error: BaseException) -> list[Frame]:
+    """Of an exception's traceback, outermost first."""
+    found = []
+    for each in _tracebacks(error):
+        code = each.tb_frame.f_code
+        module = each.tb_frame.f_globals.get("__name__") or ""
+        found.append(Frame(str(module), code.co_filename, each.tb_lineno, code.co_name))
+    return found
+
+
+def describe(error: BaseException) -> dict:
+    """Exception type, message, key, where in vLLM, the model or the kit's helper it rose, and the trimmed traceback."""
+    every = frames(error)
+    shown = [frame for frame in every if frame.is_shown]
+    last = (shown or every)[-1]
+    return {
+        "exception": type(error).__name__,
+        "message": without_paths(str(error))[:2000],
+        "key": str(error.args[0]) if isinstance(error, KeyError) and error.args else None,
+        "place": f"{last.file}:{last.line}",
+        "function": last.function,
+        "traceback": [str(frame) for frame in shown],
+    }
+
+
+def without_paths(text: str) -> str:
+    """A message without the folders in which packages are installed on this machine."""
+    folders = {f"{folder}/": f"{name}/" for name in PACKAGES for folder in getattr(sys.modules.get(name), "__path__", ())}
+    folders |= {f"{sysconfig.get_path(kind)}/": "" for kind in ("purelib", "platlib", "stdlib")}
+    for folder in sorted(folders, key=len, reverse=True):
+        text = text.replace(folder, folders[folder])
+    return text
+
+
+# --- what an exception tells --------------------------------------------------------------------------------------
+
+
+def kind_of(error: BaseException) -> str:
+    """KIT, PACKAGE, RANKS, NO_ANSWER, REFUSAL, or FAULT for all that is none of these."""
+    causes = list(chain(error))
+    if any(isinstance(cause, NeedsRanks) for cause in causes) or RANKS_AWAY in str(error):
+        return RANKS
+    if is_kits(error):
+        return KIT
+    if any(isinstance(cause, ImportError) for cause in causes):
+        return PACKAGE
+    if any(isinstance(cause, NotHere) or hasattr(cause, UNANSWERED) or _has_no_kernel(cause) for cause in causes):
+        return NO_ANSWER
+    return REFUSAL if is_refusal(error) else FAULT
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception, what it was raised from or while, and what pydantic wraps: each once."""
+    found: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo:
+        cause = todo.pop()
+        if cause is None or any(cause is other for other in found):
+            continue
+        found.append(cause)
+        yield cause
+        todo += [cause.__cause__, None if cause.__suppress_context__ else cause.__context__]
+        if _is_pydantics(cause):
+            todo += [detail.get("ctx", {}).get("error") for detail in cause.errors()]
+
+
+def is_kits(error: BaseException) -> bool:
+    """Whether it rose in the kit's own code, or in a library that the kit called. A GlmppError is what the kit says."""
+    if isinstance(error, (GlmppError, NotHere, NeedsRanks)):
+        return False
+    every = frames(error)
+    while every:
+        frame = every.pop()
+        if (frame.module, frame.function) == (__name__, on_behalf.__name__):
+            every.pop()  # who called on behalf of others
+        elif frame.package not in LIBRARIES:
+            return frame.package == "glmpp" and frame.module not in STUDIED
+    return False
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether vLLM raised it on purpose, with a type and in a place that are known for it."""
+    every = frames(error)
+    if _is_pydantics(error):  # it wraps what the checks of vLLM's configs say
+        return any(frame.package == "vllm" for frame in every)
+    if not isinstance(error, REFUSES_WITH) or not every or not _is_in(every[-1].module, REFUSES_IN):
+        return False
+    if not _was_raised(_tracebacks(error)[-1]):
+        return False
+    return not (isinstance(error, AssertionError) and OF_THE_PRETENCE.search(_statement(every[-1])))
+
+
+def is_torchs(error: BaseException) -> bool:
+    """Whether it, or what led to it, rose in torch or in something written in C: nobody else said it on purpose."""
+    return any(
+        every[-1].package == "torch" or not _was_raised(_tracebacks(cause)[-1])
+        for cause in chain(error)
+        if (every := frames(cause)) and not isinstance(cause, LookupError)
+    )
+
+
+def _is_in(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def _is_pydantics(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] in ("pydantic", "pydantic_core") and hasattr(error, "errors")
+
+
+def _has_no_kernel(error: BaseException) -> bool:
+    """Whether torch said that an operator is missing, or not there for this device. Nobody raised it on purpose."""
+    every = frames(error)
+    if not every:
+        return False
+    if isinstance(error, AttributeError):
+        return every[-1].module == "torch._ops"
+    if not isinstance(error, NotImplementedError):
+        return False
+    return every[-1].package == "torch" or not _was_raised(_tracebacks(error)[-1])
+
+
+def _tracebacks(error: BaseException) -> list[TracebackType]:
+    found, each = [], error.__traceback__
+    while each is not None:
+        found.append(each)
+        each = each.tb_next
+    return found
+
+
+def _was_raised(last: TracebackType) -> bool:
+    """Whether a `raise` or an `assert` ended in this frame, and not a call of something written in C."""
+    return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _statement(frame: Frame) -> str:
+    """The whole statement that a line is part of."""
+    lines = linecache.getlines(frame.path)
+    try:
+        around = [
+            node
+            for node in ast.walk(ast.parse("".join(lines)))
+            if isinstance(node, ast.stmt) and node.lineno <= frame.line <= node.end_lineno
+        ]
+    except SyntaxError:
+        around = []
+    if not around:
+        return linecache.getline(frame.path, frame.line)
+    smallest = min(around, key=lambda node: node.end_lineno - node.lineno)
+    return "".join(lines[smallest.lineno - 1 : smallest.end_lineno])

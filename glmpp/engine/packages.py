@@ -1,0 +1,39 @@
+"""Which Python package an import fails for, and what the installed vLLM asks of it."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
+
+from packaging.requirements import Requirement
+
+from glmpp.engine.contract import vllm_version
+
+
+def what_to_install(error: ImportError) -> str:
+    """A sentence about the package that an import needs: it is missing, not what vLLM asks for, or too new for it.
+
+    vLLM states the oldest release of a package that will do, seldom the newest: a name that is missing in a release that
+    vLLM allows has been taken away since.
+    """
+    module = (error.name or "").partition(".")[0]
+    package = next(iter(packages_distributions().get(module, ())), module)
+    try:
+        installed = version(package)
+    except PackageNotFoundError:
+        return f"the package {package} is not installed here" if package else "a package is missing here"
+    if module == "vllm":
+        return f"vLLM {installed} has no such name: what asks for it is made for another release of vLLM"
+    asked = [Requirement(line) for line in requires(vllm_distribution()) or ()]
+    wanted = next((one.specifier for one in asked if one.name.lower() == package.lower() and one.marker is None), None)
+    if wanted is None:
+        return f"{package} {installed} has no such name"
+    if not wanted.contains(installed, prereleases=True):
+        return f"change {package}: vLLM {vllm_version()} asks for {package}{wanted}, and {installed} is installed"
+    return (
+        f"{package} {installed} is newer than vLLM {vllm_version()} knows: install an older {package} that {wanted} allows, "
+        "or a newer vLLM"
+    )
+
+
+def vllm_distribution() -> str:
+    return next(iter(packages_distributions().get("vllm", ())), "vllm")
