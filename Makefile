@@ -1,6 +1,7 @@
 # make walkthrough  run every notebook in a fresh kernel, write HTML for reviewers: build/index.html
 # make test         run the tests, notebooks without vLLM included
 # make test-mutants each guard taken out of a copy of the package: its test must fail
+# make test-stranger  the unit tests with nothing to write to, no home, no locale, and not as root
 # make test-python  the unit tests and the KeyError, live, on another Python: OTHER=3.12, else the newest there is
 # make test-matrix  load format, verdicts and contract on three vLLM releases
 # make test-upstream  every finding in upstream/ on the newest release: real, and gone with its fix
@@ -22,6 +23,7 @@ EXTRAS ?= lab,vllm,readers,weights,test
 BIN := $(VENV)/bin
 SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 READY := $(VENV)/.ready
+UNIT := "not vllm and not notebooks and not mutation"
 # A Python that was named and is not the environment's.
 VERSION := -c "import sys; print(sys.version_info[:2])"
 ifneq ($(origin PYTHON),file)
@@ -33,7 +35,7 @@ endif
 # Python compiles what is imported, once: a sixth of what is installed. All of it would take a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: walkthrough lab test test-mutants test-unit test-live test-python test-matrix test-upstream test-engine engine test-lab fuzz sweep same-bytes releases bench notebooks record lint lock stale clean
+.PHONY: walkthrough lab test test-mutants test-unit test-stranger test-live test-python test-matrix test-upstream test-engine engine test-lab fuzz sweep same-bytes releases bench notebooks record lint lock stale clean
 
 walkthrough: $(READY)
 	$(BIN)/python tools/walkthrough.py
@@ -53,7 +55,11 @@ test-mutants: $(READY)
 
 # The tests that need no vLLM and no kernel.
 test-unit: $(READY)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not vllm and not notebooks and not mutation"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m $(UNIT)
+
+# The same as somebody who owns nothing here; the checkout is read-only meanwhile.
+test-stranger: $(READY)
+	bash tools/as_stranger.sh $(BIN)/python -m pytest -p no:cacheprovider $(SIDE_BY_SIDE) -m $(UNIT)
 
 # The KeyError, live: fails where vLLM is not installed.
 LIVE := test_full_size_every_stage_of_pp_8_dies_at_the_reported_key_and_pp_1_loads

@@ -875,15 +875,15 @@ MUTATIONS = {
         "test_vllm_layouts.py::test_four_real_processes_in_gloo_groups_say_and_hold_the_same[False]",
     ),
     "a rank that waits is not dead": (
-        "engine/stage.py::Stages.attempt",
-        "if NEEDS_OTHERS.search(str(error)):",
-        "if False:",
+        "engine/failures.py::kind_of",
+        "or RANKS_AWAY in str(error)",
+        "or False",
         "test_vllm_layouts.py::test_a_rank_that_waits_for_others_is_not_told_dead[building]",
     ),
     "a rank that waits while it loads is not dead": (
-        "engine/stage.py::Stages.attempt",
-        "if load.deaths and NEEDS_OTHERS",
-        "if False and NEEDS_OTHERS",
+        "engine/failures.py::kind_of",
+        " or _has_no_kernel(cause)",
+        "",
         "test_vllm_layouts.py::test_a_rank_that_waits_for_others_is_not_told_dead[loading]",
     ),
     "a layout refused on the CPU": (

@@ -22,7 +22,7 @@ from glmpp.ledger import LOADED, digest
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, LOADS
+from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, LOADS
 
 pytest.importorskip("vllm")
 VLLM = vllm_version()
@@ -58,8 +58,8 @@ REFUSALS = [
     # Methods.
     Refusal("is deprecated and will be removed in future versions of vLLM", ("fbgemm, FP8", "fp_quant, NVFP4")),
     Refusal("Unknown quantization method: bitsandbytes", BITSANDBYTES, releases=NEW),
-    Refusal("ImportError: Please install bitsandbytes>=", BITSANDBYTES, releases=OLD),
-    Refusal("ImportError: Please install torchao>=", ("torchao, FP8",)),
+    Refusal("ImportError: Please install bitsandbytes>=", BITSANDBYTES, releases=OLD, verdict=CANNOT_TELL),
+    Refusal("ImportError: Please install torchao>=", ("torchao, FP8",), verdict=CANNOT_TELL),
     # GPUs.
     Refusal(
         "quantization method modelopt is not supported for the current GPU. Minimum capability: 89. Current capability: 80",

@@ -14,13 +14,16 @@ def what_to_install(error: ImportError) -> str:
 
     vLLM states the oldest release of a package that will do, seldom the newest: a name that is missing in a release that
     vLLM allows has been taken away since.
+
+    Args:
+        error: with the `name` of the module that cannot be imported, or that lacks something.
     """
     module = (error.name or "").partition(".")[0]
     package = next(iter(packages_distributions().get(module, ())), module)
     try:
         installed = version(package)
     except PackageNotFoundError:
-        return f"the package {package} is not installed here" if package else "a package is missing here"
+        return f"the package {package} is not installed here"
     if module == "vllm":
         return f"vLLM {installed} has no such name: what asks for it is made for another release of vLLM"
     asked = [Requirement(line) for line in requires(vllm_distribution()) or ()]

@@ -107,9 +107,9 @@ class Stages:
             failed = self.load(place, built, data, result)
         if failed is not None and (why := NO_VERDICT.get(kind_of(failed))):
             if kind_of(failed) == PACKAGE:
-                missing = next(cause for cause in chain(failed) if isinstance(cause, ImportError))
-                result.update(describe(missing))
-                why = f"{why}: {what_to_install(missing)}"
+                missing = [cause for cause in chain(failed) if isinstance(cause, ImportError)]
+                result.update(describe(missing[0]))
+                why = ": ".join([why, *(what_to_install(cause) for cause in missing if cause.name)][:2])
             result.update(verdict="cannot tell", message=f"{result['message']} ({why})")
         result.update(stand_ins=self.builder.stand_ins.reasons, num_layers=self.builder.num_layers)
         return result, failed
