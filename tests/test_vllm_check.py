@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from glmpp import cli
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import KitError
 from glmpp.formats.tensor import TensorSpec
+from glmpp.verdict import server
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
@@ -207,6 +212,22 @@ def test_a_class_that_cannot_be_imported_is_no_verdict_and_the_package_is_named(
 def command(capsys, *arguments) -> tuple[int, str, str]:
     code = cli.main([str(argument) for argument in arguments])
     return code, *capsys.readouterr()
+
+
+@affected
+@pytest.mark.parametrize("above", ["vllm", "glmpp/site-packages"])
+def test_a_vllm_that_lies_elsewhere_is_told_of_in_the_same_words(above, tiny, tmp_path):
+    """As an editable one does: a link leads to the package from a folder that nobody installs into."""
+    folder = tmp_path / above
+    folder.mkdir(parents=True)
+    (folder / "vllm").symlink_to(Path(importlib.util.find_spec("vllm").origin).parent)
+    paths = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
+    environment = {key: value for key, value in os.environ.items() if key != server.SHARED} | {"PYTHONPATH": paths}
+    arguments = [sys.executable, "-m", "glmpp.cli", "check", str(tiny.directory), "--pp", "2"]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "\n        in vllm/model_executor/models/deepseek_v2.py:774 _try_load_fp8_indexer_wk" in done.stdout
+    assert "known to load from vLLM 0.23.0" in done.stdout and str(folder) not in done.stdout
 
 
 @affected
