@@ -197,9 +197,33 @@ MUTATIONS = {
     ),
     "the scale of a block of zeros": (
         "dequant.py::quantize",
-        "torch.where(scale > 0, scale, 1.0)",
-        "scale",
+        "torch.where(absmax == 0, 1.0, (absmax / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny))",
+        "absmax / FP8_MAX",
         "test_dequant.py::test_a_block_of_zeros_survives",
+    ),
+    "a power of two is rounded up by no rounded logarithm": (
+        "dequant.py::quantize",
+        "torch.exp2(exponent.double()).float()",
+        "torch.exp2(torch.ceil(torch.log2(absmax / FP8_MAX)))",
+        "test_dequant.py::test_a_scale_is_the_smallest_power_of_two_that_reaches",
+    ),
+    "a scale that float32 rounds down to its last digits": (
+        "dequant.py::quantize",
+        ".clamp(min=torch.finfo(torch.float32).tiny)",
+        ".clamp(min=2**-149)",
+        "test_dequant.py::test_quantize_stays_within_half_an_fp8_step_whatever_the_size_of_the_values",
+    ),
+    "columns that lie far apart": (
+        "triton_dequant.py::_dequantize_kernel",
+        "col.to(tl.int64) * out_col_stride",
+        "col * out_col_stride",
+        "test_dequant.py::test_a_transposed_out_of_over_2_31_elements_is_written_where_it_lies",
+    ),
+    "the weight's device": (
+        "triton_dequant.py::launch",
+        "with torch.cuda.device_of(weight):",
+        "if True:",
+        "test_dequant.py::test_triton_launches_on_the_weights_device_not_the_current_one",
     ),
     "the ledger against ownership": (
         "ledger.py::Ledger.check",
