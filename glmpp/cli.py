@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         added.add_argument("--context", type=int, metavar="TOKENS", help="of the longest request")
 
-    default_gpu = f"default: the one here, or {REPORTED}"
+    gpus, default_gpu = f"{', '.join(GPUS)}, sm90 …, with memory l4:12 (GB)", f"default: the one here, or {REPORTED}"
     check = command(
         "check", _check, "Build and load the ranks of a layout with the installed vLLM's own classes, without a GPU."
     )
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--guard", choices=GUARDS, default="installed", help="default: vLLM as it is installed")
     which = f"{', '.join(fixes.NAMES)}, or {fixes.KNOWN}: all that fit the release and the model"
     check.add_argument("--fixes", type=_names, default=(), metavar="NAME,…", help=which)
-    check.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, sm90 …, or cpu; {default_gpu}")
+    check.add_argument("--gpu", metavar="NAME", help=f"{gpus}, or cpu; {default_gpu}")
     memory(check)
     check.add_argument("--all", action="store_true", help="every death of a rank, not only the first")
     check.add_argument("--each", action="store_true", help="a line for each rank, also where they end alike")
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     choose = command("layouts", _layouts, "Every TP x PP (x EP) that takes all GPUs: does it load, and what fits beside it?")
     source(choose)
     choose.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")
-    choose.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, or sm90 …; {default_gpu}")
+    choose.add_argument("--gpu", metavar="NAME", help=f"{gpus}; {default_gpu}")
     memory(choose)
     choose.set_defaults(context=CONTEXT)
     choose.add_argument("--json", action="store_true", help="the layouts as JSON")

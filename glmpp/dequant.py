@@ -195,11 +195,12 @@ def quantize(
     Args:
         weight: [rows, cols], any float dtype; quantised in float32, round to nearest even.
         block_size: (rows, cols) of a block; the last ones may be ragged.
-        power_of_two: round each scale up to a power of two, as UE8M0 checkpoints do.
+        power_of_two: take the smallest power of two that is not below absmax / 448, as UE8M0 checkpoints do.
 
     Returns:
-        (float8_e4m3fn [rows, cols], float32 [ceil(rows / block rows), ceil(cols / block cols)]); a block of zeros gets
-        scale 1.
+        (float8_e4m3fn [rows, cols], float32 [ceil(rows / block rows), ceil(cols / block cols)]). A scale is no smaller than
+        float32 has it: 2^-126 with all its digits, 2^-149 for a power of two. A block of zeros gets scale 1; one that holds
+        NaN or infinity gets that for a scale, which `dequantize` refuses.
     """
     if weight.ndim != 2 or not weight.is_floating_point():
         raise GlmppError(f"expected a float matrix, got {weight.dtype} {list(weight.shape)}")
@@ -209,10 +210,12 @@ def quantize(
     padded = values.new_zeros(grid_rows * block_rows, grid_cols * block_cols)
     padded[:rows, :cols] = values
     absmax = padded.view(grid_rows, block_rows, grid_cols, block_cols).abs().amax(dim=(1, 3))
-    scale = absmax / FP8_MAX
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(absmax == 0, 1.0, (absmax / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny))
     if power_of_two:
-        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+        # Exact, unlike a logarithm: absmax is mantissa * 2^exponent with the mantissa in [1/2, 1), and 448 is 7/8 * 2^9.
+        mantissa, exponent = torch.frexp(absmax)
+        exponent = (exponent - 9 + (mantissa > 7 / 8)).clamp(min=-149)
+        scale = torch.where((absmax > 0) & (absmax < math.inf), torch.exp2(exponent.double()).float(), scale)
     return (values / spread(scale, values.shape, block_size)).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 

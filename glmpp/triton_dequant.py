@@ -34,10 +34,10 @@ def _dequantize_kernel(
     normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
     magnitude = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.001953125, normal)  # 2^-9: subnormal codes
     magnitude = tl.where((code & 127) == 127, float("nan"), magnitude)
-    scale = tl.load(scales + (row // block_rows) * grid_cols + col // block_cols, mask=inside, other=0.0)
+    scale = tl.load(scales + (row // block_rows).to(tl.int64) * grid_cols + col // block_cols, mask=inside, other=0.0)
     sign = tl.where(code >= 128, -1.0, 1.0)  # a factor: Triton negates by subtracting from 0, which loses the sign of 0
     value = sign * magnitude * scale
-    target = out + row.to(tl.int64) * out_row_stride + col * out_col_stride
+    target = out + row.to(tl.int64) * out_row_stride + col.to(tl.int64) * out_col_stride
     tl.store(target, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -60,6 +60,7 @@ def launch(weight: torch.Tensor, grid: torch.Tensor, block: tuple[int, int], out
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     (rows, cols), grid = weight.shape, grid.contiguous()
     tiles = triton.cdiv(rows, TILE[0]), triton.cdiv(cols, TILE[1])
-    _dequantize_kernel[tiles](
-        weight.view(torch.uint8), grid, out, rows, cols, *block, grid.shape[1], weight.stride(0), *out.stride(), *TILE
-    )
+    with torch.cuda.device_of(weight):  # Triton launches on the current device, whatever its arguments are on
+        _dequantize_kernel[tiles](
+            weight.view(torch.uint8), grid, out, rows, cols, *block, grid.shape[1], weight.stride(0), *out.stride(), *TILE
+        )

@@ -197,9 +197,33 @@ MUTATIONS = {
     ),
     "the scale of a block of zeros": (
         "dequant.py::quantize",
-        "torch.where(scale > 0, scale, 1.0)",
-        "scale",
+        "torch.where(absmax == 0, 1.0, (absmax / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny))",
+        "absmax / FP8_MAX",
         "test_dequant.py::test_a_block_of_zeros_survives",
+    ),
+    "a power of two is rounded up by no rounded logarithm": (
+        "dequant.py::quantize",
+        "torch.exp2(exponent.double()).float()",
+        "torch.exp2(torch.ceil(torch.log2(absmax / FP8_MAX)))",
+        "test_dequant.py::test_a_scale_is_the_smallest_power_of_two_that_reaches",
+    ),
+    "a scale that float32 rounds down to its last digits": (
+        "dequant.py::quantize",
+        ".clamp(min=torch.finfo(torch.float32).tiny)",
+        ".clamp(min=2**-149)",
+        "test_dequant.py::test_quantize_stays_within_half_an_fp8_step_whatever_the_size_of_the_values",
+    ),
+    "columns that lie far apart": (
+        "triton_dequant.py::_dequantize_kernel",
+        "col.to(tl.int64) * out_col_stride",
+        "col * out_col_stride",
+        "test_dequant.py::test_a_transposed_out_of_over_2_31_elements_is_written_where_it_lies",
+    ),
+    "the weight's device": (
+        "triton_dequant.py::launch",
+        "with torch.cuda.device_of(weight):",
+        "if True:",
+        "test_dequant.py::test_triton_launches_on_the_weights_device_not_the_current_one",
     ),
     "the ledger against ownership": (
         "ledger.py::Ledger.check",
@@ -749,9 +773,45 @@ MUTATIONS = {
     ),
     "a process that runs other code is not asked": (
         "verdict/server.py::Server._shared",
-        "if (name, package) == (target, str(PACKAGE)):",
+        "if (unquote(name), package) == (target, str(PACKAGE)):",
         "if package:",
         "test_vllm_child.py::test_nobody_is_served_by_a_process_that_has_ended_or_runs_other_code",
+    ),
+    "a GPU of another memory is another": (
+        "gpus.py::default_target",
+        "and memory in (gpu.memory, *[None] * gpu.limits.integrated):",
+        "or memory is None:",
+        "test_gpus.py::test_the_gpu_that_is_here_is_the_default_with_its_own_title_architecture_and_memory",
+    ),
+    "GPUs that differ": (
+        "gpus.py::default_target",
+        "if len(found) > 1:",
+        "if not found:",
+        "test_gpus.py::test_what_the_user_hides_is_here_all_the_same",
+    ),
+    "an nvidia-smi that fails": (
+        "gpus.py::_nvidia_smi",
+        'if code and "no devices were found" not in said.lower():',
+        "if False:",
+        "test_gpus.py::test_a_driver_that_does_not_say_which_gpu_is_here_is_an_error_that_asks_for_it",
+    ),
+    "the memory of a card as it is sold": (
+        "gpus.py::gpu_of",
+        "if memory == gpu.memory if mib else number == gpu.sold_as:",
+        "if memory == gpu.memory:",
+        "test_gpus.py::test_a_memory_in_gb_is_the_cards_and_in_mib_it_is_itself",
+    ),
+    "a target in an address": (
+        "verdict/server.py::Server.share",
+        "quote(each.target, safe='')",
+        "each.target",
+        "test_gpus.py::test_a_server_is_found_by_its_targets_name_whatever_is_in_it",
+    ),
+    "shared memory of an old GPU": (
+        "gpus.py",
+        '"sm75": Architecture(64, 64, 1024',
+        '"sm75": Architecture(64, 65, 2048',
+        "test_gpus.py::test_every_gpu_of_the_table_has_its_architectures_limits",
     ),
     "servers that are started together wait for each other": (
         "engine/child.py::main",

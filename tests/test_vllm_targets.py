@@ -17,8 +17,9 @@ from quantised import quantised
 
 import glmpp
 from glmpp.checkpoint import Checkpoint
+from glmpp.engine.targets import properties
 from glmpp.errors import GlmppError
-from glmpp.gpus import CPU, GPUS, default_target, target_name
+from glmpp.gpus import ARCHITECTURES, CPU, GPUS, default_target, gpu_of
 from glmpp.verdict import server
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
@@ -42,45 +43,6 @@ def run(checkpoint: Checkpoint, gpu: str, pp: int = 2, guard: str = "installed",
 def evidence(report: DryRunReport) -> list[tuple]:
     """What a stage dies of and where, as far as it does not depend on the target."""
     return [(one.label, one.verdict, one.exception, one.key, one.tensor, one.place, one.model_class) for one in report.all]
-
-
-# --- names --------------------------------------------------------------------------------------------------------
-
-
-def test_a_target_goes_by_its_name_or_by_its_architectures():
-    assert [target_name(name) for name in ("h100", "H200", "cpu", "sm80", "sm90", "gfx942")] == [
-        *("h100", "h200", "cpu", "a100", "h100", "mi300x")
-    ]
-    assert Deployment(2, gpu="sm100").gpu == "b200"
-
-
-@pytest.mark.parametrize("name", ["", "h300", "90", "sm75", "cuda"])
-def test_an_unknown_target_is_an_error_that_lists_the_known(name):
-    with pytest.raises(GlmppError, match=r"is not known: choose one of a100, .*b200.*sm90.*cpu"):
-        Deployment(2, gpu=name)
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        ("NVIDIA H100 80GB HBM3, 9.0", "h100"),
-        ("NVIDIA H200, 9.0\nNVIDIA H200, 9.0", "h200"),
-        ("NVIDIA A100-PCIE-40GB, 8.0", "a100"),
-        ("NVIDIA GeForce RTX 4090, 8.9", "l40s"),  # the same architecture
-        ("Tesla T4, 7.5", "h200"),
-        ("No devices were found", "h200"),
-        ("", "h200"),
-    ],
-)
-def test_the_default_is_the_gpu_that_is_here(said, expected, tmp_path, monkeypatch):
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    default_target.cache_clear()
-    try:
-        assert Deployment(1).gpu == expected
-    finally:
-        default_target.cache_clear()
 
 
 # --- GLM-5.1 at full size -----------------------------------------------------------------------------------------
@@ -167,6 +129,55 @@ def test_each_gpu_has_kernels_of_its_own():
         assert report.loads
         (chosen[gpu],) = report.control.backends["linear"]
     assert len(set(chosen.values())) == 3 and "Marlin" in chosen["a100"], chosen
+
+
+# --- other GPUs ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_pretended_is_what_the_gpu_says():
+    """As `torch.cuda.get_device_properties` says it of a T4, an A100 and an L4: read off them by others."""
+    names = ("shared_memory_per_block_optin", "shared_memory_per_multiprocessor", "max_threads_per_multi_processor")
+    said = {name: [getattr(properties(gpu_of(name)), each) for each in names] for name in ("sm75:16", "a100:40", "l4")}
+    assert said == {"sm75:16": [65536, 65536, 1024], "a100:40": [166912, 167936, 2048], "l4": [101376, 102400, 1536]}
+    for gpu in (*GPUS.values(), *(gpu_of(f"{name}:24") for name in ARCHITECTURES if name != "gfx942")):
+        seen = properties(gpu)
+        assert (seen.name, (seen.major, seen.minor), seen.total_memory) == (gpu.title, gpu.capability, gpu.memory)
+        assert 0 < seen.shared_memory_per_block_optin <= seen.shared_memory_per_multiprocessor
+        assert seen.is_integrated == (gpu.architecture in ("sm87", "sm110", "sm121"))
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("target", "sparse"),
+    [("sm75:15360MiB:Tesla T4", False), ("b300", True), ("gb10", False)],
+)
+def test_a_gpu_of_another_architecture_has_a_verdict_or_vllms_refusal(target, sparse, tiny, own_server):
+    """Of DeepSeek's sparse attention, and of a dense model in block FP8."""
+    report = run(tiny, target, guard="loader")
+    assert report.loads or ({one.verdict for one in report.all} == {CANNOT_BUILD} and report.control.refused)
+    assert release != Version("0.22.1") or report.loads == sparse, report.control.message
+    dense = run(quantised("fp8, blocks", "dense"), target)
+    assert dense.loads and dense.fit().gpu == gpu_of(target)
+    gpu = gpu_of(target)
+    assert dense.stand_ins["platform"].endswith(f"told that the GPU is {gpu.title}, {gpu.architecture}")
+
+
+@needs_vllm
+def test_a_gpu_that_is_older_than_vllms_torch_is_an_error_that_says_so(tiny, own_server):
+    oldest = min(int(one[3:]) for one in torch._C._cuda_getArchFlags().split())
+    if oldest <= 70:
+        pytest.skip("this torch has code for a V100")
+    with pytest.raises(GlmppError, match=rf"Tesla V100, sm70: torch \S+ of this vLLM is built for sm{oldest} and newer"):
+        run(tiny, "sm70:32768MiB:Tesla V100")
+
+
+@needs_vllm
+def test_a_report_of_a_gpu_that_only_one_machine_has_says_the_same_on_another(tiny, tmp_path, own_server):
+    target = "sm89:20475MiB:NVIDIA RTX 4000 Ada Generation"
+    report = run(quantised("fp8, blocks", "dense"), target)
+    report.save(tmp_path / "report.json")
+    again = DryRunReport.load(tmp_path / "report.json", quantised("fp8, blocks", "dense"))
+    assert again.deployment.gpu == target and again.fit().gpu == report.fit().gpu == gpu_of(target)
 
 
 # --- changed copies of the package --------------------------------------------------------------------------------
@@ -269,7 +280,7 @@ print(json.dumps([seen.name, [seen.major, seen.minor], seen.multi_processor_coun
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_what_is_pretended_is_what_the_gpu_here_says_and_what_vllm_chooses_on_it(tiny):
     """Not run yet: no GPU was at hand."""
-    gpu = GPUS[default_target()]
+    gpu = gpu_of(default_target())
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     command = [sys.executable, "-c", REAL, str(tiny.directory)]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)

@@ -15,7 +15,7 @@ import torch
 
 from glmpp.engine import targets
 from glmpp.engine.failures import NotHere, is_kits, is_refusal, on_behalf
-from glmpp.gpus import CPU, GPUS
+from glmpp.gpus import CPU, gpu_of
 
 T = TypeVar("T")
 CPU_PLATFORM = "vLLM's CpuPlatform: without a GPU vLLM knows no platform, and with one verdicts must not depend on it"
@@ -24,7 +24,7 @@ INSPECTION = "in this process instead of a subprocess: the subprocess would miss
 
 def always(target: str) -> dict[str, str]:
     """Part -> what stands in for it, in every run on a target."""
-    platform = {"platform": CPU_PLATFORM} if target == CPU else targets.stand_ins(GPUS[target])
+    platform = {"platform": CPU_PLATFORM} if target == CPU else targets.stand_ins(gpu_of(target))
     return {**platform, "class inspection": INSPECTION}
 
 
@@ -45,7 +45,7 @@ class StandIn:
 def install_platform(target: str) -> None:
     """Must run before any other vLLM module is imported: many ask for the platform at import time."""
     if target != CPU:
-        return targets.install(GPUS[target])
+        return targets.install(gpu_of(target))
     import vllm.platforms
     from vllm.platforms.cpu import CpuPlatform
 

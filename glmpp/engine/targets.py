@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from glmpp.engine import contract, driver
 from glmpp.engine.failures import on_behalf
-from glmpp.gpus import GPU
+from glmpp.errors import GlmppError
+from glmpp.gpus import GPU, KIB
 
 DEVICES = 4096  # more than any layout asks for: whether a machine has that many is not asked here
 
@@ -72,14 +74,14 @@ def properties(gpu: GPU) -> SimpleNamespace:
         total_memory=gpu.memory,
         multi_processor_count=gpu.multiprocessors,
         shared_memory_per_block=48 << 10,
-        shared_memory_per_block_optin=gpu.shared_memory,
-        shared_memory_per_multiprocessor=gpu.shared_memory + 1024,
+        shared_memory_per_block_optin=gpu.limits.shared_memory * KIB,
+        shared_memory_per_multiprocessor=gpu.limits.shared_memory_in_all * KIB,
         regs_per_multiprocessor=1 << 16,
-        max_threads_per_multi_processor=1536 if gpu.capability == (8, 9) else 2048,
+        max_threads_per_multi_processor=gpu.limits.threads,
         max_threads_per_block=1024,
         warp_size=64 if gpu.gfx else 32,
         L2_cache_size=gpu.l2_cache,
-        is_integrated=False,
+        is_integrated=gpu.limits.integrated,
         is_multi_gpu_board=False,
         gcnArchName=gpu.gfx or "",
     )
@@ -89,8 +91,14 @@ def install(gpu: GPU) -> None:
     """Pretend the GPU. Must run before any other vLLM module is imported: many ask for the platform at import time.
 
     Raises:
-        GlmppError: see `driver.provide`.
+        GlmppError: torch, as it is installed, has no code for a GPU this old; or see `driver.provide`.
     """
+    built = getattr(torch._C, "_cuda_getArchFlags", str)() or ""  # "sm_75 sm_80 …"; nothing in a torch for the CPU
+    oldest = min(map(int, re.findall(r"\bsm_(\d+)", built)), default=0)
+    if not gpu.gfx and int(gpu.architecture[2:]) < oldest:
+        raise GlmppError(
+            f"{gpu.title}, {gpu.architecture}: torch {torch.__version__} of this vLLM is built for sm{oldest} and newer"
+        )
     driver.provide(Path(importlib.util.find_spec("vllm").origin).parent)
     _pretend_in_torch(gpu)
     _pretend_in_triton(gpu)
@@ -199,7 +207,7 @@ def _pretend_in_triton(gpu: GPU) -> None:
     class PretendedDriver(HIPDriver if gpu.gfx else CudaDriver):
         def __init__(self):
             warp = {"warpSize": properties(gpu).warp_size, "arch": gpu.architecture}
-            asked = {"max_shared_mem": gpu.shared_memory, "multiprocessor_count": gpu.multiprocessors, **warp}
+            asked = {"max_shared_mem": gpu.limits.shared_memory * KIB, "multiprocessor_count": gpu.multiprocessors, **warp}
             self.utils = SimpleNamespace(get_device_properties=lambda device: asked)
             self.get_device_capability = torch.cuda.get_device_capability
             self.get_current_device = torch.cuda.current_device

@@ -24,7 +24,7 @@ from glmpp.dequant import dequantize, quantize
 from glmpp.errors import GlmppError
 from glmpp.formats.config import load_config
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
-from glmpp.gpus import GPUS, default_target
+from glmpp.gpus import default_target, gpu_of
 from glmpp.synthetic import write_checkpoint
 from glmpp.verdict.installed import vllm_version
 
@@ -47,7 +47,7 @@ def environment() -> pd.DataFrame:
             return "not installed"
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: CPU only"
-    pretended = GPUS[default_target()]
+    pretended = gpu_of(default_target())
     rows = {
         "python": platform.python_version(),
         "torch": torch.__version__,

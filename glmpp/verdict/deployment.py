@@ -54,8 +54,8 @@ class Deployment:
         guard: "installed": vLLM as it is; "off": the skip taken away (a release without one is unchanged); "helper", or a
             `Helper`: another helper in place of vLLM's, by default the kit's; "loader": nothing patched, the load format
             "glmpp" decides what is handed over.
-        gpu: the GPU that is pretended, a name of `glmpp.gpus.GPUS` or of its architecture ("sm90"); "cpu": none. None: the
-            one that is here, without one the h200 of the report.
+        gpu: the GPU that is pretended, a target of `glmpp.gpus`: "h100", "a100:40" (GB), "sm90"; "cpu": none. None: the one
+            that is here, without one the h200 of the report.
         fixes: names of `glmpp.engine.fixes` that are applied to vLLM's classes first, under any guard; "known": all that fit
             the installed release and the model.
 

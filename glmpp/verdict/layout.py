@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from glmpp.gpus import GPU, GPUS
+from glmpp.gpus import GPU, gpu_of
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.fit import Fit, Memory
 from glmpp.verdict.stage_report import LOADS
@@ -119,6 +119,6 @@ class Layouts:
     @classmethod
     def load(cls, path: str | Path) -> Layouts:
         content = json.loads(Path(path).read_text())
-        gpu = GPUS[content.pop("gpu")]
+        gpu = gpu_of(content.pop("gpu"))
         found = [Layout.of(plain, gpu, content["utilization"]) for plain in content.pop("layouts")]
         return cls(found, gpu=gpu, **{**content, "asked": tuple(content["asked"])})

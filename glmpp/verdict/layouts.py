@@ -12,7 +12,7 @@ from pathlib import Path
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.formats.config import text_config
-from glmpp.gpus import GPUS
+from glmpp.gpus import CPU, GPUS, gpu_of
 from glmpp.partition import balance_cache, cache_cost, largest, layer_list
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment
@@ -76,7 +76,7 @@ def layouts(
     result = Layouts(
         layouts=sorted(found, key=lambda one: one.rank),
         asked=(gpus, context),
-        gpu=GPUS[search.base.gpu],
+        gpu=gpu_of(search.base.gpu),
         utilization=utilization,
         left=search.left,
         versions=search.versions,
@@ -105,7 +105,7 @@ class Search:
         utilization: float | None,
         progress: bool | None,
     ):
-        if base.gpu not in GPUS:
+        if base.gpu == CPU:
             raise GlmppError(f"--gpu {base.gpu}: whether a model fits is asked of a GPU: {', '.join(GPUS)}")
         self.checkpoint, self.base, self.context, self.utilization = checkpoint, base, context, utilization
         self.progress, self.versions, self.left = progress, {}, {}
@@ -159,7 +159,7 @@ class Search:
         by_rank = {one.stage.rank: one for one in report.stages}
         failing = next((by_rank[rank] for rank in stages if not by_rank[rank].loads), None)
         memories = [by_rank[rank].memory for rank in stages]
-        found = Fit(memories, GPUS[self.base.gpu], self.utilization) if all(memories) else None
+        found = Fit(memories, gpu_of(self.base.gpu), self.utilization) if all(memories) else None
         verdict = LOADS if failing is None else failing.verdict
         why = reason(failing) if failing else next((memory.why for memory in memories if memory and memory.why), "")
         return Layout(report.deployment, verdict, why, found, None, len(by_rank))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from glmpp.checkpoint import Checkpoint
 from glmpp.formats.config import layer_count
 from glmpp.formats.files import printable
-from glmpp.gpus import CPU, GPUS
+from glmpp.gpus import CPU, gpu_of
 from glmpp.partition import Stage
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.fit import Fit
@@ -81,13 +81,13 @@ class DryRunReport:
         Args:
             utilization: share of a GPU's memory that vLLM may take; default what it takes by default.
         """
-        if self.deployment.gpu not in GPUS or not all(stage.memory for stage in self.stages):
+        if self.deployment.gpu == CPU or not all(stage.memory for stage in self.stages):
             return None
         drafter = self.drafter and self.drafter.memory
         memories = [
             stage.memory.with_drafter(drafter) if drafter and stage.stage.is_last else stage.memory for stage in self.stages
         ]
-        return Fit(memories, GPUS[self.deployment.gpu], utilization)
+        return Fit(memories, gpu_of(self.deployment.gpu), utilization)
 
     @property
     def source(self) -> str:

@@ -15,8 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import BinaryIO, ClassVar
+from urllib.parse import quote, unquote
 
-from glmpp.gpus import default_target
+from glmpp.errors import GlmppError
+from glmpp.gpus import CPU, default_target
 
 # The kit is imported from where the parent has it.
 START = """
@@ -35,7 +37,8 @@ main(int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))
 ELSEWHERE = "/"
 
 
-# Set for the processes that a process starts, to let them use its servers: target, address and whose code it runs, of each.
+# Set for the processes that a process starts, to let them use its servers: target (quoted), address and whose code it runs,
+# of each.
 SHARED = "GLMPP_SERVER"
 PACKAGE = Path(__file__).parents[1] / "__init__.py"
 FAULT = 70  # the exit code of `glmpp.engine.child` after a fault of the kit
@@ -94,7 +97,10 @@ class Server:
         for server in mine:
             if target in (None, server.target):
                 return server
-        target = target or default_target()
+        try:
+            target = target or default_target()
+        except GlmppError:  # the user has to say which GPU is meant; not for such a question
+            target = CPU
         cls.current[target] = cls._shared(target) or cls(target, turn=turn)
         return cls.current[target]
 
@@ -102,7 +108,7 @@ class Server:
     def _shared(cls, target: str) -> Server | None:
         for entry in os.environ.get(SHARED, "").split(os.pathsep):
             name, address, package = [*entry.split(" ", 2), "", ""][:3]
-            if (name, package) == (target, str(PACKAGE)):
+            if (unquote(name), package) == (target, str(PACKAGE)):
                 with contextlib.suppress(OSError):  # it has ended
                     return cls(target, bytes.fromhex(address))
         return None
@@ -115,7 +121,7 @@ class Server:
         """
         with tempfile.TemporaryFile() as turn:
             servers = [cls.running(target, turn) for target in targets]
-        addresses = [f"{each.target} {each.socket.getpeername().hex()} {PACKAGE}" for each in servers]
+        addresses = [f"{quote(each.target, safe='')} {each.socket.getpeername().hex()} {PACKAGE}" for each in servers]
         os.environ[SHARED] = os.pathsep.join(addresses)
 
     def ended(self) -> bool:
