@@ -12,7 +12,7 @@ from pathlib import Path
 from glmpp.gpus import GPU, GPUS
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.fit import Fit, Memory
-from glmpp.verdict.stage_report import LOADS
+from glmpp.verdict.stage_report import CANNOT_TELL, DIES, LOADS
 
 CRITERION = (
     "first those that load completely and hold a request of this length; of these first the most requests at a time, then "
@@ -53,6 +53,12 @@ class Layout:
     def serves(self) -> bool:
         """Whether it loads, all of it, and has room for one request."""
         return self.verdict == LOADS and self.requests >= 1
+
+    @property
+    def untold(self) -> bool:
+        """Whether nobody knows if it serves: its verdict is missing, or what a token takes."""
+        uncounted = self.verdict == LOADS and not (self.fit and self.fit.known)
+        return self.verdict == CANNOT_TELL or uncounted
 
     @property
     def answer(self) -> str:
@@ -101,6 +107,13 @@ class Layouts:
     versions: dict[str, str]
     seconds: float
     recorded: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """LOADS if one serves, CANNOT_TELL if one of the others might, otherwise DIES."""
+        if any(one.serves for one in self.layouts):
+            return LOADS
+        return CANNOT_TELL if any(one.untold for one in self.layouts) else DIES
 
     @property
     def source(self) -> str:

@@ -21,7 +21,7 @@ from glmpp.partition import make_stages, stage_bytes
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.forks import ask
-from glmpp.verdict.installed import vllm_version
+from glmpp.verdict.installed import NO_VLLM, vllm_version
 
 STOCK, GLMPP, FLOOR = "stock", "glmpp", "in-memory list"
 FILTERED = "stock, filter of experts on"
@@ -102,7 +102,7 @@ def load_times(
     """
     if vllm_version() is None:
         if recorded is None:
-            raise GlmppError("vLLM is not installed here: pip install 'glmpp[vllm]' (Linux)")
+            raise GlmppError(NO_VLLM)
         return LoadTimes.load(recorded)
     if checkpoint.directory is None:
         raise GlmppError("load_times needs a checkpoint with files: from_directory, or write_checkpoint")

@@ -104,7 +104,7 @@ class DryRunReport:
         return DataFrame(
             {
                 "stage": [r.stage.rank if r.role == STAGE and self.deployment.tp == 1 else r.label for r in reports],
-                "layers": ["MTP" if r.role == DRAFTER else f"{r.stage.layers[0]}-{r.stage.layers[-1]}" for r in reports],
+                "layers": ["MTP" if r.role == DRAFTER else r.stage.span for r in reports],
                 "verdict": [r.verdict for r in reports],
                 "died at": [printable(str(r.key or r.message or "").split("\n")[0]) for r in reports],
                 "in": [r.place or "" for r in reports],
