@@ -777,6 +777,30 @@ MUTATIONS = {
         "return True",
         "test_vllm_child.py::test_only_the_same_user_is_served",
     ),
+    "a process that has gone is not killed": (
+        "verdict/forks.py::Fork.close",
+        " and self._lives()",
+        "",
+        "test_faults.py::test_a_fork_that_has_gone_is_not_killed_for_its_number_may_be_anothers",
+    ),
+    "only a fork of the server is killed": (
+        "verdict/forks.py::Fork._know",
+        "is_child(pid, self.server.pid) and ",
+        "",
+        "test_faults.py::test_no_process_is_killed_that_is_no_fork_of_the_server",
+    ),
+    "a server that went before its fork was tied to it": (
+        "engine/child.py::end_with_parent",
+        "if os.getppid() != parent:",
+        "if False:",
+        "test_faults.py::test_a_fork_whose_server_went_before_it_was_tied_to_it_ends",
+    ),
+    "a fault of the kit is not the connection's": (
+        "formats/hub.py::_Repository._ask",
+        "except _NoAnswer as none:",
+        "except Exception as none:",
+        "test_hub.py::test_a_fault_of_the_kit_is_not_told_as_one_of_the_connection",
+    ),
     "a server that has ended is asked for its last words": (
         "verdict/forks.py::Fork.last_words",
         "if self.server.ended() else",

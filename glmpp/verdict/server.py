@@ -35,7 +35,8 @@ main(int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))
 ELSEWHERE = "/"
 
 
-# Set for the processes that a process starts, to let them use its servers: target, address and whose code it runs, of each.
+# Set for the processes that a process starts, to let them use its servers: target, address, process id and whose code it
+# runs, of each.
 SHARED = "GLMPP_SERVER"
 PACKAGE = Path(__file__).parents[1] / "__init__.py"
 
@@ -48,15 +49,19 @@ class Server:
     Attributes:
         current: target -> the server that pretends it.
         process: None for one that another process has started and shares.
+        pid: its process id, whoever started it.
     """
 
     current: ClassVar[dict[str, Server]] = {}
 
-    def __init__(self, target: str, address: bytes | None = None, turn: BinaryIO | None = None) -> None:
+    def __init__(
+        self, target: str, address: bytes | None = None, turn: BinaryIO | None = None, pid: int | None = None
+    ) -> None:
         """Start one, or connect to the one at an address.
 
         Args:
             turn: an open file; those that are started with it import one after another.
+            pid: of the one at the address.
         """
         self.target = target
         self.process: subprocess.Popen | None = None
@@ -65,7 +70,9 @@ class Server:
         atexit.register(self.socket.close)
         if address is None:
             self._start(turn)
+            self.pid = self.process.pid
         else:
+            self.pid = pid
             self.socket.connect(address)
 
     def _start(self, turn: BinaryIO | None) -> None:
@@ -100,10 +107,10 @@ class Server:
     @classmethod
     def _shared(cls, target: str) -> Server | None:
         for entry in os.environ.get(SHARED, "").split(os.pathsep):
-            name, address, package = [*entry.split(" ", 2), "", ""][:3]
+            name, address, pid, package = [*entry.split(" ", 3), "", "", ""][:4]
             if (name, package) == (target, str(PACKAGE)):
                 with contextlib.suppress(OSError):  # it has ended
-                    return cls(target, bytes.fromhex(address))
+                    return cls(target, bytes.fromhex(address), pid=int(pid))
         return None
 
     @classmethod
@@ -114,7 +121,7 @@ class Server:
         """
         with tempfile.TemporaryFile() as turn:
             servers = [cls.running(target, turn) for target in targets]
-        addresses = [f"{each.target} {each.socket.getpeername().hex()} {PACKAGE}" for each in servers]
+        addresses = [f"{each.target} {each.socket.getpeername().hex()} {each.pid} {PACKAGE}" for each in servers]
         os.environ[SHARED] = os.pathsep.join(addresses)
 
     def ended(self) -> bool:
