@@ -189,6 +189,24 @@ MUTATIONS = {
         "DIES",
         "test_cli.py::test_layouts_ends_with_2_only_where_a_layout_might_serve_and_nobody_can_tell",
     ),
+    "a record of another question": (
+        "verdict/record.py::check_record",
+        "if differ:",
+        "if False:",
+        "test_records.py::test_another_question_is_an_error_that_says_in_what",
+    ),
+    "a record of another checkpoint": (
+        "verdict/record.py::digest",
+        "[(spec.name, spec.dtype, spec.shape) for spec in checkpoint.values()]",
+        "sorted(checkpoint)",
+        "test_records.py::test_another_checkpoint_is_an_error",
+    ),
+    "a record that lacks a run": (
+        "verdict/report.py::DryRunReport.load",
+        "if _run(run) not in found",
+        "if False",
+        "test_records.py::test_runs_that_are_not_recorded_are_missed",
+    ),
     "what is no checkpoint is not overwritten": (
         "synthetic.py::_check_replaceable",
         "directory.iterdir() if directory.exists() else ()",

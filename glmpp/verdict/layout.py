@@ -12,6 +12,7 @@ from pathlib import Path
 from glmpp.gpus import GPU, GPUS
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.fit import Fit, Memory
+from glmpp.verdict.record import check_record
 from glmpp.verdict.stage_report import CANNOT_TELL, DIES, LOADS
 
 CRITERION = (
@@ -97,6 +98,7 @@ class Layouts:
         asked: GPUs in all; tokens of a request.
         left: sizes that were not tried -> why.
         seconds: it took, on this machine.
+        checkpoint: see `glmpp.verdict.record.digest`.
     """
 
     layouts: list[Layout]
@@ -107,6 +109,7 @@ class Layouts:
     versions: dict[str, str]
     seconds: float
     recorded: str | None = None
+    checkpoint: str | None = None
 
     @property
     def verdict(self) -> str:
@@ -125,13 +128,15 @@ class Layouts:
         """Write it down, with the day and the machine, so that `load` can show it where vLLM is not."""
         made = f"on {time.strftime('%Y-%m-%d')} on {platform.machine()}, {os.cpu_count()} cores, CPU only"
         lines = ",\n".join(json.dumps(one.plain()) for one in self.layouts)
-        head = {name: getattr(self, name) for name in ("asked", "utilization", "left", "versions", "seconds")}
+        head = {name: getattr(self, name) for name in ("asked", "utilization", "left", "versions", "seconds", "checkpoint")}
         head = {"recorded": made, "gpu": self.gpu.name, **head}
         Path(path).write_text(json.dumps(head)[:-1] + f', "layouts": [\n{lines}\n]}}\n')
 
     @classmethod
-    def load(cls, path: str | Path) -> Layouts:
+    def load(cls, path: str | Path, question: dict | None = None) -> Layouts:
+        """Read a record. Raises GlmppError if it answers another question, see `glmpp.verdict.layouts.question`."""
         content = json.loads(Path(path).read_text())
+        check_record(path, question or {}, content)
         gpu = GPUS[content.pop("gpu")]
         found = [Layout.of(plain, gpu, content["utilization"]) for plain in content.pop("layouts")]
         return cls(found, gpu=gpu, **{**content, "asked": tuple(content["asked"])})
