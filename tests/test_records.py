@@ -13,7 +13,7 @@ from conftest import ROOT
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.lab import engine
-from glmpp.lab.layouts import parts_of_layer
+from glmpp.lab.layouts import logged, parts_of_layer
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.layouts import layouts
@@ -148,6 +148,17 @@ def test_parts_of_another_layer_and_servers_of_another_release_are_an_error(full
     shutil.copy(RECORDED / "engine_0.23.0.json", tmp_path / "record.json")
     with pytest.raises(GlmppError, match=r"release: '0.22.1'"):
         engine.evidence("0.22.1", tmp_path / "record.json")
+    with pytest.raises(GlmppError, match="config: "):
+        engine.evidence("0.23.0", tmp_path / "record.json", {"num_hidden_layers": 3})
+    assert engine.evidence("0.23.0", tmp_path / "record.json", full.config).release == "0.23.0"
+
+
+def test_what_other_logs_say_is_an_error(tmp_path):
+    rows = json.loads((RECORDED / "layout_logs.json").read_text())
+    assert len(logged(RECORDED / "layout_logs.json")) == len(rows)
+    (tmp_path / "logs.json").write_text(json.dumps([{**row, "TP": 3} for row in rows]))
+    with pytest.raises(GlmppError, match="logs: "):
+        logged(tmp_path / "logs.json")
 
 
 @pytest.fixture

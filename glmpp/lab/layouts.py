@@ -80,19 +80,20 @@ def _share(held: int, whole: int, part: str, experts: list[int] | None) -> str:
 
 def logged(recorded: Path) -> pd.DataFrame:
     """For each log under data/logs the bytes that a token took on a rank, and what vLLM's classes say here."""
+    logs = {path.stem: json.loads(path.read_text()) for path in sorted((DATA / "logs").glob("*.json"))}
+    rows = [{"model": name, "on": log["gpus"], "logged": log["said"][-1], "TP": log["tp"]} for name, log in logs.items()]
     if vllm_version() is None:
-        return pd.DataFrame(json.loads(recorded.read_text()))
-    rows = []
-    for path in sorted((DATA / "logs").glob("*.json")):
-        log = json.loads(path.read_text())
+        found = pd.DataFrame(json.loads(recorded.read_text()))
+        check_record(recorded, {"logs": rows}, {"logs": found[list(rows[0])].to_dict("records")})
+        return found
+    for row, log in zip(rows, logs.values()):
         config = load_config(ROOT / log["config"]) if isinstance(log["config"], str) else log["config"]
         built = Checkpoint([TensorSpec("model.norm.weight", "BF16", (config["hidden_size"],))], config)
         deployment = Deployment(tp=log["tp"], gpu=log["gpu"], guard="loader")
         (one,) = dry_run(built, deployment, ranks=[(0, 0, 0)], control=False, progress=False).stages
         bytes_logged = log["available_gib"] * 2**30 / log["tokens"]
         here = one.memory.kv_cache.bytes_per_token
-        rows.append({"model": path.stem, "on": log["gpus"], "logged": log["said"][-1], "TP": log["tp"]})
-        rows[-1] |= {"bytes per token, logged": bytes_logged, "here": here, "off by, %": 100 * (here / bytes_logged - 1)}
+        row |= {"bytes per token, logged": bytes_logged, "here": here, "off by, %": 100 * (here / bytes_logged - 1)}
     if RECORDING:
         recorded.write_text(json.dumps(rows, indent=1) + "\n")
     return pd.DataFrame(rows)
