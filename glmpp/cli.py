@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from glmpp.formats.files import printable
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
 from glmpp.formats.index import INDEX_FILE
 from glmpp.gpus import GPUS, REPORTED
-from glmpp.partition import PARTITION_VARIABLE
+from glmpp.partition import PARTITION_VARIABLE, parse_counts
 from glmpp.synthetic import write_checkpoint
 from glmpp.verdict.advice import fixed_in, nearest_in_record, nearest_line, serve_line, try_fixes, try_load_format
 from glmpp.verdict.deployment import GUARDS, Deployment
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--layer-partition",
             metavar="10,10,…",
-            help=f"layers per stage, as in {PARTITION_VARIABLE}; default: vLLM's split",
+            help=f"layers per stage; default: what {PARTITION_VARIABLE} says, as for vLLM, or else vLLM's split",
         )
 
     def memory(added: argparse.ArgumentParser) -> None:
@@ -150,7 +151,8 @@ def _parser() -> argparse.ArgumentParser:
 
     make = command("make-checkpoint", _make, "Write a synthetic checkpoint of the GLM-5 family with small dimensions.")
     make.add_argument("config", help="a GLM-5 config.json, e.g. data/glm-5.1-fp8/config.json")
-    make.add_argument("directory", help="created; must not exist")
+    make.add_argument("directory", help="created; must not exist, or --overwrite")
+    make.add_argument("--overwrite", action="store_true", help="replace a folder that holds a checkpoint and nothing else")
     make.add_argument(
         "--all-names", action="store_true", help="all layers and experts, 119,000 names, 1 GB; default: 12 layers"
     )
@@ -188,6 +190,22 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     raise GlmppError(f"{model}: no such folder or file, and not the name of a Hub repository (org/name)")
 
 
+def _partition(options: argparse.Namespace) -> str | None:
+    """Layers per stage as asked, or as vLLM would find them in its variable. The kit reads it here and nowhere else.
+
+    Raises:
+        GlmppError: the variable does not name as many stages as are asked for.
+    """
+    found = os.environ.get(PARTITION_VARIABLE)
+    if options.layer_partition is not None or found is None:
+        return options.layer_partition
+    try:
+        parse_counts(found, options.pp)
+    except GlmppError as error:
+        raise GlmppError(f"{error}. It is set in this environment, where vLLM refuses it, too: unset or mend it") from None
+    return found
+
+
 def _check(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model, options.revision)
     deployment = Deployment(
@@ -195,7 +213,7 @@ def _check(options: argparse.Namespace) -> int:
         options.tp,
         options.dp,
         options.ep,
-        layer_counts=options.layer_partition,
+        layer_counts=_partition(options),
         guard=options.guard,
         gpu=options.gpu,
         fixes=options.fixes,
@@ -251,6 +269,8 @@ def cure_lines(options: argparse.Namespace, again: DryRunReport, what: str) -> l
 
 
 def _layouts(options: argparse.Namespace) -> int:
+    if PARTITION_VARIABLE in os.environ:
+        print(f"glmpp: {PARTITION_VARIABLE} is ignored, sizes vary here; unset it where vLLM is to run", file=sys.stderr)
     checkpoint = open_checkpoint(options.model, options.revision)
     found = layouts(checkpoint, options.gpus, options.gpu, options.context, options.gpu_memory_utilization)
     model = pasted(options.model)
@@ -258,7 +278,7 @@ def _layouts(options: argparse.Namespace) -> int:
         print(json.dumps(layouts_json(model, checkpoint, found), indent=1))
     else:
         print("\n".join(printable(line) for line in layouts_text(model, checkpoint, found).splitlines()))
-    return EXIT_CODES[LOADS if any(one.serves for one in found.layouts) else DIES]
+    return EXIT_CODES[found.verdict]
 
 
 def pasted(model: str) -> str:
@@ -270,14 +290,15 @@ def pasted(model: str) -> str:
 
 def _plan(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model, options.revision)
-    deployment = Deployment(options.pp, layer_counts=options.layer_partition, drafter=options.drafter)
+    deployment = Deployment(options.pp, layer_counts=_partition(options), drafter=options.drafter)
     print(printable(plan_text(checkpoint, deployment, options.gpu_gb, options.tp)))
     return 0
 
 
 def _make(options: argparse.Namespace) -> int:
     config = reduced_config(options.config, **(ALL_NAMES if options.all_names else {}))
-    checkpoint = write_checkpoint(config, options.directory, options.seed, int(options.shard_mb * 1e6))
+    shard_bytes = int(options.shard_mb * 1e6)
+    checkpoint = write_checkpoint(config, options.directory, options.seed, shard_bytes, options.overwrite)
     print(f"{options.directory}: {checkpoint}")
     return 0
 

@@ -7,7 +7,7 @@ dealt out evenly, a remainder goes to the stages before the last, `VLLM_PP_LAYER
 from __future__ import annotations
 
 import math
-import os
+import operator
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -17,35 +17,43 @@ from itertools import accumulate, pairwise
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
-from glmpp.formats.config import layer_count, text_config
+from glmpp.formats.config import layer_count, text_config, tower_layers
 from glmpp.formats.tensor import TensorSpec
 
 PARTITION_VARIABLE = "VLLM_PP_LAYER_PARTITION"
 OWN, OTHER_STAGE, SPECULATIVE, UNKNOWN = "own", "another stage's", "speculative layer", "unknown"
 EXPERT = re.compile(r"\.experts\.(\d+)\.")  # in a tensor's name, as in `vllm/…/model_loader/ep_weight_filter.py`
 LAYERS = "model.layers"  # what most checkpoints call the list of layers; `layer_list` finds the name in others
+LLAMA_ENDS = ("model.embed_tokens.", "model.norm.", "lm_head.")  # and the parts beside it, in module order
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "embedding", "embeddings"}
 _LAST = {"norm", "lm_head", "ln_f", "norm_f", "final_layernorm", "final_layer_norm", "embed_out"}
+_ENDS = _EMBEDDINGS | _LAST
 _IN_A_LIST = re.compile(r"(.+?)\.(\d+)\.")
+# Words in the path of a list that is not the language model's: towers, what speaks, and MTP layers in a list of their own.
+_TOWERS = {"vision", "visual", "vit", "vpm", "image", "video", "audio", "apm", "speech", "talker", "mtp", "projector"}
 
 
 def layer_list(checkpoint: Checkpoint) -> str:
     """What a checkpoint calls the list of its language model's layers, e.g. "model.layers" or "transformer.h".
 
-    It is the shortest name under which all of the config's layer numbers occur.
+    It holds exactly the config's layers, with or without its MTP layers; a list of more layers is taken only where there is
+    no such list. Lists of a vision or audio tower are left out: by a word in their path, or because they hold as many
+    layers as a nested config says of a tower. Of several the shortest name is taken.
 
     Raises:
         GlmppError: there is no such name.
     """
-    num_layers = layer_count(checkpoint.config)
+    num_layers, towers = layer_count(checkpoint.config), tower_layers(checkpoint.config)
+    mtp = text_config(checkpoint.config).get("num_nextn_predict_layers") or 0
     found: dict[str, set[int]] = {}
     for name in checkpoint:
         if match := _IN_A_LIST.match(name):
             found.setdefault(match[1], set()).add(int(match[2]))
-    whole = [
-        path for path, held in found.items() if len(held) >= num_layers and all(map(held.__contains__, range(num_layers)))
-    ]
-    if not whole:
+    words = _TOWERS | towers.keys()
+    found = {path: held for path, held in found.items() if words.isdisjoint(re.split(r"[._]", path))}
+    exact = [path for path, held in found.items() if held in (set(range(num_layers)), set(range(num_layers + mtp)))]
+    more = [path for path, held in found.items() if held > set(range(num_layers)) and len(held) not in towers.values()]
+    if not (whole := exact or more):
         raise GlmppError(f"no list of layers in the checkpoint's names holds all of 0 to {num_layers - 1}")
     return LAYERS if LAYERS in whole else min(whole, key=len)
 
@@ -56,8 +64,7 @@ def partition_layers(num_layers: int, pp_size: int, layer_counts: list[int] | st
     Args:
         num_layers: main layers of the model (the MTP layer is not one of them).
         pp_size: pipeline stages. More stages than layers gives empty ranges, as in vLLM.
-        layer_counts: layers per stage, as a list or as vLLM's comma-separated string; by default the environment
-            variable VLLM_PP_LAYER_PARTITION, and without it an even split.
+        layer_counts: layers per stage, as a list or as vLLM's comma-separated string; None: vLLM's even split.
 
     Raises:
         GlmppError: `layer_counts` has the wrong length or sum, a negative entry, or is not made of numbers.
@@ -65,30 +72,35 @@ def partition_layers(num_layers: int, pp_size: int, layer_counts: list[int] | st
     if pp_size < 1 or num_layers < 1:
         raise GlmppError(f"cannot split {num_layers} layers over {pp_size} stages: both must be at least 1")
     if layer_counts is None:
-        layer_counts = os.environ.get(PARTITION_VARIABLE)
-    if layer_counts is None:
         each, left = divmod(num_layers, pp_size)
         # The remainder goes one layer each to the last stages but one, counted from the end: the last stage also
         # holds the final norm and lm_head, the first the embedding.
         counts = [each + (pp_size - 1 - left <= stage < pp_size - 1) for stage in range(pp_size)]
     else:
         counts = parse_counts(layer_counts, pp_size)
-        if sum(counts) != num_layers or min(counts) < 0:
+        if sum(counts) != num_layers:
             raise GlmppError(
                 f"{PARTITION_VARIABLE}={layer_counts!r} adds up to {sum(counts)} layers, the model has {num_layers}"
             )
     return [range(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
 
 
-def parse_counts(layer_counts: list[int] | str, pp_size: int) -> list[int]:
-    """Layers per stage as numbers. Raises GlmppError if they are none, or not one for each stage."""
-    entries = layer_counts.split(",") if isinstance(layer_counts, str) else layer_counts
+def parse_counts(layer_counts: Sequence[int] | str, pp_size: int) -> list[int]:
+    """Layers per stage as numbers, 0 included, as vLLM allows it. Raises GlmppError for each way in which they are none."""
+    said = f"{PARTITION_VARIABLE}={layer_counts!r}"
     try:
-        counts = [int(entry) for entry in entries]
-    except ValueError:
-        raise GlmppError(f"{PARTITION_VARIABLE}={layer_counts!r}: expected {pp_size} numbers like '10,10,…'") from None
+        if isinstance(layer_counts, str):
+            counts = [int(entry) for entry in layer_counts.split(",")]
+        elif any(isinstance(entry, bool) for entry in layer_counts):
+            raise TypeError
+        else:
+            counts = [operator.index(entry) for entry in layer_counts]  # 6.5 and "6" are none
+    except (TypeError, ValueError):
+        raise GlmppError(f"{said}: expected {pp_size} numbers like '10,10,…'") from None
     if len(counts) != pp_size:
-        raise GlmppError(f"{PARTITION_VARIABLE}={layer_counts!r} names {len(counts)} stages, there are {pp_size}")
+        raise GlmppError(f"{said} names {len(counts)} stages, there are {pp_size}")
+    if (least := min(counts, default=0)) < 0:
+        raise GlmppError(f"{said} gives stage {counts.index(least)} {least} layers: a stage has 0 or more")
     return counts
 
 
@@ -168,40 +180,55 @@ class Stage:
             if index < self.num_layers + self.num_nextn:
                 return OWN if self.drafter and self.is_last else SPECULATIVE
             return UNKNOWN
-        part = name.removeprefix(self._root).split(".")[0]
-        if part in _EMBEDDINGS:
+        prefix = self._beside(name)
+        if prefix is None:
+            return UNKNOWN
+        if prefix.split(".")[-2] in _EMBEDDINGS:
             return OWN if self.is_first or (self.tied and self.is_last) else OTHER_STAGE
-        if part in _LAST:
-            return OWN if self.is_last else OTHER_STAGE
-        return UNKNOWN
+        return OWN if self.is_last else OTHER_STAGE
 
     def layer_of(self, name: str) -> int | None:
         """The number of the layer that a tensor belongs to, MTP layers included; None outside the list of layers."""
         number, dot, _ = name[len(self.layer_list) + 1 :].partition(".")
         return int(number) if name.startswith(f"{self.layer_list}.") and dot and number.isdecimal() else None
 
-    @property
-    def _root(self) -> str:
-        """What the names of the parts beside the layers begin with, e.g. "model."."""
-        return f"{self.layer_list.rpartition('.')[0]}."
+    def _beside(self, name: str) -> str | None:
+        """The prefix of the embedding, final norm or head that a tensor belongs to: they lie beside the list of layers, or
+        beside what holds it ("lm_head." and "model.norm." for "model.layers"). None for what is none of these."""
+        place, parts = self.layer_list.split(".")[:-1], name.split(".")
+        for depth in range(len(place), -1, -1):
+            if parts[:depth] == place[:depth] and len(parts) > depth and parts[depth] in _ENDS:
+                return ".".join([*parts[: depth + 1], ""])
+        return None
 
     def owns(self, name: str) -> bool:
         """Whether this stage loads the checkpoint tensor `name`."""
         return self.column(name) == OWN
 
-    def missing_prefixes(self) -> list[str]:
+    def missing_prefixes(self, names: Iterable[str] | None = None) -> list[str]:
         """Prefixes of what this stage has only placeholders for; vLLM's `pp_missing_layer_names`, in module order.
 
         Each ends in a dot: without it `model.layers.1` would also match `model.layers.11.…`.
+
+        Args:
+            names: of the checkpoint's tensors: they say what embedding, final norm and head are called. None: as with Llama
+                if the layers are "model.layers"; otherwise nobody knows, and the layers alone are listed.
         """
-        embedding = f"{self._root}embed_tokens."
-        missing = [] if self.owns(embedding) else [embedding]
-        missing += [f"{self.layer_list}.{index}." for index in range(self.num_layers) if index not in self.layers]
-        return missing if self.is_last else [*missing, f"{self._root}norm.", "lm_head."]
+        if names is None:
+            names = LLAMA_ENDS if self.layer_list == LAYERS else ()
+        ends = dict.fromkeys(prefix for name in names if self.layer_of(name) is None and (prefix := self._beside(name)))
+        ends = [prefix for prefix in ends if not self.owns(prefix)]
+        first = [prefix for prefix in ends if prefix.split(".")[-2] in _EMBEDDINGS]
+        layers = [f"{self.layer_list}.{index}." for index in range(self.num_layers) if index not in self.layers]
+        return [*first, *layers, *(prefix for prefix in ends if prefix not in first)]
+
+    @property
+    def span(self) -> str:
+        """Its layers, "3-5", or "none"."""
+        return f"{self.layers[0]}-{self.layers[-1]}" if self.layers else "none"
 
     def __str__(self) -> str:
-        first, last = (self.layers[0], self.layers[-1]) if self.layers else ("none", "none")
-        return f"stage {self.rank} of {self.size} (layers {first}-{last})"
+        return f"stage {self.rank} of {self.size} (layers {self.span})"
 
 
 def make_stages(

@@ -47,7 +47,7 @@ def write_checkpoint(
 
     Args:
         config: a `glm_moe_dsa` config (`reduced_config` makes a small one).
-        directory: created; must not exist unless `overwrite`.
+        directory: created; must not exist unless `overwrite`, and then hold nothing but a checkpoint, which is replaced.
         seed: the same seed and config give the same bytes.
         max_shard_bytes: a new shard begins when the next tensor would pass this size.
 
@@ -55,12 +55,14 @@ def write_checkpoint(
         The written checkpoint, read back from its headers.
 
     Raises:
-        GlmppError: bad config, `directory` exists, or it cannot be written (disk full). Nothing that looks finished is
-            left behind: the folder appears under its name in one rename, after the last byte.
+        GlmppError: bad config, `directory` exists or holds something else, or it cannot be written (disk full). Nothing that
+            looks finished is left behind: the folder appears under its name in one rename, after the last byte.
     """
     directory, plan = Path(directory), Checkpoint.from_config(config)
     if directory.exists() and not overwrite:
-        raise GlmppError(f"{directory}: exists already; choose another folder or pass overwrite=True")
+        raise GlmppError(f"{directory}: exists already; choose another folder, or --overwrite (in Python overwrite=True)")
+    if overwrite:
+        _check_replaceable(directory)
     block = tuple((plan.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128))
 
     shards: list[list[TensorSpec]] = [[]]
@@ -86,6 +88,7 @@ def write_checkpoint(
         (partial / "config.json").write_text(json.dumps(plan.config, indent=1))
         partial.chmod(0o755)
         if overwrite:
+            _check_replaceable(directory)  # still
             shutil.rmtree(directory, ignore_errors=True)
         os.rename(partial, directory)  # fails if somebody else's checkpoint has appeared there
     except BaseException as error:
@@ -94,6 +97,15 @@ def write_checkpoint(
             raise GlmppError(f"{directory}: not written, nothing is left of it: {error}") from None
         raise
     return Checkpoint.from_directory(directory)
+
+
+def _check_replaceable(directory: Path) -> None:
+    """Raise a GlmppError unless nothing is lost that is no checkpoint's when the folder is removed."""
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise GlmppError(f"{directory}: is no folder of its own, and is not overwritten")
+    for path in directory.iterdir() if directory.exists() else ():
+        if path.is_dir() or not (path.suffix == ".safetensors" or path.name in ("config.json", INDEX_FILE)):
+            raise GlmppError(f"{directory}: holds {path.name!r}, which is no part of a checkpoint; it is not overwritten")
 
 
 def _synthetic_tensor(spec: TensorSpec, plan: Checkpoint, seed: int, block: tuple[int, int]) -> torch.Tensor:

@@ -76,11 +76,6 @@ def side_by_side(monkeypatch):
     return lambda number: monkeypatch.setattr(forks, "cores", lambda: number)
 
 
-@pytest.fixture(autouse=True)
-def no_partition_variable(monkeypatch):
-    monkeypatch.delenv("VLLM_PP_LAYER_PARTITION", raising=False)
-
-
 @pytest.fixture(scope="session")
 def config() -> dict:
     return load_config(ROOT / "data" / "glm-5.1-fp8" / "config.json")

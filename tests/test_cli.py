@@ -13,8 +13,12 @@ from glmpp import cli
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.formats.tensor import TensorSpec
+from glmpp.gpus import GPUS
 from glmpp.partition import make_stages, stage_bytes
 from glmpp.progress import progress_bar
+from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.fit import Fit, KVCache, Memory
+from glmpp.verdict.layout import Layout, Layouts
 from glmpp.verdict.text import _spans
 
 CONFIG = ROOT / "data" / "glm-5.1-fp8"
@@ -92,7 +96,78 @@ def test_make_checkpoint_writes_a_folder_that_check_and_plan_can_read(tmp_path, 
     assert len(Checkpoint.from_directory(tmp_path / "made")) == 618
     assert command(capsys, "plan", tmp_path / "made", "--pp", 3)[0] == 0
     code, _, err = command(capsys, "make-checkpoint", CONFIG / "config.json", tmp_path / "made")
-    assert code == 2 and err.startswith("glmpp: ") and "exists already" in err
+    assert code == 2 and err.startswith("glmpp: ") and "exists already" in err and "--overwrite" in err
+    assert command(capsys, "make-checkpoint", CONFIG / "config.json", tmp_path / "made", "--seed", 4, "--overwrite")[0] == 0
+    assert len(Checkpoint.from_directory(tmp_path / "made")) == 618
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "link", "is a file"])
+def test_make_checkpoint_replaces_a_checkpoint_and_nothing_else(what, tmp_path, capsys):
+    asked = made = tmp_path / "made"
+    if what == "is a file":
+        made.write_text("mine")
+    else:
+        made.mkdir()
+        (made / "config.json").write_text("{}")
+    if what == "link":
+        (asked := tmp_path / "link").symlink_to(made)
+    elif what == "folder":
+        (made / "model.safetensors").mkdir()
+    elif what == "file":
+        (made / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = command(capsys, "make-checkpoint", CONFIG / "config.json", asked, "--overwrite")
+    assert code == 2 and "not overwritten" in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("variable", ["1,2,3", "20,20,20,18", "6,,6"])
+def test_the_variable_is_vllms_split_where_it_fits_and_an_error_where_vllm_would_fail(variable, capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", variable)
+    code, out, err = command(capsys, "plan", CONFIG, "--pp", 4)
+    if variable.count(",") == 3:
+        rows = [line.split() for line in out.splitlines() if line[:1].isdigit()]
+        assert code == 0 and [row[1] for row in rows] == ["0-19", "20-39", "40-59", "60-77"]
+    else:
+        assert code == 2 and f"VLLM_PP_LAYER_PARTITION={variable!r}" in err and "environment" in err
+        assert command(capsys, "check", CONFIG, "--pp", 4)[::2] == (2, err)
+    code, out, _ = command(capsys, "plan", CONFIG, "--pp", 2, "--layer-partition", "3,75")  # what is asked for comes first
+    assert code == 0 and "3-77" in out
+
+
+def test_plan_of_a_split_with_an_empty_stage(capsys):
+    code, out, _ = command(capsys, "plan", CONFIG, "--pp", 3, "--layer-partition", "3,0,75")
+    rows = [line.split() for line in out.splitlines() if line[:1].isdigit()]
+    assert code == 0 and [row[1] for row in rows] == ["0-2", "none", "3-77"]
+
+
+NOTHING_TOLD = [
+    (("cannot tell", False), ("cannot tell", False)),
+    (("loads", False),),
+    (("dies", True), ("cannot tell", False)),
+]
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        ((("loads", True), ("cannot tell", False)), 0),
+        ((("loads", None), ("dies", False)), 1),  # no room
+        ((("dies", False), ("cannot be built", False), ("loads, is not complete", True)), 1),
+        *((found, 2) for found in NOTHING_TOLD),
+    ],
+)
+def test_layouts_ends_with_2_only_where_a_layout_might_serve_and_nobody_can_tell(found, code, capsys, monkeypatch):
+    """Of each layout its verdict, and whether a request fits: None: no; False: nobody knows."""
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,2,3")
+    cache = {True: KVCache(1, (), 1, 1, 100, "auto"), None: KVCache(1, (), 1, 10**15, 100, "auto"), False: None}
+    one = lambda room: Fit([Memory(1, 1, (), cache[room])], GPUS["h200"], 0.9)  # noqa: E731
+    all_of_them = [Layout(Deployment(gpu="h200"), verdict, "", one(room), None, 1) for verdict, room in found]
+    told = Layouts(all_of_them, (2, 100), GPUS["h200"], None, {}, {"vllm": "0"}, 1.0)
+    monkeypatch.setattr(cli, "layouts", lambda *_: told)
+    ended, _, err = command(capsys, "layouts", CONFIG, "--gpus", 2)
+    assert ended == code
+    assert "VLLM_PP_LAYER_PARTITION is ignored" in err
 
 
 @pytest.mark.parametrize(
@@ -112,7 +187,7 @@ def test_bad_arguments_end_with_2_and_one_line(capsys, arguments, message):
 def test_check_without_vllm_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setenv("GLMPP_WITHOUT_VLLM", "1")
     code, _, err = command(capsys, "check", CONFIG, "--pp", 2)
-    assert code == 2 and "pip install 'glmpp[vllm]'" in err
+    assert code == 2 and "pip install '.[vllm]'" in err
 
 
 def test_a_folder_without_shards_is_read_as_a_config_and_says_so(tmp_path):

@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,11 +23,13 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.formats.shard import read_shard
 from glmpp.synthetic import write_checkpoint
+from glmpp.verdict import forks
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.server import Server
 from glmpp.verdict.stage_report import LOADS
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="vLLM runs on Linux")
 CONFIG = ROOT / "data" / "glm-5.1-fp8" / "config.json"
 
 
@@ -172,6 +176,121 @@ def test_no_process_stays_when_the_kernel_is_killed(needs_vllm, own_server, endl
     finally:
         with contextlib.suppress(ProcessLookupError):  # they are one group: what stays, as in a mutant, is not left behind
             os.killpg(server, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("gone", "said"), [(False, "alive"), (True, "")])
+def test_a_fork_whose_server_went_before_it_was_tied_to_it_ends(gone, said):
+    program = (
+        "import os, sys, time; from glmpp.engine.child import end_with_parent\n"
+        "gone = bool(sys.argv[1:])\n"
+        "read, write = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    server = os.getpid()\n"
+        "    if os.fork() == 0:\n"
+        "        while gone and os.getppid() == server: time.sleep(0.01)\n"
+        "        end_with_parent(server)\n"
+        "        os.write(write, b'alive')\n"
+        "        os._exit(0)\n"
+        "    if not gone: os.wait()\n"
+        "    os._exit(0)\n"
+        "os.close(write)\n"
+        "print(os.read(read, 10).decode())"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *["gone"] * gone], capture_output=True, text=True)
+    assert done.stdout == f"{said}\n", done.stderr
+
+
+def process_of(handle: int) -> int:
+    (line,) = (line for line in Path(f"/proc/self/fdinfo/{handle}").read_text().splitlines() if line.startswith("Pid:"))
+    return int(line.split()[1])
+
+
+class FakeFork:
+    """A `Fork` of which this process is the server: the other end of its pipe, and the processes that it would have killed.
+
+    Nothing is killed: a fault of the code under test could name any process.
+    """
+
+    def __init__(self, folder: Path, monkeypatch):
+        self.killed: list[int] = []
+        monkeypatch.setattr(forks.os, "kill", lambda pid, _: self.killed.append(pid))
+        monkeypatch.setattr(forks.signal, "pidfd_send_signal", lambda handle, _: self.killed.append(process_of(handle)))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            turns = forks._turns([])
+            self.fork = forks.Fork(
+                folder / "request.json", 0, (0, 1, 1), turns, SimpleNamespace(socket=ours, pid=os.getpid())
+            )
+            os.close(turns)
+            _, (self.pipe, turns), *_ = socket.recv_fds(theirs, 4096, 2)
+            os.close(turns)
+
+    def says(self, pid: object) -> None:
+        os.write(self.pipe, json.dumps({"kind": "pid", "pid": pid}).encode() + b"\n")
+        self.fork.read()
+
+
+@pytest.fixture
+def fake_fork(tmp_path, monkeypatch):
+    return FakeFork(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def sleeping():
+    """Start processes that do nothing; they end with the test, and need not be killed for it."""
+    started = []
+
+    def start(**options) -> subprocess.Popen:
+        started.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE, **options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.communicate()
+
+
+@linux
+@pytest.mark.parametrize("with_handles", [True, False])
+def test_a_fork_that_is_at_work_is_killed(fake_fork, sleeping, monkeypatch, with_handles):
+    if not with_handles:  # a Linux before 5.3
+        monkeypatch.delattr(forks.os, "pidfd_open", raising=False)
+    child = sleeping(pass_fds=[fake_fork.pipe])
+    fake_fork.says(child.pid)
+    os.close(fake_fork.pipe)
+    files = len(os.listdir("/proc/self/fd"))
+    fake_fork.fork.close()
+    assert fake_fork.killed == [child.pid]
+    assert len(os.listdir("/proc/self/fd")) == files - 1 - with_handles
+
+
+@linux
+@pytest.mark.parametrize("with_handles", [True, False])
+@pytest.mark.parametrize("when", ["before its message is read", "after its message is read"])
+def test_a_fork_that_has_gone_is_not_killed_for_its_number_may_be_anothers(
+    fake_fork, sleeping, monkeypatch, when, with_handles
+):
+    if not with_handles:
+        monkeypatch.delattr(forks.os, "pidfd_open", raising=False)
+    other = sleeping()  # a fork of the same server, which has been given the number
+    if when == "after its message is read":
+        fake_fork.says(other.pid)
+        os.close(fake_fork.pipe)
+    else:
+        os.write(fake_fork.pipe, json.dumps({"kind": "pid", "pid": other.pid}).encode() + b"\n")
+        os.close(fake_fork.pipe)
+        fake_fork.fork.read()
+    fake_fork.fork.close()
+    assert fake_fork.killed == [] and other.poll() is None
+
+
+@linux
+@pytest.mark.parametrize("pid", [-1, 0, 1, True, 1.5, "7", None, [1], "mine", "my parent's", 2**22 + 1, 10**30])
+def test_no_process_is_killed_that_is_no_fork_of_the_server(fake_fork, pid):
+    named = {"mine": os.getpid(), "my parent's": os.getppid()}
+    fake_fork.says(named.get(pid, pid) if isinstance(pid, str) else pid)
+    fake_fork.fork.close()
+    os.close(fake_fork.pipe)
+    assert fake_fork.killed == []
 
 
 # --- load ---------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
@@ -500,6 +501,47 @@ def test_a_server_that_does_not_answer(hub, shard, which, monkeypatch):
     begin = time.monotonic()
     refused(REPO, "Timeout", "0.5 s", "check the connection")
     assert time.monotonic() - begin >= 1.5 and hub.hung == ["begun"] * 3  # three tries, none waited for the answer
+
+
+@pytest.mark.parametrize("fault", [TypeError("ours"), AttributeError("ours"), KeyError("ours"), OSError("ours")], ids=repr)
+@pytest.mark.parametrize("place", ["an answer's size", "a header", "a file's name"])
+def test_a_fault_of_the_kit_is_not_told_as_one_of_the_connection(hub, monkeypatch, place, fault):
+    """It goes up as it is, after one attempt."""
+
+    def broken(*_, **__):
+        raise fault
+
+    if place == "an answer's size":
+        monkeypatch.setattr("glmpp.formats.hub.re", SimpleNamespace(fullmatch=broken))
+    elif place == "a header":
+        monkeypatch.setattr("glmpp.formats.hub.read_header", broken)
+    else:
+        monkeypatch.setattr("glmpp.formats.hub._Repository.read", broken)
+    with pytest.raises(type(fault)) as raised:
+        Checkpoint.from_hub(REPO, progress=False)
+    assert raised.value is fault
+    paths = [path for path, _ in hub.log]
+    assert len(paths) == len(set(paths))
+
+
+@pytest.mark.parametrize("fault", [TypeError, AttributeError, KeyError, ValueError], ids=lambda fault: fault.__name__)
+def test_whatever_the_library_raises_is_an_answer_that_is_of_no_use(hub, monkeypatch, fault):
+    def broken(*_, **__):
+        tries.append(1)
+        raise fault("theirs")
+
+    tries: list[int] = []
+    monkeypatch.setattr("huggingface_hub.utils.hf_raise_for_status", broken)
+    refused(f"{REPO}@{SHA}/config.json", "no usable answer", "theirs")
+    assert len(tries) == 3
+
+
+@pytest.mark.parametrize(
+    "said", [{"sha": 3}, {"sha": SHA, "siblings": [{"rfilename": 3}]}, {"sha": SHA, "siblings": [{"rfilename": ["a"]}]}]
+)
+def test_an_answer_with_other_kinds_of_values(hub, said):
+    hub.faults["tiny"] = lambda answer: answer.reply(200, json.dumps({"id": REPO, "siblings": [], **said}).encode())
+    refused(f"{REPO}@main", "names no commit or no files")
 
 
 def test_nobody_listens(hub):

@@ -21,11 +21,13 @@ from glmpp.partition import (
     Stage,
     balance,
     balance_cache,
+    layer_list,
     make_stages,
     owned,
     partition_layers,
     stage_bytes,
 )
+from glmpp.verdict.deployment import Deployment
 
 
 def counts(ranges: list[range]) -> list[int]:
@@ -43,12 +45,21 @@ def test_every_layer_is_held_once_and_in_order(num_layers, pp_size):
     assert max(counts(ranges)) - min(counts(ranges)) <= 1
 
 
-def test_layer_counts_as_list_string_and_environment_agree(monkeypatch):
+def test_layer_counts_as_list_and_string_agree():
     expected = partition_layers(12, 3, [2, 4, 6])
     assert counts(expected) == [2, 4, 6]
-    assert partition_layers(12, 3, "2,4,6") == expected
-    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "2,4,6")
-    assert partition_layers(12, 3) == expected
+    assert partition_layers(12, 3, "2,4, 6") == expected
+    assert counts(partition_layers(12, 3, [0, 12, 0])) == [0, 12, 0]  # vLLM allows it
+
+
+@pytest.mark.parametrize("value", ["2,4,6", "1,2", "no numbers"])
+def test_no_function_reads_the_variable(value, monkeypatch, tiny_config):
+    """What a function says must not depend on where it is called; the command alone reads the variable."""
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", value)
+    assert counts(partition_layers(12, 3)) == [4, 4, 4]
+    assert [len(stage.layers) for stage in make_stages(tiny_config, 3)] == [4, 4, 4]
+    assert Deployment(pp=3).layer_counts is None and Deployment(pp=3, layer_counts="2,4,6").partition == "2,4,6"
+    assert [len(stage.layers) for stage in Deployment(pp=4).stages(tiny_config)] == [3, 3, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -58,12 +69,38 @@ def test_layer_counts_as_list_string_and_environment_agree(monkeypatch):
         ("4,4,5", "adds up to 13 layers, the model has 12"),
         ("4,four,4", "expected 3 numbers"),
         ("", "expected 3 numbers"),
-        ("-2,7,7", "adds up to 12"),
+        ("6,,6", "expected 3 numbers"),
+        ([4, 4.5, 3.5], "expected 3 numbers"),
+        ([4, None, 8], "expected 3 numbers"),
+        ([True, 5, 6], "expected 3 numbers"),
+        ([4, "4", 4], "expected 3 numbers"),
+        (12, "expected 3 numbers"),
+        ([], "names 0 stages, there are 3"),
+        ("-2,7,7", "gives stage 0 -2 layers: a stage has 0 or more"),
+        ([7, 7, -2], "gives stage 2 -2 layers"),
     ],
 )
 def test_bad_layer_counts_are_clear_errors(value, message):
     with pytest.raises(GlmppError, match=message):
         partition_layers(12, 3, value)
+    with pytest.raises(GlmppError, match=message):
+        Deployment(3, layer_counts=value).stages({"num_hidden_layers": 12})
+
+
+@given(st.lists(st.integers(-3, 20), max_size=6), st.integers(1, 6), st.integers(1, 30))
+def test_layer_counts_are_right_or_wrong_in_one_way_that_is_named(layer_counts, pp_size, num_layers):
+    if len(layer_counts) != pp_size:
+        words = f"names {len(layer_counts)} stages, there are {pp_size}"
+    elif any(count < 0 for count in layer_counts):
+        words = "a stage has 0 or more"
+    elif sum(layer_counts) != num_layers:
+        words = f"adds up to {sum(layer_counts)} layers, the model has {num_layers}"
+    else:
+        assert counts(partition_layers(num_layers, pp_size, layer_counts)) == layer_counts
+        return
+    with pytest.raises(GlmppError) as raised:
+        partition_layers(num_layers, pp_size, layer_counts)
+    assert words in str(raised.value)
 
 
 @pytest.mark.parametrize(("num_layers", "pp_size"), [(0, 1), (1, 0), (4, -1)])
@@ -115,6 +152,67 @@ def test_missing_prefixes_and_ownership_say_the_same(num_layers, data):
     for stage in make_stages({"num_hidden_layers": num_layers, "tie_word_embeddings": tied}, pp_size):
         missing = tuple(stage.missing_prefixes())
         assert all(name.startswith(missing) == (not stage.owns(name)) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("layers", "first", "last"),
+    [
+        ("transformer.h", ["transformer.wte"], ["transformer.ln_f", "lm_head"]),
+        ("gpt_neox.layers", ["gpt_neox.embed_in"], ["gpt_neox.final_layer_norm", "embed_out"]),
+        ("backbone.layers", ["backbone.embeddings"], ["backbone.norm_f", "lm_head"]),
+        ("language_model.model.layers", ["language_model.model.embed_tokens"], ["language_model.lm_head"]),
+        ("model.layers", ["model.embed_tokens"], ["model.norm", "lm_head"]),
+    ],
+)
+def test_what_a_stage_misses_is_called_as_in_the_checkpoint(layers, first, last):
+    names = [f"{part}.weight" for part in ["vision.patch", *last, *first]] + [f"{layers}.{n}.x.weight" for n in range(4)]
+    for tied in (False, True):
+        for stage in make_stages({"num_hidden_layers": 4, "tie_word_embeddings": tied}, 2, layer_list=layers):
+            missing = stage.missing_prefixes(names)
+            assert all(name.startswith(tuple(missing)) == (stage.column(name) == OTHER_STAGE) for name in names)
+            assert [name for name in names if stage.column(name) == UNKNOWN] == ["vision.patch.weight"]
+    assert missing == [f"{layers}.0.", f"{layers}.1."]  # of the last stage of a tied model
+    untied = make_stages({"num_hidden_layers": 4}, 2, layer_list=layers)
+    ours = [f"{layers}.2.", f"{layers}.3.", *(f"{part}." for part in last)]
+    assert untied[0].missing_prefixes(names) == ours  # in module order
+    known = ours if layers == "model.layers" else ours[:2]
+    assert untied[0].missing_prefixes() == known  # nothing is called by a name that nobody has seen
+
+
+PARTS = st.sampled_from(["model", "language", "language_model", "text", "transformer", "backbone", "decoder", "llm", "h"])
+TOWER = st.sampled_from(["vision", "visual", "vision_tower", "vision_model", "audio", "audio_tower", "image_encoder"])
+
+
+@given(st.data())
+def test_the_list_of_layers_is_the_language_models_whatever_lies_beside_it(data):
+    num_layers, mtp = data.draw(st.integers(1, 30)), data.draw(st.integers(0, 2))
+    path = ".".join([*data.draw(st.lists(PARTS, max_size=3)), data.draw(st.sampled_from(["layers", "blocks", "h"]))])
+    held = num_layers + mtp * data.draw(st.booleans())
+    lists = {path: held}
+    for _ in range(data.draw(st.integers(0, 3))):
+        tower = [*data.draw(st.lists(PARTS, max_size=1)), data.draw(TOWER), data.draw(st.sampled_from(["blocks", "layers"]))]
+        lists[".".join(tower)] = data.draw(st.integers(1, 40) | st.just(num_layers))
+    config = {"num_hidden_layers": num_layers, "num_nextn_predict_layers": mtp}
+    if data.draw(st.booleans()):  # a tower under a name that says nothing: the config tells it, or its number of layers
+        depth = data.draw(st.integers(1, 40))
+        if depth not in (num_layers, num_layers + mtp):
+            lists["t.b"] = depth
+        lists["sonar.b"] = data.draw(st.integers(1, 40))
+        config = {"text_config": config, "vision_config": {"depth": depth}, "sonar_config": {"num_layers": 5}}
+    names = [f"{name}.{n}.w" for name, count in lists.items() for n in range(count)]
+    checkpoint = Checkpoint([TensorSpec(name, "U8", (1,)) for name in data.draw(st.permutations(names))], config)
+    assert layer_list(checkpoint) == path
+
+
+def test_more_layers_than_the_config_says_are_taken_only_from_what_is_no_tower():
+    def of(lists: dict[str, int], **config) -> str:
+        names = [f"{name}.{n}.w" for name, count in lists.items() for n in range(count)]
+        return layer_list(Checkpoint([TensorSpec(name, "U8", (1,)) for name in names], {"n_layer": 12, **config}))
+
+    assert of({"language.model.layers": 13, "eyes.b": 27}, vision_config={"depth": 27}) == "language.model.layers"
+    assert of({"model.layers": 13, "h": 14}) == "model.layers"
+    with pytest.raises(GlmppError, match="no list of layers"):
+        of({"vision.blocks": 27, "visual_encoder.layers": 12})
 
 
 def test_columns_of_a_middle_stage():

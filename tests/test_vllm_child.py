@@ -194,7 +194,7 @@ def test_those_that_are_started_together_import_one_after_another(own_server, tm
 
 @needs_vllm
 @pytest.mark.parametrize(
-    "shared", ["", "cpu 00 {package}", "cpu {address} another/glmpp/__init__.py", "h200 {address} {package}"]
+    "shared", ["", "cpu 00 1 {package}", "cpu {address} 1 another/glmpp/__init__.py", "h200 {address} 1 {package}"]
 )
 def test_nobody_is_served_by_a_process_that_has_ended_or_runs_other_code(shared, monkeypatch):
     address = server.Server.running(CPU).socket.getpeername().hex()

@@ -223,7 +223,7 @@ def test_a_report_survives_saving_and_is_labelled_as_recorded(tiny, tmp_path, mo
 
 def test_without_vllm_and_without_a_record_the_error_says_what_to_install(tiny, monkeypatch):
     monkeypatch.setenv("GLMPP_WITHOUT_VLLM", "1")
-    with pytest.raises(GlmppError, match=r"pip install 'glmpp\[vllm\]'"):
+    with pytest.raises(GlmppError, match=r"pip install '\.\[vllm\]'"):
         dry_run(tiny, 2)
 
 

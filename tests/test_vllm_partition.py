@@ -13,6 +13,7 @@ from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_pp_indices
 from glmpp.verdict.stage_report import LOADS
+from glmpp.verdict.text import as_json, as_text
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -26,17 +27,27 @@ def test_equals_get_pp_indices_for_every_layer_count_to_128_and_stage_count_to_3
 
 
 def test_equals_get_pp_indices_under_vllm_pp_layer_partition(monkeypatch):
-    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "3,0, 5 ,4")
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,2")  # of the one who asks: no part of the question
+    split = "3,0, 5 ,4"
+    assert [(layers.start, layers.stop) for layers in partition_layers(12, 4, split)] == vllm_pp_indices([(12, 4)], split)[0]
     assert [(layers.start, layers.stop) for layers in partition_layers(12, 4)] == vllm_pp_indices([(12, 4)])[0]
 
 
-@pytest.mark.parametrize("value", ["6,6", "4,4,5", "4,four,4", ""])
-def test_what_get_pp_indices_refuses_we_refuse(monkeypatch, value):
-    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", value)
+@pytest.mark.parametrize("value", ["6,6", "4,4,5", "4,four,4", "6,,6", ""])
+def test_what_get_pp_indices_refuses_we_refuse(value):
     with pytest.raises(GlmppError, match="VLLM_PP_LAYER_PARTITION"):
-        partition_layers(12, 3)
+        partition_layers(12, 3, value)
     with pytest.raises(GlmppError, match="ValueError"):
-        vllm_pp_indices([(12, 3)])
+        vllm_pp_indices([(12, 3)], value)
+
+
+def test_vllm_takes_a_stage_without_layers(tiny):
+    """So does the kit: its table, its text and its JSON."""
+    report = dry_run(tiny, Deployment(pp=3, layer_counts=[6, 0, 6], guard="loader"), control=False, progress=False)
+    assert [stage.stage.span for stage in report.stages] == ["0-5", "none", "6-11"]
+    assert report.table().layers.tolist() == ["0-5", "none", "6-11"]
+    assert [stage["layers"] for stage in as_json(tiny, report, None)["stages"]] == [[0, 5], [], [6, 11]]
+    assert "PP=3: loads, complete" in as_text(tiny, report, True)
 
 
 @pytest.mark.parametrize("counts", [None, [1, 4, 2, 5]])

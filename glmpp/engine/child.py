@@ -97,10 +97,16 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def end_with_parent() -> None:
-    """Let the kernel of the system end this process with the server, which ends with the kernel of the notebook."""
+def end_with_parent(parent: int) -> None:
+    """Let the kernel of the system end this process with the server, which ends with the kernel of the notebook.
+
+    Args:
+        parent: the server's process id, as it was before the fork: what had gone until now is told to nobody.
+    """
     with contextlib.suppress(AttributeError):  # Linux has it
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def answer(names: dict, pipe: int, turns: int) -> None:
@@ -111,7 +117,6 @@ def answer(names: dict, pipe: int, turns: int) -> None:
             how many of it share a stage.
         turns: where the numbers of the runs come from, two bytes each.
     """
-    end_with_parent()
     log = os.open(names["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -174,7 +179,7 @@ def main(descriptor: int, target: str, turn: int | None = None) -> None:
     gc.set_threshold(50_000)  # a load makes many objects, and little garbage
     gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished forks are reaped by the kernel
-    listening, sockets = socket.socket(fileno=descriptor), selectors.DefaultSelector()
+    server, listening, sockets = os.getpid(), socket.socket(fileno=descriptor), selectors.DefaultSelector()
     sockets.register(listening, selectors.EVENT_READ)
     while True:
         for key, _ in sockets.select():
@@ -192,6 +197,7 @@ def main(descriptor: int, target: str, turn: int | None = None) -> None:
                 continue
             if os.fork() == 0:
                 try:
+                    end_with_parent(server)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     for other in list(sockets.get_map().values()):
                         other.fileobj.close()

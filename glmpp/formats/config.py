@@ -24,6 +24,10 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 LAYER_LISTS = ("layers_block_type", "hybrid_override_pattern", "layer_types", "block_configs")
 
 
+# Where a multimodal wrapper describes its language model.
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
+
+
 # Model types of which one field decides, whatever the others say. Source: transformers' and vLLM's configuration classes.
 DECISIVE = {
     "nemotron_h": ("layers_block_type", "layer_types", "hybrid_override_pattern"),
@@ -39,12 +43,25 @@ def text_config(config: dict) -> dict:
     """
     if _layers(config) is not None:
         return config
-    for key in ("text_config", "llm_config", "language_config", "thinker_config", "decoder"):
+    for key in TEXT_CONFIGS:
         if isinstance(config.get(key), dict):
             return text_config(config[key])
     raise GlmppError(
         f"config.json says none of {', '.join(LAYER_COUNTS + LAYER_LISTS)}: the layers cannot be dealt out to stages"
     )
+
+
+def tower_layers(config: dict) -> dict[str, int]:
+    """Layers of the parts beside the language model that have some, by name: {"vision": 27} for a `vision_config`."""
+    found: dict[str, int] = {}
+    for key, value in config.items():
+        if not isinstance(value, dict) or (name := key.removesuffix("_config")) == "quantization":
+            continue
+        if key in TEXT_CONFIGS:
+            found |= tower_layers(value)
+        elif (count := value["depth"] if isinstance(value.get("depth"), int) else layer_count_said(value)) is not None:
+            found[name] = count
+    return found
 
 
 def layer_count(config: dict) -> int:

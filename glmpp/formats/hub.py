@@ -6,6 +6,7 @@ supplies endpoint, token, session and timeout, and is imported when it is needed
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import threading
@@ -76,6 +77,18 @@ def read_repository(
     return specs, config, repo.source
 
 
+class _NoAnswer(Exception):
+    """Nothing usable came from the Hub; the cause is the library's exception, or what the answer lacks."""
+
+
+def _theirs(call: Callable[..., T], *args, **kwargs) -> T:
+    """What a call of the library gives. Raises _NoAnswer for whatever it raises; the kit's own faults are not called so."""
+    try:
+        return call(*args, **kwargs)
+    except Exception as error:  # any: of a malformed answer the library makes AttributeError, KeyError, TypeError
+        raise _NoAnswer from error
+
+
 class _Repository:
     """One commit of a model repository: the names of its files, and the beginning of each."""
 
@@ -87,11 +100,11 @@ class _Repository:
         self.repo_id, self.source, self.stopped = repo_id, f"{repo_id}@{revision or 'main'}", threading.Event()
         self.timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # seconds; of its own the library's session waits for ever
         self.api = HfApi()
-        info = self._ask(self.source, lambda: self.api.model_info(repo_id, revision=revision, timeout=self.timeout))
-        if not info.sha or info.siblings is None:
+        info = self._ask(self.source, lambda: _theirs(self.api.model_info, repo_id, revision=revision, timeout=self.timeout))
+        names = [None] if info.siblings is None else [sibling.rfilename for sibling in info.siblings]
+        if not (info.sha and all(isinstance(said, str) for said in (info.sha, *names))):
             raise GlmppError(f"{self.source}: {self.api.endpoint} names no commit or no files; check HF_ENDPOINT")
-        self.sha, self.source = info.sha, f"{repo_id}@{info.sha}"
-        self.files = {sibling.rfilename for sibling in info.siblings}
+        self.sha, self.source, self.files = info.sha, f"{repo_id}@{info.sha}", set(names)
 
     def read(self, file: str) -> bytes:
         """A whole file; a JSON file, as it may be no longer than a header."""
@@ -114,22 +127,25 @@ class _Repository:
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         def get() -> tuple[bytes, int]:
-            url = hf_hub_url(self.repo_id, file, revision=self.sha, endpoint=self.api.endpoint)
+            url = _theirs(hf_hub_url, self.repo_id, file, revision=self.sha, endpoint=self.api.endpoint)
             wanted = {"Range": f"bytes=0-{end - 1}", "Accept-Encoding": "identity"}  # sizes are those of the file itself
-            with get_session().stream("GET", url, headers=build_hf_headers(headers=wanted), timeout=self.timeout) as answer:
+            headers = _theirs(build_hf_headers, headers=wanted)
+            with contextlib.ExitStack() as opened:
+                request = _theirs(get_session).stream("GET", url, headers=headers, timeout=self.timeout)
+                answer = _theirs(opened.enter_context, request)
                 if answer.status_code == 416:  # of an empty file there is no first byte
                     return b"", 0
-                hf_raise_for_status(answer)
+                _theirs(hf_raise_for_status, answer)
                 told = answer.headers.get("Content-Range" if answer.status_code == 206 else "Content-Length", "")
                 if not (match := re.fullmatch(r"(?:bytes 0-\d+/)?(\d+)", told)):
-                    raise ConnectionError(f"the answer does not say how large the file is: {told!r}")
-                data, size = bytearray(), int(match[1])
-                for chunk in answer.iter_bytes():
+                    raise _NoAnswer from ConnectionError(f"the answer does not say how large the file is: {told!r}")
+                data, size, chunks = bytearray(), int(match[1]), answer.iter_bytes()
+                while (chunk := _theirs(next, chunks, None)) is not None:
                     data += chunk
                     if len(data) >= end or self.stopped.is_set():  # a server without ranges goes on to the last byte
                         break
             if len(data) < min(end, size):
-                raise ConnectionError(f"cut after {len(data)} of {min(end, size)} bytes")
+                raise _NoAnswer from ConnectionError(f"cut after {len(data)} of {min(end, size)} bytes")
             return bytes(data[:end]), size
 
         return self._ask(f"{self.source}/{file}", get)
@@ -138,12 +154,12 @@ class _Repository:
         for pause in (*PAUSES, None):
             try:
                 return request()
-            except Exception as error:  # any: of a malformed answer the library makes AttributeError, KeyError, TypeError
-                why, may_pass = self._explain(error)
+            except _NoAnswer as none:
+                why, may_pass = self._explain(none.__cause__)
                 if pause is None or not may_pass or self.stopped.wait(pause):
                     raise GlmppError(f"{label}: {why}") from None
 
-    def _explain(self, error: Exception) -> tuple[str, bool]:
+    def _explain(self, error: BaseException) -> tuple[str, bool]:
         """What the reader can do about an error, and whether another attempt may help."""
         from huggingface_hub import errors
 

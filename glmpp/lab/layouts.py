@@ -17,7 +17,8 @@ from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
 from glmpp.verdict.layout import Layouts
-from glmpp.verdict.layouts import layouts
+from glmpp.verdict.layouts import layouts, question
+from glmpp.verdict.record import check_record, digest
 
 # Parts of a layer, by what their names hold in the checkpoint and in vLLM.
 PARTS = {
@@ -34,7 +35,9 @@ HERE, NOWHERE = "all", ""
 def layouts_on(checkpoint: Checkpoint, gpus: int, live: bool) -> Layouts:
     """Every layout of so many H200: live, or as it was recorded. While results are recorded, live."""
     recorded = RECORDED / f"layouts_{gpus}.json"
-    return layouts(checkpoint, gpus, "h200", recorded=recorded) if live or RECORDING else Layouts.load(recorded)
+    if live or RECORDING:
+        return layouts(checkpoint, gpus, "h200", recorded=recorded)
+    return Layouts.load(recorded, question(checkpoint, gpus, "h200"))
 
 
 def parts_of_layer(checkpoint: Checkpoint, deployment: Deployment, layer: int, recorded: Path, live: bool) -> pd.DataFrame:
@@ -45,8 +48,11 @@ def parts_of_layer(checkpoint: Checkpoint, deployment: Deployment, layer: int, r
     Returns:
         Parts in rows, GPUs in columns.
     """
+    asked = {"checkpoint": digest(checkpoint), "layout": deployment.layout, "layer": layer, "gpu": deployment.gpu}
     if vllm_version() is None or not (live or RECORDING):
-        return pd.DataFrame(json.loads(recorded.read_text())).rename(columns=int)
+        content = json.loads(recorded.read_text())
+        check_record(recorded, asked, content)
+        return pd.DataFrame(content["table"]).rename(columns=int)
     (stage,) = [one.rank for one in deployment.stages(checkpoint.config) if layer in one.layers]
     ranks = [(stage, shard, 0) for shard in range(deployment.tp)]
     report = dry_run(checkpoint, replace(deployment, guard="loader"), ranks=ranks, control=False)
@@ -56,7 +62,7 @@ def parts_of_layer(checkpoint: Checkpoint, deployment: Deployment, layer: int, r
         held = _elements({name: size for name, (_, size) in one.ledger.parameters.items()}, layer)
         table[stage * deployment.tp + one.shard] = [_share(held[part], whole[part], part, one.experts) for part in PARTS]
     if RECORDING:
-        recorded.write_text(table.to_json(indent=1) + "\n")
+        recorded.write_text(json.dumps({**asked, "table": json.loads(table.to_json())}, indent=1) + "\n")
     return table
 
 
@@ -74,19 +80,20 @@ def _share(held: int, whole: int, part: str, experts: list[int] | None) -> str:
 
 def logged(recorded: Path) -> pd.DataFrame:
     """For each log under data/logs the bytes that a token took on a rank, and what vLLM's classes say here."""
+    logs = {path.stem: json.loads(path.read_text()) for path in sorted((DATA / "logs").glob("*.json"))}
+    rows = [{"model": name, "on": log["gpus"], "logged": log["said"][-1], "TP": log["tp"]} for name, log in logs.items()]
     if vllm_version() is None:
-        return pd.DataFrame(json.loads(recorded.read_text()))
-    rows = []
-    for path in sorted((DATA / "logs").glob("*.json")):
-        log = json.loads(path.read_text())
+        found = pd.DataFrame(json.loads(recorded.read_text()))
+        check_record(recorded, {"logs": rows}, {"logs": found[list(rows[0])].to_dict("records")})
+        return found
+    for row, log in zip(rows, logs.values()):
         config = load_config(ROOT / log["config"]) if isinstance(log["config"], str) else log["config"]
         built = Checkpoint([TensorSpec("model.norm.weight", "BF16", (config["hidden_size"],))], config)
         deployment = Deployment(tp=log["tp"], gpu=log["gpu"], guard="loader")
         (one,) = dry_run(built, deployment, ranks=[(0, 0, 0)], control=False, progress=False).stages
         bytes_logged = log["available_gib"] * 2**30 / log["tokens"]
         here = one.memory.kv_cache.bytes_per_token
-        rows.append({"model": path.stem, "on": log["gpus"], "logged": log["said"][-1], "TP": log["tp"]})
-        rows[-1] |= {"bytes per token, logged": bytes_logged, "here": here, "off by, %": 100 * (here / bytes_logged - 1)}
+        row |= {"bytes per token, logged": bytes_logged, "here": here, "off by, %": 100 * (here / bytes_logged - 1)}
     if RECORDING:
         recorded.write_text(json.dumps(rows, indent=1) + "\n")
     return pd.DataFrame(rows)

@@ -22,6 +22,7 @@ from pathlib import Path
 from glmpp.errors import GlmppError
 from glmpp.lab.oracle import Answer
 from glmpp.lab.served import LONGEST, TOKENS
+from glmpp.partition import PARTITION_VARIABLE
 
 LINE = re.compile(r"^(?:\((?P<who>[^)]*?) pid=\d+\) )?(?:[A-Z]+ [\d-]+ [\d:]+ (?:\[[^\]]*\] ?)?)?(?P<text>.*)$")
 ERROR = re.compile(r"^(?P<kind>[\w.]*(?:Error|Exception)): (?P<message>.*)$")
@@ -49,7 +50,7 @@ class Server:
             *("--dtype", dtype),
         ]
         self.environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != PARTITION_VARIABLE},
             "GLMPP_REFERENCE": "1",
             "GLMPP_REFERENCE_SKIP": skip,
             "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in cores(pp_size)),

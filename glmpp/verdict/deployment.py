@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from glmpp.engine import fixes
 from glmpp.errors import GlmppError
 from glmpp.formats.config import layer_count_said
 from glmpp.gpus import target_name
-from glmpp.partition import PARTITION_VARIABLE, Stage, make_stages, parse_counts
+from glmpp.partition import Stage, make_stages, parse_counts
 
 GUARDS = ("installed", "off", "helper", "loader")
 
@@ -48,8 +47,8 @@ class Deployment:
         tp: GPUs that share a stage, a shard of its tensors each.
         dp: replicas of the attention layers that take requests side by side. Their GPUs share the experts.
         ep: experts are spread over the tp * dp GPUs of a stage; without it each of these has a slice of every expert.
-        layer_counts: layers of each stage, as numbers or as in VLLM_PP_LAYER_PARTITION; None: what that variable
-            says, without it vLLM's even split.
+        layer_counts: layers of each stage, as numbers or as in VLLM_PP_LAYER_PARTITION; None: vLLM's even split. That
+            variable itself is read by the command alone, for a verdict must not depend on where it is asked for.
         drafter: the MTP drafter runs, too, on the last stage.
         guard: "installed": vLLM as it is; "off": the skip taken away (a release without one is unchanged); "helper", or a
             `Helper`: another helper in place of vLLM's, by default the kit's; "loader": nothing patched, the load format
@@ -82,9 +81,8 @@ class Deployment:
         if str(self.guard) not in GUARDS:
             raise GlmppError(f"guard {self.guard!r} is unknown; choose one of {', '.join(GUARDS)}")
         object.__setattr__(self, "fixes", tuple(fixes.named(self.fixes)))
-        counts = os.environ.get(PARTITION_VARIABLE) if self.layer_counts is None else self.layer_counts
-        if counts is not None:
-            object.__setattr__(self, "layer_counts", tuple(parse_counts(counts, self.pp)))
+        if self.layer_counts is not None:
+            object.__setattr__(self, "layer_counts", tuple(parse_counts(self.layer_counts, self.pp)))
         object.__setattr__(self, "gpu", target_name(self.gpu))
         if self.guard == "helper":
             object.__setattr__(self, "guard", Helper())

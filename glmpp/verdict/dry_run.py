@@ -16,6 +16,7 @@ from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.forks import run_group, run_stages
 from glmpp.verdict.installed import NO_VLLM, vllm_version
+from glmpp.verdict.record import digest
 from glmpp.verdict.report import DryRunReport, assemble
 
 
@@ -50,9 +51,11 @@ def dry_run(
         keep: folder that each rank's parameters are saved to, by `torch.save`: "{stage}-{shard}-{replica}.pt", of a
             drafter with "drafter-" before; weights "real" only.
         recorded: a saved report to return, labelled as such, where vLLM is not installed; written when GLMPP_RECORD=1.
+            It may hold more ranks than are asked for, which are left out; its times are those of all of them.
 
     Raises:
-        GlmppError: vLLM is not installed (and nothing was recorded), bad arguments, or the child broke down.
+        GlmppError: vLLM is not installed (and nothing was recorded, or of another question), bad arguments, or the child
+            broke down.
     """
     deployment = Deployment.of(deployment)
     pp = deployment.pp
@@ -64,17 +67,18 @@ def dry_run(
     ranks = chosen_ranks(deployment, "all" if real_group else ranks)
     if real_group and deployment.dp > 1:
         raise GlmppError("real_group is for one replica: dp=1")
-    if vllm_version() is None:
-        if recorded is None:
-            raise GlmppError(NO_VLLM)
-        return DryRunReport.load(recorded, checkpoint)
-
     runs = [run_of(deployment, *rank) for rank in ranks]
     if deployment.drafter:
         shards = sorted({0, deployment.tp - 1})
         runs += [run_of(deployment, pp - 1, shard, drafter=True) for shard in shards]
     if control and pp > 1 and not real_group:
         runs.append({**run_of(deployment, 0, control=True), "size": 1})
+    asked = {"weights": weights, "strict": strict, "all_deaths": all_deaths, "context": context, "real_group": real_group}
+    asked |= question(checkpoint, deployment)
+    if vllm_version() is None:
+        if recorded is None or keep is not None:
+            raise GlmppError(NO_VLLM)
+        return DryRunReport.load(recorded, checkpoint, asked, runs)
     request = stage_request(checkpoint, deployment, weights, strict, all_deaths, context)
     request["keep"] = None if keep is None else str(Path(keep).resolve())
     started = time.perf_counter()
@@ -84,23 +88,30 @@ def dry_run(
         else:
             messages = run_stages(checkpoint, request, runs, bar)
 
-    evidence = {
-        "pp_size": pp,
-        "tp_size": deployment.tp,
-        "dp_size": deployment.dp,
-        "ep": deployment.ep,
-        "guard": str(deployment.guard),
-        "fixes": list(deployment.fixes),
-        "gpu": deployment.gpu,
-        "layer_counts": deployment.partition,
-        "real_group": real_group,
-        "seconds": time.perf_counter() - started,
-        "messages": messages,
-    }
+    evidence = {**asked, "seconds": time.perf_counter() - started, "messages": messages}
     report = assemble(evidence, checkpoint, deployment, stages)
     if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
         report.save(recorded)
     return report
+
+
+def question(checkpoint: Checkpoint, deployment: Deployment) -> dict:
+    """What a report is about, as it is recorded: the checkpoint, and how it is to be served."""
+    helper = deployment.guard if isinstance(deployment.guard, Helper) else None
+    return {
+        "checkpoint": digest(checkpoint),
+        "pp_size": deployment.pp,
+        "tp_size": deployment.tp,
+        "dp_size": deployment.dp,
+        "ep": deployment.ep,
+        "drafter": deployment.drafter,
+        "guard": str(deployment.guard),
+        "helper": helper and helper.place.rpartition("/")[2],  # of a reader's own file not the folder
+        "callers": helper and helper.callers,
+        "fixes": list(deployment.fixes),
+        "gpu": deployment.gpu,
+        "layer_counts": deployment.partition,
+    }
 
 
 def chosen_ranks(deployment: Deployment, ranks: str | list[int] | list[tuple[int, int, int]] | None) -> list:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -38,7 +39,7 @@ class Fork:
         self.log = path.with_name(f"{number}.log")
         names = {"request": str(path), "log": str(self.log), "group": str(path.with_name(group))}
         names |= {"rank": rank, "size": size, "tp": tp}
-        self.server, self.pid, self.ended, self.rest = server, None, False, b""
+        self.server, self.pid, self.handle, self.ended, self.rest = server, None, None, False, b""
         self.messages: list[dict] = []
         self.pipe, theirs = os.pipe()
         try:
@@ -58,17 +59,42 @@ class Fork:
             *lines, self.rest = (self.rest + data).split(b"\n")
             came = [json.loads(line) for line in lines]
         for message in came:
-            self.pid = message["pid"] if message["kind"] == "pid" else self.pid
+            if message["kind"] == "pid":
+                self._know(message["pid"])
             self.ended = self.ended or message["kind"] == "end"
         self.messages += came
         return came
 
+    def _know(self, pid: object) -> None:
+        """Remember which process it is, if that is a fork of the server, and hold on to it where the system can."""
+        if self.pid is not None or type(pid) is not int or pid <= 0:
+            return
+        handle = None
+        with contextlib.suppress(AttributeError, OSError, OverflowError):  # Linux 5.3 has it; the process may have gone
+            handle = os.pidfd_open(pid)
+        # If it lives now, it lived when the handle was opened: the number was its own.
+        if is_child(pid, self.server.pid) and self._lives():
+            self.pid, self.handle = pid, handle
+        elif handle is not None:
+            os.close(handle)
+
+    def _lives(self) -> bool:
+        """Whether the pipe is open at the other end. The system closes it before it gives the number to another process."""
+        watched = select.poll()
+        watched.register(self.pipe, 0)  # a hang-up is always told
+        return not watched.poll(0)
+
     def close(self) -> None:
         """Kill it if it is still at work."""
-        os.close(self.pipe)
-        if self.pid is not None and not self.ended:  # interrupted, timed out, or broken down
+        if self.pid is not None and not self.ended and self._lives():  # interrupted, timed out, or broken down
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+                if self.handle is None:
+                    os.kill(self.pid, signal.SIGKILL)
+                else:
+                    signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+        for held in (self.pipe, self.handle):
+            if held is not None:
+                os.close(held)
 
     def check(self) -> None:
         """Raise a GlmppError with its last words if it ended before its work did, a KitError if the kit is to blame."""
@@ -89,6 +115,16 @@ class Fork:
             said = self.log.read_text(errors="replace")
             return "\n".join(said[said.rfind("Traceback") :].splitlines()[-lines:] if "Traceback" in said else [])
         return self.server.last_words(lines) if self.server.ended() else ""
+
+
+def is_child(pid: int, parent: int | None) -> bool:
+    """Whether a process is this user's, and was started by another."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    said = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
+    return said["PPid"] == [str(parent)] and said["Uid"][0] == str(os.getuid())
 
 
 def collect(forks: Sequence[Fork], bar: tqdm | None = None, timeout: float | None = None) -> list[dict]:

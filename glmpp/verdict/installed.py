@@ -6,10 +6,9 @@ import os
 
 from glmpp.engine import contract
 from glmpp.errors import GlmppError
-from glmpp.partition import PARTITION_VARIABLE
 from glmpp.verdict.forks import ask
 
-NO_VLLM = "vLLM is not installed here: pip install 'glmpp[vllm]' (Linux)"
+NO_VLLM = "vLLM is not installed here: pip install '.[vllm]' in a checkout of glmpp (Linux)"
 
 
 def vllm_version() -> str | None:
@@ -24,16 +23,19 @@ def ask_vllm(request: dict, timeout: float | None = None) -> dict:
     return next(message for message in ask(request, timeout=timeout) if message["kind"] == request["kind"])
 
 
-def vllm_pp_indices(cases: list[tuple[int, int]]) -> list[list[tuple[int, int]]] | None:
+def vllm_pp_indices(cases: list[tuple[int, int]], layer_counts: str | None = None) -> list[list[tuple[int, int]]] | None:
     """What the installed vLLM's `get_pp_indices` says for (num_layers, pp_size) pairs; None where vLLM is not installed.
 
+    Args:
+        layer_counts: what vLLM finds in VLLM_PP_LAYER_PARTITION; None: nothing.
+
     Returns:
-        For each pair the (start, end) of every stage. VLLM_PP_LAYER_PARTITION of this process applies.
+        For each pair the (start, end) of every stage.
 
     Raises:
         GlmppError: vLLM refuses a case; its words are in the message.
     """
     if vllm_version() is None:
         return None
-    request = {"kind": "pp_indices", "cases": cases, "layer_counts": os.environ.get(PARTITION_VARIABLE)}
+    request = {"kind": "pp_indices", "cases": cases, "layer_counts": layer_counts}
     return [[tuple(pair) for pair in case] for case in ask_vllm(request)["indices"]]

@@ -12,7 +12,8 @@ from pathlib import Path
 from glmpp.gpus import GPU, gpu_of
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.fit import Fit, Memory
-from glmpp.verdict.stage_report import LOADS
+from glmpp.verdict.record import check_record
+from glmpp.verdict.stage_report import CANNOT_TELL, DIES, LOADS
 
 CRITERION = (
     "first those that load completely and hold a request of this length; of these first the most requests at a time, then "
@@ -55,6 +56,12 @@ class Layout:
         return self.verdict == LOADS and self.requests >= 1
 
     @property
+    def untold(self) -> bool:
+        """Whether nobody knows if it serves: its verdict is missing, or what a token takes."""
+        uncounted = self.verdict == LOADS and not (self.fit and self.fit.known)
+        return self.verdict == CANNOT_TELL or uncounted
+
+    @property
     def answer(self) -> str:
         """In a word or two: the verdict, or why it is no help that it loads."""
         if self.serves or self.verdict != LOADS:
@@ -91,6 +98,7 @@ class Layouts:
         asked: GPUs in all; tokens of a request.
         left: sizes that were not tried -> why.
         seconds: it took, on this machine.
+        checkpoint: see `glmpp.verdict.record.digest`.
     """
 
     layouts: list[Layout]
@@ -101,6 +109,14 @@ class Layouts:
     versions: dict[str, str]
     seconds: float
     recorded: str | None = None
+    checkpoint: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """LOADS if one serves, CANNOT_TELL if one of the others might, otherwise DIES."""
+        if any(one.serves for one in self.layouts):
+            return LOADS
+        return CANNOT_TELL if any(one.untold for one in self.layouts) else DIES
 
     @property
     def source(self) -> str:
@@ -112,13 +128,15 @@ class Layouts:
         """Write it down, with the day and the machine, so that `load` can show it where vLLM is not."""
         made = f"on {time.strftime('%Y-%m-%d')} on {platform.machine()}, {os.cpu_count()} cores, CPU only"
         lines = ",\n".join(json.dumps(one.plain()) for one in self.layouts)
-        head = {name: getattr(self, name) for name in ("asked", "utilization", "left", "versions", "seconds")}
+        head = {name: getattr(self, name) for name in ("asked", "utilization", "left", "versions", "seconds", "checkpoint")}
         head = {"recorded": made, "gpu": self.gpu.name, **head}
         Path(path).write_text(json.dumps(head)[:-1] + f', "layouts": [\n{lines}\n]}}\n')
 
     @classmethod
-    def load(cls, path: str | Path) -> Layouts:
+    def load(cls, path: str | Path, question: dict | None = None) -> Layouts:
+        """Read a record. Raises GlmppError if it answers another question, see `glmpp.verdict.layouts.question`."""
         content = json.loads(Path(path).read_text())
+        check_record(path, question or {}, content)
         gpu = gpu_of(content.pop("gpu"))
         found = [Layout.of(plain, gpu, content["utilization"]) for plain in content.pop("layouts")]
         return cls(found, gpu=gpu, **{**content, "asked": tuple(content["asked"])})

@@ -21,6 +21,7 @@ from glmpp.verdict.fit import Fit, Memory
 from glmpp.verdict.forks import run_stages
 from glmpp.verdict.installed import NO_VLLM, vllm_version
 from glmpp.verdict.layout import Layout, Layouts
+from glmpp.verdict.record import digest
 from glmpp.verdict.report import DryRunReport, assemble
 from glmpp.verdict.stage_report import INCOMPLETE, LOADS, StageReport
 
@@ -52,13 +53,14 @@ def layouts(
         recorded: where to save to with GLMPP_RECORD=1, and what to return where vLLM is not installed.
 
     Raises:
-        GlmppError: vLLM is not installed (and nothing was recorded), no GPU, or the child broke down.
+        GlmppError: vLLM is not installed (and nothing was recorded, or of another question), no GPU, or the child broke
+            down.
     """
     started = time.perf_counter()
     if vllm_version() is None:
         if recorded is None:
             raise GlmppError(NO_VLLM)
-        return Layouts.load(recorded)
+        return Layouts.load(recorded, question(checkpoint, gpus, gpu, context, utilization))
     if gpus < 1 or context < 1:
         raise GlmppError(f"{gpus} GPUs, requests of {context} tokens: there is at least 1 of each")
     search = Search(checkpoint, gpus, Deployment(gpu=gpu), context, utilization, progress)
@@ -81,10 +83,19 @@ def layouts(
         left=search.left,
         versions=search.versions,
         seconds=time.perf_counter() - started,
+        checkpoint=digest(checkpoint),
     )
     if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
         result.save(recorded)
     return result
+
+
+def question(
+    checkpoint: Checkpoint, gpus: int, gpu: str | None = None, context: int = CONTEXT, utilization: float | None = None
+) -> dict:
+    """What layouts are an answer to, as it is recorded; arguments of `layouts`."""
+    gpu = Deployment(gpu=gpu).gpu
+    return {"checkpoint": digest(checkpoint), "asked": (gpus, context), "gpu": gpu, "utilization": utilization}
 
 
 class Search:

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,12 +20,15 @@ from glmpp.errors import GlmppError
 from glmpp.partition import make_stages, stage_bytes
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.dry_run import question
 from glmpp.verdict.forks import ask
-from glmpp.verdict.installed import vllm_version
+from glmpp.verdict.installed import NO_VLLM, vllm_version
+from glmpp.verdict.record import check_record
 
 STOCK, GLMPP, FLOOR = "stock", "glmpp", "in-memory list"
 FILTERED = "stock, filter of experts on"
 PARTS = ("choosing", "reading", "dequantising", "vllm")
+LAYOUT = ("checkpoint", "pp_size", "tp_size", "dp_size", "ep", "layer_counts")  # of a deployment; the rest has no part in it
 READERS = ("safetensors", "runai_streamer", "fastsafetensors")
 
 
@@ -40,11 +43,13 @@ class LoadTimes:
             and `bytes_handed` to the model; `files_opened`; cold only: `bytes_in_cache_before`, `bytes_read`.
         machine: what it was measured on.
         recorded: None for a live run; otherwise when and where it was recorded.
+        question: the checkpoint's digest, the layout, the rank of each stage and the reader.
     """
 
     rows: pd.DataFrame
     machine: dict[str, str]
     recorded: str | None = None
+    question: dict = field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -62,12 +67,25 @@ class LoadTimes:
         lines = ",\n".join(json.dumps(row) for row in self.rows.to_dict("records"))
         made = f"on {time.strftime('%Y-%m-%d')}"
         head = f'{{"recorded": {json.dumps(made)}, "machine": {json.dumps(self.machine)}'
+        head += f', "question": {json.dumps(self.question)}'
         Path(path).write_text(f'{head},\n"rows": [\n{lines}\n]}}\n')
 
     @classmethod
     def load(cls, path: str | Path) -> LoadTimes:
         content = json.loads(Path(path).read_text())
-        return cls(pd.DataFrame(content["rows"]), content["machine"], content["recorded"])
+        return cls(pd.DataFrame(content["rows"]), content["machine"], content["recorded"], content.get("question", {}))
+
+    def only(self, path: str | Path, question: dict, ranks: list[int], cache: str, repeats: dict[str, int]) -> LoadTimes:
+        """Of a record the loads that are asked for. Raises GlmppError if it answers another question, or lacks some."""
+        check_record(path, question, self.question)
+        rows = self.rows[self.rows["rank"].isin(ranks) & (self.rows.cache == cache) & self.rows.format.isin(repeats)]
+        counted = rows.groupby(["rank", "format"]).size().to_dict()
+        asked = {f"loads of stage {rank}, {form}, {cache}": times for rank in ranks for form, times in repeats.items()}
+        found = {
+            f"loads of stage {rank}, {form}, {cache}": counted.get((rank, form), 0) for rank in ranks for form in repeats
+        }
+        check_record(path, asked, found)
+        return replace(self, rows=rows.reset_index(drop=True))
 
 
 def load_times(
@@ -98,12 +116,9 @@ def load_times(
         recorded: where to save to with GLMPP_RECORD=1, and what to return where vLLM is not installed.
 
     Raises:
-        GlmppError: vLLM is not installed (and nothing was recorded), no folder, or the child broke down.
+        GlmppError: vLLM is not installed (and nothing was recorded, or of another question), no folder, or the child broke
+            down.
     """
-    if vllm_version() is None:
-        if recorded is None:
-            raise GlmppError("vLLM is not installed here: pip install 'glmpp[vllm]' (Linux)")
-        return LoadTimes.load(recorded)
     if checkpoint.directory is None:
         raise GlmppError("load_times needs a checkpoint with files: from_directory, or write_checkpoint")
     if cache not in ("warm", "cold") or (reader is not None and reader not in READERS):
@@ -111,7 +126,13 @@ def load_times(
     deployment = Deployment.of(pp_size)
     ranks = list(range(deployment.pp)) if ranks is None else ranks
     rows = []
-    counted = repeats if isinstance(repeats, dict) else dict.fromkeys(formats, repeats)
+    counted = {form: repeats[form] if isinstance(repeats, dict) else repeats for form in formats}
+    layout = {name: value for name, value in question(checkpoint, deployment).items() if name in LAYOUT}
+    asked = {**layout, "shard": shard, "replica": replica, "reader": reader}
+    if vllm_version() is None:
+        if recorded is None:
+            raise GlmppError(NO_VLLM)
+        return LoadTimes.load(recorded).only(recorded, asked, ranks, cache, counted)
     loads = len(ranks) * sum(counted[form] for form in formats)
     with progress_bar(what=f"loading, {cache}", total=loads, show=progress) as bar:
         for form in formats:
@@ -144,7 +165,7 @@ def load_times(
             rows += [message for message in messages if message["kind"] == "load"]
             versions = next(message["versions"] for message in messages if message["kind"] == "ready")
     machine = {**versions, "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, CPU only"}
-    times = LoadTimes(pd.DataFrame(rows).drop(columns="kind"), machine)
+    times = LoadTimes(pd.DataFrame(rows).drop(columns="kind"), machine, question=asked)
     if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
         times.save(recorded)
     return times

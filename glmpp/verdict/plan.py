@@ -26,9 +26,8 @@ def plan_text(checkpoint: Checkpoint, deployment: Deployment, gpu_gb: float | No
         f"{'stage':<6} {'layers':<9} {'tensors':>9} {'GB':>9}" + (f"{'left of a GPU':>16}" if gpu_gb else ""),
     ]
     for stage, specs, size in zip(stages, held, sizes):
-        where = f"{stage.layers[0]}-{stage.layers[-1]}"
         left = f"{gpu_gb - size / tp_size / 1e9:>13.1f} GB" if gpu_gb else ""
-        lines.append(f"{stage.rank:<6} {where:<9} {len(specs):>9,} {size / 1e9:>9.3f}{left}")
+        lines.append(f"{stage.rank:<6} {stage.span:<9} {len(specs):>9,} {size / 1e9:>9.3f}{left}")
     placed = {spec.name for specs in held for spec in specs}
     if rest := [spec for spec in checkpoint.values() if spec.name not in placed]:
         size = sum(spec.nbytes for spec in rest)

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.errors import GlmppError
 from glmpp.formats.config import layer_count
 from glmpp.formats.files import printable
 from glmpp.gpus import CPU, gpu_of
 from glmpp.partition import Stage
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.fit import Fit
+from glmpp.verdict.record import check_record, digest
 from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, CONTROL, DRAFTER, STAGE, StageReport, stage_report
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ class DryRunReport:
         return DataFrame(
             {
                 "stage": [r.stage.rank if r.role == STAGE and self.deployment.tp == 1 else r.label for r in reports],
-                "layers": ["MTP" if r.role == DRAFTER else f"{r.stage.layers[0]}-{r.stage.layers[-1]}" for r in reports],
+                "layers": ["MTP" if r.role == DRAFTER else r.stage.span for r in reports],
                 "verdict": [r.verdict for r in reports],
                 "died at": [printable(str(r.key or r.message or "").split("\n")[0]) for r in reports],
                 "in": [r.place or "" for r in reports],
@@ -120,21 +122,51 @@ class DryRunReport:
         Path(path).write_text(json.dumps(head)[:-1] + f', "messages": [\n{lines}\n]}}\n')
 
     @classmethod
-    def load(cls, path: str | Path, checkpoint: Checkpoint) -> DryRunReport:
-        """Read a saved report of `checkpoint` back, labelled as recorded."""
+    def load(
+        cls, path: str | Path, checkpoint: Checkpoint, asked: dict | None = None, runs: list[dict] | None = None
+    ) -> DryRunReport:
+        """Read a saved report of `checkpoint` back, labelled as recorded.
+
+        Args:
+            asked: what it has to be the answer to, see `glmpp.verdict.dry_run.question`; default: whatever it is.
+            runs: those that are wanted of it, see `glmpp.verdict.dry_run.run_of`; default all.
+
+        Raises:
+            GlmppError: it is of another checkpoint, answers another question, or lacks a run.
+        """
         evidence = json.loads(Path(path).read_text())
         recorded = evidence.pop("recorded")
+        ran = [message for message in evidence["messages"] if message["kind"] == "stage"]
+        evidence.setdefault("fixes", [])  # records before 2026-11-26 do not say it
+        evidence.setdefault("drafter", any(message["drafter"] for message in ran))
+        check_record(path, {"checkpoint": digest(checkpoint), **(asked or {})}, evidence)
+        held = {sum(count for _, count in message["columns"]) for message in ran if "columns" in message}
+        if held - {len(checkpoint)}:
+            raise GlmppError(f"{path}: the record is of {held.pop()} tensors, the checkpoint has {len(checkpoint)}")
+        if runs is not None:
+            found = {_run(message): message for message in ran}
+            if lacking := [run for run in runs if _run(run) not in found]:
+                raise GlmppError(f"{path}: the record answers another question: it has no run {lacking[0]}")
+            others = [message for message in evidence["messages"] if message["kind"] != "stage"]
+            evidence["messages"] = [*others, *(found[_run(run)] for run in runs)]
         deployment = Deployment(
             pp=evidence["pp_size"],
             tp=evidence.get("tp_size", 1),
             dp=evidence.get("dp_size", 1),
             ep=evidence.get("ep", False),
             layer_counts=evidence["layer_counts"],
+            drafter=evidence["drafter"],
             guard=evidence["guard"],
-            fixes=tuple(evidence.get("fixes", ())),
+            fixes=tuple(evidence["fixes"]),
             gpu=evidence.get("gpu", CPU),
         )
         return assemble(evidence, checkpoint, deployment, deployment.stages(checkpoint.config), recorded)
+
+
+def _run(message: dict) -> tuple:
+    """What tells a run from others of a report."""
+    fresh = {"shard": 0, "replica": 0}
+    return tuple({**fresh, **message}[name] for name in ("rank", "shard", "replica", "drafter", "control"))
 
 
 def assemble(

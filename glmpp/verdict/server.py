@@ -37,8 +37,8 @@ main(int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))
 ELSEWHERE = "/"
 
 
-# Set for the processes that a process starts, to let them use its servers: target (quoted), address and whose code it runs,
-# of each.
+# Set for the processes that a process starts, to let them use its servers: of each its target (quoted), address, process id,
+# and whose code it runs.
 SHARED = "GLMPP_SERVER"
 PACKAGE = Path(__file__).parents[1] / "__init__.py"
 FAULT = 70  # the exit code of `glmpp.engine.child` after a fault of the kit
@@ -52,15 +52,19 @@ class Server:
     Attributes:
         current: target -> the server that pretends it.
         process: None for one that another process has started and shares.
+        pid: its process id, whoever started it.
     """
 
     current: ClassVar[dict[str, Server]] = {}
 
-    def __init__(self, target: str, address: bytes | None = None, turn: BinaryIO | None = None) -> None:
+    def __init__(
+        self, target: str, address: bytes | None = None, turn: BinaryIO | None = None, pid: int | None = None
+    ) -> None:
         """Start one, or connect to the one at an address.
 
         Args:
             turn: an open file; those that are started with it import one after another.
+            pid: of the one at the address.
         """
         self.target = target
         self.process: subprocess.Popen | None = None
@@ -69,7 +73,9 @@ class Server:
         atexit.register(self.socket.close)
         if address is None:
             self._start(turn)
+            self.pid = self.process.pid
         else:
+            self.pid = pid
             self.socket.connect(address)
 
     def _start(self, turn: BinaryIO | None) -> None:
@@ -107,10 +113,10 @@ class Server:
     @classmethod
     def _shared(cls, target: str) -> Server | None:
         for entry in os.environ.get(SHARED, "").split(os.pathsep):
-            name, address, package = [*entry.split(" ", 2), "", ""][:3]
+            name, address, pid, package = [*entry.split(" ", 3), "", "", ""][:4]
             if (unquote(name), package) == (target, str(PACKAGE)):
                 with contextlib.suppress(OSError):  # it has ended
-                    return cls(target, bytes.fromhex(address))
+                    return cls(target, bytes.fromhex(address), pid=int(pid))
         return None
 
     @classmethod
@@ -121,7 +127,10 @@ class Server:
         """
         with tempfile.TemporaryFile() as turn:
             servers = [cls.running(target, turn) for target in targets]
-        addresses = [f"{quote(each.target, safe='')} {each.socket.getpeername().hex()} {PACKAGE}" for each in servers]
+        told = [
+            (quote(each.target, safe=""), each.socket.getpeername().hex(), str(each.pid), str(PACKAGE)) for each in servers
+        ]
+        addresses = [" ".join(each) for each in told]
         os.environ[SHARED] = os.pathsep.join(addresses)
 
     def ended(self) -> bool:

@@ -90,7 +90,7 @@ def _stage_json(stage: StageReport, found: Fit | None = None) -> dict:
         "shard": stage.shard,
         "experts": stage.experts,
         "replica": stage.replica,
-        "layers": [stage.stage.layers[0], stage.stage.layers[-1]],
+        "layers": [*stage.stage.layers[:1], *stage.stage.layers[-1:]],  # the first and the last; a stage may have none
         "verdict": stage.verdict,
         "model_class": stage.model_class,
         "backends": stage.backends,
