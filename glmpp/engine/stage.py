@@ -64,7 +64,7 @@ class Stages:
                     return weights
                 return self.selection.counted(pair for pair in weights if self.selection.wants(pair[0]))
 
-            def watch(self, *model):  # meta tensors have no addresses: the account goes by the operators instead
+            def watch(self, *model):  # without data the account asks what the load format would, and says all of it
                 return super().watch(*model) if real else None
 
         return Loader(config.load_config)
@@ -104,6 +104,7 @@ class Stages:
                 needs_data = bool(NEEDS_DATA.search(load.deaths[0]["message"]))
             account = Account(load, self.source.shapes, self.drafted() if place.drafter else None)
             result.update(account.message(self.request["model"] if self.real else None))
+            needs_data = needs_data or (not load.deaths and bool(result["unplaced"]))
             if self.real:
                 # What belongs to a tower that this stage has no use for, vLLM itself leaves without data.
                 held = {name: p for name, p in built.model.named_parameters() if not p.is_meta}
