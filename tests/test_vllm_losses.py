@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,13 +14,14 @@ from glmpp.synthetic import checkpoint_without
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.no_false_alarm import EQUAL, compare_case
-from glmpp.verdict.stage_report import DIES, INCOMPLETE, LOADS
-from glmpp.verdict.text import as_text
+from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
+from glmpp.verdict.text import as_text, evidence_lines
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 LAYER = "model.layers.1"
+NO_FAULT = ("none", "none, by an index")
 # Fault -> what is left, its kind, the tensor that it should have come from.
 FOUND = {
     "a suffix that an ignore list swallows": (f"{LAYER}.gate.score_bias", LOST, f"{LAYER}.gate.score_bias"),
@@ -30,6 +32,9 @@ FOUND = {
     "a tensor is written to the wrong shard": (f"{LAYER}.qk.weight", LOST, None),
     "a buffer that nobody loads": (f"{LAYER}.gate.shift", LOST, f"{LAYER}.gate.shift"),
     "a scale is dropped and its weight is not": (f"{LAYER}.mix.weight_scale", LOST, f"{LAYER}.mix.weight_scale"),
+    "a weight is dropped and its scale is not": (f"{LAYER}.mix.weight", LOST, f"{LAYER}.mix.weight"),
+    "an index leaves out a row": (f"{LAYER}.qk.weight", ABSENT, None),
+    "half of a pair never comes": (f"{LAYER}.lowered.weight", LOST, f"{LAYER}.low.weight"),
 }
 
 
@@ -40,13 +45,19 @@ def run(fault: str, folder, pp: int, **options):
 
 
 def test_every_fault_is_tried():
-    assert FOUND.keys() == silent.FAULTS.keys() - {"none"}
+    assert FOUND.keys() == silent.FAULTS.keys() - {*NO_FAULT}
 
 
+@pytest.mark.parametrize("guard", ["installed", "loader"])
+@pytest.mark.parametrize("weights", ["meta", "real"])
+@pytest.mark.parametrize("fault", NO_FAULT)
 @pytest.mark.parametrize("pp", [1, 2])
-def test_a_model_without_a_fault_loads_completely(tmp_path, pp):
-    checkpoint, report = run("none", tmp_path, pp)
+def test_a_model_without_a_fault_loads_completely(tmp_path, pp, fault, weights, guard):
+    checkpoint, report = run(fault, tmp_path, pp, weights=weights, guard=guard)
     assert report.loads and all(stage.left == {} and stage.dropped == [] for stage in report.stages)
+    # Of an index without data nobody knows where it writes.
+    again = [stage.device for stage in report.stages] if weights == "meta" else []
+    assert again == (["cpu" if "index" in fault else "meta", "meta"][:pp] if again else [])
     assert as_text(checkpoint, report).endswith(f"PP={pp}: loads, complete")
 
 
@@ -88,6 +99,71 @@ def test_the_load_format_ends_the_load_in_the_same_words(tmp_path, fault):
     assert (stage.verdict, stage.exception) == (DIES, "GlmppError")
     assert f"1 parameters were left at init, or partly: {name} ({kind}: " in stage.message
     assert tensor is None or kind == UNTIED or repr(tensor) in stage.message
+
+
+def test_where_data_cannot_be_made_up_an_index_leaves_the_verdict_open(tmp_path):
+    checkpoint = Checkpoint.from_directory(silent.write_silent("none, by an index", tmp_path / "small"))
+    specs = [replace(checkpoint["lm_head.weight"], name=f"model.layers.3.unused.{n}", shape=(2**28,)) for n in range(2)]
+    large = Checkpoint([*checkpoint.values(), *specs], checkpoint.config)  # 2.1 GB
+    (stage,) = dry_run(large, Deployment(1, gpu="cpu"), control=False, progress=False).stages
+    assert (stage.verdict, stage.device, stage.left) == (CANNOT_TELL, "meta", {})
+    assert evidence_lines(stage) == [f"    written at places that only data would tell: {LAYER}.qk.weight"]
+
+
+PAIR = ("layers.0.mix.weight", "layers.0.mix.weight_scale")
+
+
+@pytest.mark.parametrize("order", [PAIR, PAIR[::-1]], ids=["weight first", "scale first"])
+@pytest.mark.parametrize(
+    ("parameters", "into", "is_kept"),
+    [
+        # The pair is stored as one: under another name, or in the place of the weight.
+        ({"fused.weight": (8, 4)}, "fused.weight", True),
+        ({"mix.weight": (8, 4)}, "mix.weight", True),
+        ({"fused.weight": (8, 4), "norm.scale": (2, 1)}, "fused.weight", True),
+        # Each has a parameter of its own, and of the first half nothing is stored.
+        ({"mix.weight": (8, 4), "mix.weight_scale": (2, 1)}, None, False),
+        ({"fused.weight": (16, 4), "fused.weight_scale": (4, 1)}, None, False),
+        ({"fused.weight": (16, 4), "fused.scale": (4, 1)}, None, False),
+    ],
+)
+def test_what_the_second_half_of_a_pair_writes_is_the_firsts_only_if_the_pair_is_stored_as_one(
+    order, parameters, into, is_kept
+):
+    torch = pytest.importorskip("torch")
+    from glmpp.engine.losses import dropped
+    from glmpp.engine.writes import WriteRecorder
+
+    model, layer = torch.nn.Module(), torch.nn.Module()
+    model.layers = torch.nn.ModuleList([layer])
+    for name, shape in parameters.items():
+        path, leaf = name.split(".")
+        if not hasattr(layer, path):
+            layer.add_module(path, torch.nn.Module())
+        getattr(layer, path).register_parameter(leaf, torch.nn.Parameter(torch.zeros(shape), requires_grad=False))
+    tensors = {PAIR[0]: torch.ones(8, 4), PAIR[1]: torch.ones(2, 1)}
+    with WriteRecorder(model) as recorder:
+        for name, tensor in recorder.hand_over((name, tensors[name]) for name in order):
+            if name == order[1]:
+                suffix = "scale" if name == PAIR[1] else "weight"
+                place = into or next(one for one in parameters if one.endswith(suffix))
+                model.get_parameter(f"layers.0.{place}").data[: len(tensor) if into is None else 8].fill_(1.0)
+    lost = {} if is_kept else {order[0]: tensors[order[0]].shape}
+    assert dropped(recorder, model) == lost
+
+
+def test_a_half_that_comes_after_the_other_was_stored_was_not_waited_for(small):
+    torch = pytest.importorskip("torch")
+    from glmpp.engine.losses import dropped
+    from glmpp.engine.writes import WriteRecorder
+
+    small.layers[0]["fused"] = torch.nn.Linear(4, 8, bias=False)
+    weights = [("layers.0.low.weight", torch.ones(8, 4)), ("layers.0.low.weight_scale", torch.ones(1))]
+    with WriteRecorder(small) as recorder:
+        for name, tensor in recorder.hand_over(weights):
+            if name == "layers.0.low.weight":
+                small.layers[0]["fused"].weight.data.copy_(tensor)
+    assert dropped(recorder, small) == {"layers.0.low.weight_scale": (1,)}
 
 
 @pytest.fixture

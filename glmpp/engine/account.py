@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 
 from glmpp.engine.experts import expert_maps, held_experts, is_elsewhere
-from glmpp.engine.losses import confirmed, losses
+from glmpp.engine.losses import confirmed, dropped, left
 from glmpp.engine.padding import padding
 from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
 from glmpp.engine.stage_load import StageLoad
 from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, Prefixes
-
-SCALE = re.compile(r"_scale(_inv)?$")
 
 
 class Account:
@@ -37,21 +34,18 @@ class Account:
         self._elsewhere = Prefixes(self.missing)
         self._speculative = Prefixes(speculative_prefixes(model, load.built.model_config.hf_text_config))
         self._drafted = None if drafted is None else Prefixes(drafted)
-        self._turns = {name: turn for turn, name in enumerate(load.recorder.order)}
-        # A buffered pair is stored when its second half arrives: the write credits the first, too.
-        halves = (name for name in load.recorder.stored if re.search(r"\.weight(_scale)?", name))
-        self._second = {SCALE.sub("", name): turn for turn, name in sorted((self._turns[name], name) for name in halves)}
+        handed = set(load.recorder.order)
+        self._loaded = handed - dropped(load.recorder, model).keys()
         selection = getattr(load.loader, "selection", None)
         self.experts = held_experts(expert_maps(model))
-        self._dropped = set() if selection is None else {name for name in shapes if not selection.wants(name)}
+        filtered = set() if selection is None else {name for name in shapes if not selection.wants(name)}
+        self._reached = handed | filtered
 
     def column(self, name: str) -> str:
         """Where a tensor belongs in the ledger."""
-        if name not in self._turns and name not in self._dropped:
+        if name not in self._reached:
             return NOT_REACHED
-        if name in self.load.recorder.stored:
-            return LOADED
-        if name in self._turns and self._turns[name] < self._second.get(SCALE.sub("", name), -1):
+        if name in self._loaded:
             return LOADED
         rest = OTHER_RANK if is_elsewhere(name, self.experts) else UNEXPECTED
         if self._drafted is not None:
@@ -70,21 +64,22 @@ class Account:
             folder: of the checkpoint, if its bytes were loaded: what was left at init is compared with them.
         """
         load, recorder, model = self.load, self.load.recorder, self.load.built.model
-        sizes, added, written = {name: p.numel() for name, p in model.named_parameters()}, padding(model), recorder.written
+        sizes, added = {name: p.numel() for name, p in model.named_parameters()}, padding(model)
+        written, filled = recorder.written, recorder.filled
         columns = {name: self.column(name) for name in self.shapes}
-        dropped = {name: self.shapes[name] for name, column in columns.items() if column in (UNEXPECTED, IGNORED)}
-        left = losses(recorder.left_at_init(added), model, load.built.model_config, dropped, recorder.overwritten)
+        lacking = left(recorder, model, load.built.model_config)
         if folder is not None:
-            left = confirmed(left, model, folder, self.shapes)
+            lacking = confirmed(lacking, model, folder, self.shapes)
         return {
             "handed_over": len(recorder.order),
             "order": hashlib.sha256("\n".join(recorder.order).encode()).hexdigest(),
             "columns": [[column, len(list(run))] for column, run in groupby(columns.values())],
             "parameters": {name: [written.get(name, size), size] for name, size in sizes.items()},
-            "filled": {name: recorder.filled[name] for name in recorder.overwritten & sizes.keys()},
+            "filled": {name: filled[name] for name in sizes if name in filled and filled[name] != written[name]},
             "missing_prefixes": self.missing,
             "experts": None if self.experts is None else sorted(self.experts),
             "padding": added,
-            "left": {name: asdict(one) for name, one in left.items()},
+            "left": {name: asdict(one) for name, one in lacking.items()},
+            "unplaced": recorder.unplaced(added),
             "held": {name: size for name, size in load.held.items() if columns[name] in (OTHER_STAGE, OTHER_RANK)},
         }

@@ -38,10 +38,9 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.weight_utils import enable_tqdm, runai_safetensors_weights_iterator
 
 from glmpp.engine.left_at_init import quantises_online
-from glmpp.engine.losses import losses
-from glmpp.engine.padding import padding
+from glmpp.engine.losses import left
 from glmpp.engine.selection import Selection, is_drafter
-from glmpp.engine.writes import WriteLog
+from glmpp.engine.writes import WriteRecorder
 from glmpp.errors import GlmppError
 from glmpp.formats.index import INDEX_FILE, load_index, natural_key, shard_path
 from glmpp.formats.shard import READERS, read_shard
@@ -89,7 +88,7 @@ class StageModelLoader(DefaultModelLoader):
             raise GlmppError(f"incomplete: {self.incomplete!r} is unknown; choose one of {', '.join(INCOMPLETE)}")
         super().__init__(replace(load_config, load_format="auto", model_loader_extra_config=extra))
         self.selection: Selection | None = None
-        self.written: WriteLog | None = None
+        self.written: WriteRecorder | None = None
         self._files: list[str] | None = None
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> torch.nn.Module:
@@ -115,16 +114,15 @@ class StageModelLoader(DefaultModelLoader):
         with self.written or contextlib.nullcontext():
             super().load_weights(model, model_config)
         logger.info("%s: %s, %.2f s", stage_name(model_config), self.selection, time.perf_counter() - started)
-        log = self.written
-        if log is not None and (left := log.left_at_init(padding(model))):
-            self.check(losses(left, model, model_config, log.dropped(), log.overwritten), model_config)
+        if self.written is not None:
+            self.check(left(self.written, model, model_config), model_config)
 
-    def watch(self, model: torch.nn.Module, model_config: ModelConfig) -> WriteLog | None:
+    def watch(self, model: torch.nn.Module, model_config: ModelConfig) -> WriteRecorder | None:
         """What notes which parameters a load writes; None for a model of which that does not say what was loaded."""
         if quantises_online(model):
             logger.warning("%s: quantised while loading, so it is not checked what is loaded", stage_name(model_config))
             return None
-        return WriteLog(model)
+        return WriteRecorder(model)
 
     def check(self, left: dict[str, Left], model_config: ModelConfig) -> None:
         """Account for the parameters that were not written.

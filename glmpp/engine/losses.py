@@ -1,4 +1,7 @@
-"""What a load left at init, sorted: expected, lost under another name, not tied, or absent from the checkpoint."""
+"""What a load left at init, sorted: expected, lost under another name, not tied, or absent from the checkpoint.
+
+The load format and the dry run ask the same two questions of the writes that were seen: `dropped` and `left`.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,65 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from difflib import SequenceMatcher
+from math import prod
 
 import torch
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.engine.experts import expert_maps, held_experts, is_elsewhere
 from glmpp.engine.left_at_init import accounted
+from glmpp.engine.padding import padding
 from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
-from glmpp.engine.writes import loadable
+from glmpp.engine.writes import WriteRecorder, loadable
 from glmpp.formats.index import shard_path
 from glmpp.formats.shard import read_shard
 from glmpp.ledger import ABSENT, EXPECTED, LOST, UNTIED, Left, digest
 from glmpp.partition import Prefixes
 
 LAYER = re.compile(r"[^.]+\.\d+(?=\.)")  # "layers.3"
+SCALE = re.compile(r"_scale(_inv)?$")
 COMPUTED = "computed while the model is built"
 DROPPED = "{!r}, of the same layer and shape, was handed over and dropped"
 NOT_TIED = "tie_word_embeddings is true, and the model does not tie it to the embedding"
 WRONG_PLACE = "one part of it was written more than once, and another never"
 NOTHING_LIKE_IT = "no tensor that it could be was handed over and dropped"
+
+
+def left(recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig) -> dict[str, Left]:
+    """What a load left at init, and what became of it, from the writes that were seen."""
+    found = recorder.left_at_init(padding(model))
+    return losses(found, model, model_config, dropped(recorder, model), recorder.overwritten) if found else {}
+
+
+def dropped(recorder: WriteRecorder, model: torch.nn.Module) -> dict[str, torch.Size]:
+    """Tensors that were handed over and left no trace in the model -> shape.
+
+    A weight and its scale may be kept until both have come, and stored as one: what the second half writes is the first
+    half's trace, too, if it is where the first would have to be. Where weight and scale are parameters of their own, it
+    is not: what a scale writes is no weight then, and the other way round.
+    """
+    turns, traces, rename = {name: turn for turn, name in enumerate(recorder.order)}, recorder.traces, mapped(model)
+    shapes, parameters = dict(zip(recorder.order, recorder.shapes)), loadable(model)
+    scaled = {name.rpartition(".")[0] for name in parameters if "scale" in name.rpartition(".")[2]}
+    halves = sorted((turns[name], name) for name in traces if re.search(r"\.weight(_scale)?", name))
+    second = {SCALE.sub("", name): name for _, name in halves}
+
+    def is_in(first: str, last: str) -> bool:
+        place = (rename(first) if rename else first) or first
+        if place in parameters:
+            return place in traces[last]
+        more = prod(shapes[last]) if SCALE.search(last) else 0  # what a scale writes for itself is no weight
+        into = [(*name.rpartition(".")[::2], count) for name, count in traces[last].items()]
+        return any(count > more and "scale" not in leaf and path not in scaled for path, leaf, count in into)
+
+    found = {}
+    for name in shapes.keys() - traces.keys():
+        last = second.get(SCALE.sub("", name))
+        if last is None or turns[name] > turns[last] or not is_in(name, last):
+            found[name] = shapes[name]
+    return found
 
 
 def losses(
@@ -42,7 +84,7 @@ def losses(
 
     Args:
         dropped: tensors that were handed over and left no trace in this stage's model -> shape, as stored. Those of
-            other stages and of MTP layers are no loss.
+            other stages, of other ranks' experts and of MTP layers are no loss.
         overwritten: parameters of which a region was written more than once.
     """
     left, modules, tensors, rename = list(left), dict(model.named_modules()), loadable(model), mapped(model)
@@ -51,9 +93,9 @@ def losses(
     expected = accounted([name for name in left if name in parameters], model, model_config)
     places = {name: (rename(name) if rename else name) or name for name in dropped}
     elsewhere = Prefixes([*missing_prefixes(model), *speculative_prefixes(model, model_config.hf_text_config)])
-    by_layer = defaultdict(list)
-    for name, place in places.items():
-        if not elsewhere.cover(place):
+    experts, by_layer = held_experts(expert_maps(model)), defaultdict(list)
+    for name, place in sorted(places.items()):
+        if not elsewhere.cover(place) and not is_elsewhere(name, experts):
             by_layer[_layer(place)].append(name)
     found = {}
     for name in left:

@@ -61,7 +61,7 @@ class Stages:
                     return weights
                 return self.selection.counted(pair for pair in weights if self.selection.wants(pair[0]))
 
-            def watch(self, *model):  # meta tensors have no addresses: the account goes by the operators instead
+            def watch(self, *model):  # without data the account asks what the load format would, and says all of it
                 return super().watch(*model) if data == REAL else None
 
         return Loader(config.load_config)
@@ -75,11 +75,11 @@ class Stages:
         if self.request["weights"] == "real":
             return self.attempt(place, REAL)[0]
         result, error = self.attempt(place, NO_DATA)
-        if error is None:
+        if result["verdict"] == "loads":
             return result
         if sum(self.source.nbytes.values()) <= SMALL_ENOUGH:
             return self.attempt(place, REAL if self.has_files else MADE_UP)[0]
-        if is_torchs(error):
+        if error is not None and is_torchs(error):
             with UnansweredOnMeta():
                 return self.attempt(place, NO_DATA)[0]
         return result
@@ -128,6 +128,8 @@ class Stages:
             result.update(load.deaths[0], deaths=[{**death, "traceback": []} for death in load.deaths])
         account = Account(load, self.source.shapes, self.drafted() if place.drafter else None)
         result.update(account.message(self.request["model"] if data == REAL else None))
+        if not load.deaths and result["unplaced"]:
+            result["verdict"] = "cannot tell"
         if self.request["weights"] == "real":
             # What belongs to a tower that this stage has no use for, vLLM itself leaves without data.
             held = {name: p for name, p in built.model.named_parameters() if not p.is_meta}

@@ -1,92 +1,143 @@
-"""Which parameters a load has written, seen from outside whichever loader writes them: exactly, or cheaply."""
+"""Which elements of a model's parameters a load has written, seen from outside whichever loader writes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from glmpp.engine.failures import on_behalf
 
 NO_PADDING: Mapping[str, int] = MappingProxyType({})
 
 
-class WriteRecorder(TorchDispatchMode):
-    """While active, sees every in-place write into a model's parameters and buffers, whichever loader makes it.
+class WriteRecorder:
+    """While active, sees every operator that writes into a model's parameters and buffers, whichever loader calls it.
 
     vLLM keeps no such record: its `load_weights` returns names that were *looked at*. Views, `.data` and slices share
-    their parameter's storage, so the storage tells which parameter an operator writes, on the meta device, too.
+    their parameter's storage, so storage, offset, shape and strides of what an operator writes tell which elements those
+    are, on the meta device, too. Recorders nest; operators of other threads are not seen, nor what is not done by an
+    operator of torch (a kernel that is given an address, numpy).
 
     Attributes:
-        regions: parameter or buffer -> (byte offset, elements) of every write into it.
         order: names handed over so far, when the weights pass through `hand_over`.
-        stored: those during whose turn a parameter or a buffer was written.
+        shapes: of these tensors, one for each.
     """
 
     def __init__(self, model: torch.nn.Module):
-        super().__init__()
         self.model = model
-        self.names = {_storage(tensor): name for name, tensor in loadable(model).items()}
-        self.regions: dict[str, list[tuple[int, int]]] = {name: [] for name in self.names.values()}
         self.order: list[str] = []
-        self.stored: set[str] = set()
+        self.shapes: list[torch.Size] = []
+        self._homes: dict[int, _Home] = {}
+        self._starts: dict[str, int] = {}
+        for name, tensor in loadable(model).items():
+            if (storage := _storage(tensor)) is not None:
+                self._starts[name] = storage
+                self._homes.setdefault(storage, _Home(tensor)).tensors[name] = tensor
+        self._tallies: tuple = ((), {})
+        self._guards: list = []
 
     def hand_over(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
             self.order.append(name)
+            self.shapes.append(tensor.shape)
             yield name, tensor
+
+    def __enter__(self) -> WriteRecorder:
+        _register()
+        self._guards.append(torch._C._IncludeDispatchKeyGuard(_KEY))
+        self._guards[-1].__enter__()
+        _active.append(self)
+        return self
+
+    def __exit__(self, *error) -> None:
+        _active.remove(self)
+        self._guards.pop().__exit__(*error)
+
+    def note(self, tensor: torch.Tensor, storage: int, find_place: Callable[[], _Place | None] | None) -> None:
+        """An operator has written a tensor: all of it, or a part that can be found."""
+        home = self._homes.get(storage)
+        if home is None or not (home.first.untyped_storage()._cdata == storage or home.is_lived_in(storage)):
+            return
+        shape, start, size, at_most = tensor.shape, tensor.storage_offset(), tensor.element_size(), 0
+        if find_place is not None and tensor.numel() and (place := find_place()) is not None:
+            shape, start, at_most = place.shape, start + place.starts, place.at_most
+            if not at_most and not len(start):
+                return
+        if 0 not in shape:
+            home.writes.append((len(self.order), shape, tensor.stride(), size, start * size, at_most))
+
+    @property
+    def traces(self) -> dict[str, dict[str, int]]:
+        """Tensor that was handed over -> parameter or buffer written during its turn -> elements, at most."""
+        found: dict[str, dict[str, int]] = {}
+        for home in self._homes.values():
+            for turn, shape, *_, start, at_most in home.writes:
+                if turn:
+                    into = found.setdefault(self.order[turn - 1], {})
+                    for name in home.tensors:
+                        into[name] = into.get(name, 0) + (at_most or math.prod(shape) * np.size(start))
+        return found
+
+    @property
+    def stored(self) -> set[str]:
+        """Tensors during whose turn a parameter or a buffer was written."""
+        return {self.order[turn - 1] for home in self._homes.values() for turn, *_ in home.writes if turn}
 
     @property
     def written(self) -> dict[str, int]:
-        """Parameter or buffer -> elements written so far, a region that is written again counted again."""
-        return {name: sum(elements for _, elements in regions) for name, regions in self.regions.items()}
+        """Parameter or buffer -> elements written, each as often as it was; of one that was replaced as a whole, all."""
+        return {name: tally.written for name, tally in self.tallies().items()}
 
     @property
     def filled(self) -> dict[str, int]:
-        """The same, each region counted once."""
-        return {name: sum(elements for _, elements in set(regions)) for name, regions in self.regions.items()}
+        """The same, each element counted once."""
+        return {name: int(tally.filled.sum()) for name, tally in self.tallies().items()}
 
     @property
     def overwritten(self) -> set[str]:
-        """Parameters and buffers of which a region was written more than once."""
-        return {name for name, regions in self.regions.items() if len(set(regions)) < len(regions)}
+        """Parameters and buffers of which an element was written more than once."""
+        return {name for name, tally in self.tallies().items() if tally.twice}
 
     def left_at_init(self, padding: Mapping[str, int] = NO_PADDING) -> list[str]:
-        """Parameters, and buffers that are part of the model's state, of which not every element was written.
-
-        One that was replaced as a whole counts as written, and a region that was written twice as one region.
+        """Parameters, and buffers that are part of the model's state, of which certainly not every element was written.
 
         Args:
             padding: parameter -> elements that no checkpoint fills, of stacked experts the same number in each.
         """
-        kept = {name: tensor for name, tensor in loadable(self.model).items() if self.names.get(_storage(tensor)) == name}
-        return [
-            name
-            for name, tensor in kept.items()
-            if not _wholly(tensor, np.array(sorted(set(self.regions[name])), np.int64).reshape(-1, 2), padding.get(name, 0))
-        ]
+        return [name for name, tally in self.tallies().items() if not tally.is_whole(padding.get(name, 0), tally.at_most)]
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and torch's wrapper for that costs several times the method itself
+    def unplaced(self, padding: Mapping[str, int] = NO_PADDING) -> dict[str, int]:
+        """Parameter or buffer of which it is not known whether every element was written -> elements, at most, that were
+        written at an index which has no data, being on the meta device."""
+        return {
+            name: tally.at_most
+            for name, tally in self.tallies().items()
+            if tally.is_whole(padding.get(name, 0), tally.at_most) and not tally.is_whole(padding.get(name, 0), 0)
+        }
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        writes = _WRITES.get(func)
-        if writes is None:
-            arguments = func._schema.arguments
-            writes = tuple(at for at, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
-            _WRITES[func] = writes
-        for at in writes:
-            value = args[at] if at < len(args) else (kwargs or {}).get(func._schema.arguments[at].name)
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                name = self.names.get(_storage(tensor)) if isinstance(tensor, torch.Tensor) else None
-                if name is not None:
-                    self.regions[name].append((tensor.storage_offset() * tensor.element_size(), tensor.numel()))
-                    self.stored.update(self.order[-1:])
-        return on_behalf(func, *args, **(kwargs or {}))
+    def tallies(self) -> dict[str, _Tally]:
+        """Parameter or buffer -> what was written of it."""
+        now = loadable(self.model)
+        writes = sum(len(home.writes) for home in self._homes.values())
+        state = (writes, [(_storage(tensor), tensor.shape) for tensor in now.values()])
+        if state != self._tallies[0]:
+            made = {name: self._tally(name, tensor) for name, tensor in now.items() if name in self._starts}
+            self._tallies = (state, made)
+        return self._tallies[1]
+
+    def _tally(self, name: str, tensor: torch.Tensor) -> _Tally:
+        """Args: tensor: what the parameter is now."""
+        storage, size = _storage(tensor), tensor.numel()
+        if storage != self._starts[name]:  # replaced as a whole
+            return _Tally(size, size, np.array([size]))
+        return _tally(tensor, self._homes[storage].writes)
 
 
 def loadable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -100,112 +151,313 @@ def loadable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in (buffers | dict(model.named_parameters())).items() if tensor.numel()}
 
 
-class WriteLog:
-    """The same question at a tenth of the price, for real loads: which parameters were written, by address.
+@dataclass
+class _Home:
+    """A storage with parameters in it, and the writes into it: turn, shape and strides of what was written, bytes of an
+    element, where it starts in bytes (one place or an array of them), and 0, or how many elements at most if the places
+    are not known."""
 
-    While active, the Python methods that weight loaders write with are wrapped (`copy_`, `fill_`, `zero_`, `index_copy_`,
-    `t[i] = x`); each call appends an address and a count, and the sums are made afterwards. `WriteRecorder` sees every
-    operator, at a microsecond for each of a dozen per tensor: a third of a second against a twentieth, for a stage of
-    17,000 tensors. On meta tensors there are no addresses: there only the recorder works.
+    first: torch.Tensor
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    writes: list[tuple] = field(default_factory=list)
+
+    def is_lived_in(self, storage: int) -> bool:
+        """False once the parameters have been given other storages: this one's number may be another's by then."""
+        return any(_storage(tensor) == storage for tensor in self.tensors.values())
+
+
+@dataclass
+class _Tally:
+    """What was written of a parameter.
+
+    Attributes:
+        size: elements of the parameter.
+        written: elements, each as often as it was.
+        filled: elements, each once, in each part: of three dimensions and more, each index of the first is a part.
+        twice: an element was written more than once.
+        at_most: elements that were written at places that are not known.
     """
 
-    METHODS = ("copy_", "fill_", "zero_", "index_copy_")
+    size: int
+    written: int
+    filled: np.ndarray
+    twice: bool = False
+    at_most: int = 0
 
-    def __init__(self, model: torch.nn.Module):
-        self.params = loadable(model)
-        self.starts = {name: p.data_ptr() for name, p in self.params.items()}
-        self.model = model
-        self.calls: list[int] = []  # address, elements, address, elements, …
-        self.turns: list[tuple[str, torch.Size, int]] = []  # tensor, its shape, length of `calls` when it was handed over
-
-    def hand_over(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        note, calls = self.turns.append, self.calls
-        for name, tensor in weights:
-            note((name, tensor.shape, len(calls)))
-            yield name, tensor
-
-    def __enter__(self) -> WriteLog:
-        log = self.calls.extend
-        self.originals = {name: getattr(torch._C.TensorBase, name) for name in (*self.METHODS, "__setitem__")}
-
-        def wrapped(original):
-            def method(tensor, *args, **kwargs):
-                log((tensor.data_ptr(), tensor.numel()))
-                return original(tensor, *args, **kwargs)
-
-            return method
-
-        for name in self.METHODS:
-            setattr(torch.Tensor, name, wrapped(self.originals[name]))
-
-        def set_item(tensor, index, value):
-            target = tensor[index]
-            if target.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
-                target = tensor  # advanced indexing makes a copy: where it writes is not known
-            log((target.data_ptr(), target.numel()))
-            return self.originals["__setitem__"](tensor, index, value)
-
-        torch.Tensor.__setitem__ = set_item
-        return self
-
-    def __exit__(self, *_) -> None:
-        for name in self.originals:
-            delattr(torch.Tensor, name)  # the method of the base class shows again
-
-    def left_at_init(self, padding: Mapping[str, int] = NO_PADDING) -> list[str]:
-        """As of `WriteRecorder`."""
-        order = sorted(self.starts, key=self.starts.__getitem__)
-        bounds = np.array([self.starts[name] for name in order] + [np.iinfo(np.int64).max])
-        calls, again = self._regions()
-        calls = calls[~again]  # the same region written twice is one region
-        cuts = np.searchsorted(calls[:, 0], bounds)
-        now, left = loadable(self.model), set()
-        for name, start, first, last in zip(order, bounds, cuts, cuts[1:]):
-            param, regions = self.params[name], calls[first:last] - (start, 0)
-            replaced = name not in now or now[name].data_ptr() != start
-            if not replaced and not _wholly(param, regions[regions[:, 0] < param.nbytes], padding.get(name, 0)):
-                left.add(name)
-        return [name for name in self.params if name in left]
-
-    @property
-    def overwritten(self) -> set[str]:
-        """As of `WriteRecorder`."""
-        calls, again = self._regions()
-        addresses = calls[again, 0]
-        spans = {name: (start, start + self.params[name].nbytes) for name, start in self.starts.items()}
-        return {name for name, (a, b) in spans.items() if ((a <= addresses) & (addresses < b)).any()}
-
-    def _regions(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of (address, elements) in ascending order, and which of them are like the one before."""
-        calls = np.array(self.calls, dtype=np.int64).reshape(-1, 2)
-        calls = calls[np.lexsort((calls[:, 1], calls[:, 0]))]
-        again = np.zeros(len(calls), dtype=bool)
-        again[1:] = (calls[1:] == calls[:-1]).all(axis=1)
-        return calls, again
-
-    def dropped(self) -> dict[str, torch.Size]:
-        """Tensors that passed through `hand_over` and during whose turn nothing was written -> shape."""
-        addresses = np.array(self.calls[::2], dtype=np.int64)
-        starts = np.array(sorted(self.starts.values()), dtype=np.int64)
-        ends = np.array([self.starts[name] + self.params[name].nbytes for name in sorted(self.starts, key=self.starts.get)])
-        at = np.searchsorted(starts, addresses, side="right") - 1
-        hits = np.concatenate([[0], np.cumsum((at >= 0) & (addresses < ends[at]))])
-        marks = [mark // 2 for *_, mark in self.turns] + [len(addresses)]
-        return {name: shape for (name, shape, _), a, b in zip(self.turns, marks, marks[1:]) if hits[a] == hits[b]}
+    def is_whole(self, padding: int, more: int) -> bool:
+        """Whether the parameter is filled apart from its padding, if some more elements of it are."""
+        total, parts = int(self.filled.sum()), len(self.filled)
+        if total + more >= self.size or parts == 1 or not padding:
+            return total + more >= self.size - padding
+        lacking = np.maximum((self.size - padding) / parts - self.filled, 0)
+        return bool(lacking.sum() <= more)
 
 
-def _wholly(param: torch.Tensor, regions: np.ndarray, padding: int) -> bool:
-    """Whether regions, rows of (byte offset, elements), fill a parameter apart from its padding."""
-    written = regions[:, 1].sum()
-    if written >= param.numel() or param.dim() < 3 or not padding:
-        return bool(written >= param.numel() - padding)
-    expert = regions[:, 0] // (param.stride(0) * param.element_size())
-    each = np.bincount(expert, weights=regions[:, 1], minlength=param.shape[0])
-    return bool(each.min() >= (param.numel() - padding) / param.shape[0])
+def _tally(tensor: torch.Tensor, writes: list[tuple]) -> _Tally:
+    """What writes into its storage have filled of a parameter.
+
+    Bytes are seen as a table whose rows are the parameter's: what was written is a few rectangles of it then, whichever
+    slices were taken. Cut at all their edges, the table has a few cells, and each is covered by so many rectangles.
+    """
+    size, each = tensor.numel(), tensor.element_size()
+    base, own = tensor.storage_offset() * each, (tensor.shape, tensor.stride(), each)
+    steps = sorted((step * each, n) for n, step in zip(tensor.shape, tensor.stride()) if n > 1)
+    row = steps[1][0] if len(steps) > 1 else max(size * each, each)
+    in_parts = tensor.dim() > 2 and len(steps) > 1 and tensor.stride(0) * each == steps[-1][0]
+    parts = tensor.shape[0] if in_parts else 1
+    starts, at_most = defaultdict(list), 0
+    for _, shape, stride, width, start, unknown in writes:
+        if unknown:
+            at_most += unknown
+        else:
+            starts[shape, stride, width].append(start)
+    if len(starts) == 1 and starts.get(own) == [base]:
+        return _Tally(size, size, np.full(parts, size // parts), at_most=at_most)
+    if not starts:
+        return _Tally(size, 0, np.zeros(parts, np.int64), at_most=at_most)
+    offsets = {kind: np.hstack(places) - base for kind, places in starts.items()}
+    if _run(*own) == size * each and _follow(offsets, size * each):
+        return _Tally(size, size, np.full(parts, size // parts), at_most=at_most)
+    mine = _rectangles(np.zeros(1, np.int64), *own, row)
+    end = mine[:, 1].max()
+    theirs = np.concatenate([_rectangles(places, *kind, row) for kind, places in offsets.items()])
+    theirs = theirs[(theirs[:, 1] > 0) & (theirs[:, 0] < end)]
+    bounds = np.arange(parts + 1) * (end // parts)
+    down = np.unique(np.concatenate([theirs[:, :2].ravel(), mine[:, :2].ravel(), bounds]))
+    across = np.unique(np.concatenate([theirs[:, 2:].ravel(), mine[:, 2:].ravel()]))
+    inside = _cover(mine, down, across) > 0
+    times = np.where(inside, _cover(theirs, down, across), 0)
+    area = np.outer(np.diff(down), np.diff(across))
+    rows = ((times > 0) * area).sum(axis=1)
+    filled = np.add.reduceat(rows, np.searchsorted(down, bounds[:-1])) if len(rows) else rows
+    return _Tally(size, int((times * area).sum()) // each, filled // each, bool((times > 1).any()), at_most)
 
 
-_WRITES: dict[torch._ops.OpOverload, tuple[int, ...]] = {}  # operator -> positions of the arguments it writes
+def _run(shape: tuple[int, ...], stride: tuple[int, ...], width: int) -> int:
+    """Bytes of a tensor that has no gap; 0 if it has one."""
+    run = 1
+    for step, size in sorted(zip(stride, shape)):
+        if size > 1:
+            if step != run:
+                return 0
+            run *= size
+    return run * width
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _follow(offsets: Mapping[tuple, np.ndarray], size: int) -> bool:
+    """Whether tensors without gaps lie end to end and fill so many bytes: the usual case, in a tenth of the time."""
+    runs = [_run(*kind) for kind in offsets]
+    if not all(runs) or sum(run * len(places) for run, places in zip(runs, offsets.values())) != size:
+        return False
+    starts = np.concatenate([*offsets.values()])
+    order = np.argsort(starts)
+    ends = (starts + np.repeat(runs, [len(places) for places in offsets.values()]))[order]
+    return bool(starts[order[0]] == 0 and (starts[order[1:]] == ends[:-1]).all())
+
+
+def _rectangles(offsets: np.ndarray, shape: Iterable[int], stride: Iterable[int], width: int, row: int) -> np.ndarray:
+    """The bytes of tensors of one shape as rectangles of a table: first row, row after the last, the same of columns.
+
+    Args:
+        offsets: of the tensors, in bytes.
+        stride: in elements of so many bytes.
+        row: bytes of a row of the table.
+    """
+    run, steps = width, sorted((step * width, n) for n, step in zip(shape, stride) if n > 1 and step)
+    while steps and steps[0][0] == run:
+        run *= steps.pop(0)[1]
+    starts, height = offsets, 1
+    merged: list[tuple[int, int]] = []
+    for step, n in steps:
+        if merged and merged[-1][0] * merged[-1][1] == step:
+            step, n = merged[-1][0], merged.pop()[1] * n
+        merged.append((step, n))
+    for step, n in merged:
+        if step == row and height == 1:
+            height = n
+        else:
+            starts = (starts[:, None] + np.arange(n) * step).ravel()
+    if height > 1 and (starts % row + run > row).any():  # they go round the table's edge
+        starts, height = (starts[:, None] + np.arange(height) * row).ravel(), 1
+    top, left, after = starts // row, starts % row, starts + run
+    if height > 1 or (left + run <= row).all():
+        return np.stack([top, top + height, left, left + run], axis=1)
+    first, last, zero = -(-starts // row), after // row, np.zeros_like(top)  # whole rows
+    short = last < first
+    pieces = [
+        np.stack([top, top + 1, left, np.where(short, left + run, row)], axis=1)[short | (left > 0)],
+        np.stack([first, last, zero, zero + row], axis=1)[first < last],
+        np.stack([last, last + 1, zero, after % row], axis=1)[~short & (after % row > 0)],
+    ]
+    return np.concatenate(pieces)
+
+
+def _cover(rectangles: np.ndarray, down: np.ndarray, across: np.ndarray) -> np.ndarray:
+    """How many rectangles cover each cell of a table that is cut at these rows and columns."""
+    edges = np.zeros((len(down), len(across)), np.int32)
+    top, bottom = np.searchsorted(down, rectangles[:, :2].T)
+    left, right = np.searchsorted(across, rectangles[:, 2:].T)
+    for rows, columns, change in ((top, left, 1), (bottom, right, 1), (top, right, -1), (bottom, left, -1)):
+        np.add.at(edges, (rows, columns), change)
+    return edges.cumsum(axis=0).cumsum(axis=1)[:-1, :-1]
+
+
+@dataclass
+class _Place:
+    """Where an operator writes in a tensor.
+
+    Attributes:
+        shape: of each of the pieces, whose strides are the tensor's.
+        starts: where they start in the tensor, in elements.
+        at_most: 0, or how many elements at most are written at places that are not known.
+    """
+
+    shape: tuple[int, ...] = ()
+    starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    at_most: int = 0
+
+
+def _place(self: torch.Tensor, axes: Iterable[int], index: list, count: int, mark: Callable) -> _Place | None:
+    """Where an operator writes that is given an index or a mask: it is called on a small table of its own. None: everywhere.
+
+    Args:
+        axes: dimensions that the index speaks of; of the others everything is written.
+        index: tensors, None in the place of some.
+        count: how many pieces they speak of at most.
+        mark: given a table of zeros and the index, it writes ones where the operator writes.
+    """
+    shape = tuple(1 if axis in axes else size for axis, size in enumerate(self.shape))
+    if any(tensor is not None and tensor.is_meta for tensor in index):
+        return _Place(at_most=min(count * math.prod(shape), self.numel()))
+    sizes = [size if axis in axes else 1 for axis, size in enumerate(self.shape)]
+    with torch._C._DisableTorchDispatch():
+        here = [tensor if tensor is None else tensor.cpu() for tensor in index]
+        table = mark(torch.zeros(sizes, dtype=torch.uint8, device="cpu"), *here).numpy()
+    if table.all():
+        return None
+    starts = np.zeros(np.count_nonzero(table), np.int64)
+    for axis, at in enumerate(table.nonzero()) if table.ndim else ():
+        starts += at * self.stride(axis)
+    return _Place(shape, starts)
+
+
+def _indexed(self, indices, **_):
+    axes, axis, given = [], 0, [index for index in indices if index is not None]
+    masks = [index for index in given if index.dtype in (torch.bool, torch.uint8)]
+    for index in indices:
+        after = axis + (index.dim() if any(index is mask for mask in masks) else 1)
+        axes += range(axis, after) if index is not None else ()
+        axis = after
+    count = self.numel() if masks else math.prod(torch.broadcast_shapes(*(index.shape for index in given)))
+    one = torch.ones((), dtype=torch.uint8, device="cpu")
+    return _place(self, axes, indices, count, lambda table, *index: table.index_put_(index, one))
+
+
+def _along(self, dim, index, **_):
+    axis = dim % max(self.dim(), 1)
+    return _place(self, [axis], [index], index.numel(), lambda table, index: table.index_fill_(axis, index, 1))
+
+
+def _scattered(self, dim, index, **_):
+    axes = range(self.dim())
+    return _place(self, axes, [index], index.numel(), lambda table, index: table.scatter_(dim, index, 1))
+
+
+def _masked(self, mask, **_):
+    mask = mask.reshape((1,) * (self.dim() - mask.dim()) + mask.shape)
+    axes = [axis for axis, size in enumerate(mask.shape) if size > 1]
+    return _place(self, axes, [mask], mask.numel(), lambda table, mask: table.masked_fill_(mask, 1))
+
+
+def _put(self, index, **_):
+    def mark(table, index):
+        return table.put_(index, torch.ones(index.shape, dtype=torch.uint8, device="cpu"))
+
+    return _place(self, range(self.dim()), [index], index.numel(), mark)
+
+
+def _diagonal(self, fill_value, wrap=False):
+    return _place(self, range(self.dim()), [], 0, lambda table: table.fill_diagonal_(1, wrap))
+
+
+# Operators that write a part of `self`, by its schema's arguments.
+_PLACES: dict[str, Callable[..., _Place | None]] = {
+    **dict.fromkeys(("aten::index_put_", "aten::_index_put_impl_"), _indexed),
+    **dict.fromkeys(("aten::index_copy_", "aten::index_fill_", "aten::index_add_", "aten::index_reduce_"), _along),
+    **dict.fromkeys(("aten::scatter_", "aten::scatter_add_", "aten::scatter_reduce_"), _scattered),
+    **dict.fromkeys(("aten::masked_fill_", "aten::masked_scatter_"), _masked),
+    "aten::put_": _put,
+    "aten::fill_diagonal_": _diagonal,
+}
+# Operators that change something of a tensor, and not its elements. Those that change its shape have a tag.
+_NO_WRITE = {"aten::record_stream", "aten::retain_grad", "aten::set_data", "aten::requires_grad_", "aten::_resize_output_"}
+
+# Each operator that writes has a kernel of the kit's under a key of the dispatcher that torch has for a library of its own
+# kind (torchdistx) and does not use. The key is on while a recorder is active, in its thread alone. All other operators fall
+# through it, which costs nothing: of the operators of a load four fifths make views. A `TorchDispatchMode` would see each of
+# them, at 4 microseconds, and that is half of the time of a load.
+_KEY = torch._C._dispatch_key_parse("DeferredInit")
+_KEYS = torch._C.DispatchKeySet(_KEY)
+_active: list[WriteRecorder] = []
+_libraries: dict[str, torch.library.Library] = {}
+_known: set[str] = set()
+
+
+def _register() -> None:
+    """Give every operator that writes its kernel; again for operators that have been registered since."""
+    if not _libraries:
+        _libraries["_"] = torch.library.Library("_", "IMPL")
+        _libraries["_"].fallback(torch.library.fallthrough_kernel, "DeferredInit")
+    new = set(torch._C._dispatch_get_all_op_names()) - _known
+    _known.update(new)
+    for full in new:
+        name, _, overload = full.partition(".")
+        space = name.partition("::")[0]
+        schema = torch._C._get_schema(name, overload)
+        if space == "prim" or name in _NO_WRITE or not any(_is_written(argument) for argument in schema.arguments):
+            continue
+        if space not in _libraries:
+            _libraries[space] = torch.library.Library(space, "IMPL")
+        _libraries[space].impl(full.partition("::")[2], _kernel(name, overload, schema), "DeferredInit")
+
+
+def _is_written(argument) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _kernel(name: str, overload: str, schema) -> Callable:
+    """What is called in the place of an operator: the operator, and then every recorder with what it has written."""
+    names = [argument.name for argument in schema.arguments]
+    written = [(at, argument.name) for at, argument in enumerate(schema.arguments) if _is_written(argument)]
+    places = _PLACES.get(name) if names[0] == "self" and written[0][0] == 0 else None
+    below, operator, changes_shape = torch._C._ExcludeDispatchKeyGuard, None, False
+
+    def kernel(*args, **kwargs):
+        nonlocal operator, changes_shape
+        if operator is None:
+            space, _, base = name.partition("::")
+            operator = getattr(getattr(getattr(torch.ops, space), base), overload or "default")
+            changes_shape = torch.Tag.inplace_view in operator.tags
+        with below(_KEYS):
+            result = on_behalf(operator, *args, **kwargs)
+            if changes_shape:
+                return result
+            for at, argument in written:
+                value = args[at] if at < len(args) else kwargs.get(argument)
+                for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                    storage = _storage(tensor)
+                    if storage is not None:
+                        place = partial(places, **dict(zip(names, args)), **kwargs) if places else None
+                        for recorder in _active:
+                            recorder.note(tensor, storage, place)
+        return result
+
+    return kernel
+
+
+def _storage(tensor: object) -> int | None:
+    """The number of a tensor's storage; None of a sparse one, which has none, and of what is no tensor."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (AttributeError, NotImplementedError):
+        return None

@@ -52,6 +52,7 @@ class Evidence:
         experts: numbers of those that the rank holds; None: a part or all of each.
         held: tensors of other stages that the model held to the end, or while 50 others were handed over -> bytes.
         digests: SHA-256 per parameter (weights "real" only).
+        unplaced: parameter -> elements, at most, that were written at an index of which only data would tell where it is.
     """
 
     model_class: str | None = None
@@ -67,6 +68,7 @@ class Evidence:
     experts: list[int] | None = None
     held: dict[str, int] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    unplaced: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class StageReport:
         verdict: LOADS; DIES: an exception while loading; CANNOT_BUILD: an exception before that, although PP=1 builds, or
             because vLLM refuses the checkpoint on the GPU that is pretended;
             INCOMPLETE: the load ends well and parameters that nobody accounts for were not written; CANNOT_TELL:
-            PP=1 cannot be built here either, or the model asks for the data of tensors that are too large to make up.
+            PP=1 cannot be built here either, or the model asks for the data of tensors that are too large to make up, or
+            writes at an index that is one.
         role: STAGE, DRAFTER or CONTROL.
         deaths: all of them, when asked for; otherwise the first. A failed build is one.
         ledger: every tensor and every parameter, from the writes that were observed; None if the model was not built.

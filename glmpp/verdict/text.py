@@ -158,6 +158,8 @@ def evidence_lines(stage: StageReport) -> list[str]:
         lines.append(f"        in {death.place} {death.function}" + (f", handed {death.tensor}" if death.tensor else ""))
     if stage.verdict == INCOMPLETE:
         lines += _left_lines(stage)
+    if stage.verdict == CANNOT_TELL and stage.evidence.unplaced:
+        lines.append(f"    written at places that only data would tell: {_some([*stage.evidence.unplaced])}")
     if stage.verdict in (LOADS, INCOMPLETE) and stage.dropped:
         lines.append(f"    dropped without a trace: {_some(stage.dropped)}")
     return lines + [f"    held to the end, though another stage's: {name}" for name in stage.held]

@@ -14,6 +14,7 @@ from faulty import config_of
 # Fault -> tensors of layer 1 that the checkpoint does not have as the model would like them: old name -> new name, or None.
 FAULTS: dict[str, dict[str, str | None]] = {
     "none": {},
+    "none, by an index": {},
     "a suffix that an ignore list swallows": {},
     "a renamed parameter": {"model.layers.1.mix.weight": "model.layers.1.mixer.weight"},
     "a tie that is not made": {"lm_head.weight": None},
@@ -22,6 +23,9 @@ FAULTS: dict[str, dict[str, str | None]] = {
     "a tensor is written to the wrong shard": {},
     "a buffer that nobody loads": {},
     "a scale is dropped and its weight is not": {},
+    "a weight is dropped and its scale is not": {},
+    "an index leaves out a row": {},
+    "half of a pair never comes": {"model.layers.1.low.weight_scale": None},
 }
 LAYERS, HIDDEN, EXPERTS, VOCABULARY = 4, 16, 4, 64
 
@@ -38,7 +42,8 @@ def tensors() -> dict[str, torch.Tensor]:
     for index in range(LAYERS):
         layer = f"model.layers.{index}"
         shapes |= {f"{layer}.{name}.weight": (HIDDEN, HIDDEN) for name in ("q", "k", "mix")}
-        shapes |= {f"{layer}.mix.weight_scale": (2, 2)}
+        shapes |= {f"{layer}.mix.weight_scale": (2, 2), f"{layer}.low.weight": (HIDDEN, HIDDEN)}
+        shapes |= {f"{layer}.low.weight_scale": (1, 1)}
         shapes |= {f"{layer}.gate.score_bias": (EXPERTS,), f"{layer}.gate.shift": (EXPERTS,)}
         shapes |= {f"{layer}.experts.{expert}.scale": (2,) for expert in range(EXPERTS)}
     return {name: torch.full(shape, 1.0 + number) for number, (name, shape) in enumerate(shapes.items())}
@@ -75,6 +80,7 @@ def __getattr__(name: str):
             self.qk = torch.nn.Linear(HIDDEN, 2 * HIDDEN, bias=False)
             self.mix = torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
             self.mix.weight_scale = torch.nn.Parameter(torch.zeros(2, 2))
+            self.lowered = torch.nn.Linear(HIDDEN, HIDDEN, bias=False)  # a pair, kept until it is whole, and stored as one
             self.gate = torch.nn.Module()
             self.gate.score_bias = torch.nn.Parameter(torch.zeros(EXPERTS))
             self.gate.register_buffer("shift", torch.zeros(EXPERTS))
@@ -109,17 +115,31 @@ def __getattr__(name: str):
 
         def load_weights(self, weights):
             params, buffers = dict(self.named_parameters()), dict(self.named_buffers())
+            halves = {}
             for name, tensor in weights:
                 if is_pp_missing_parameter(name, self) or ("swallows" in self.fault and name.endswith("1.gate.score_bias")):
                     continue
                 if "scale is dropped" in self.fault and name.endswith("1.mix.weight_scale"):
+                    continue
+                if "weight is dropped" in self.fault and name.endswith("1.mix.weight"):
                     continue
                 layer, _, part = name.rpartition(".layers.")[2].partition(".")
                 place = f"model.layers.{layer}"
                 if part in ("q.weight", "k.weight"):
                     wrong = "wrong shard" in self.fault and layer == "1"
                     start = 0 if part[0] == "q" or wrong else HIDDEN
+                    if "index" in self.fault and layer == "1" and start:
+                        rows = HIDDEN - ("leaves out" in self.fault)
+                        index = torch.arange(start, start + rows)
+                        qk = params[f"{place}.qk.weight"].data
+                        qk[index] = tensor[:rows].to(qk.dtype)
+                        continue
                     params[f"{place}.qk.weight"].data[start : start + HIDDEN].copy_(tensor)
+                elif part.startswith("low."):
+                    pair = halves.setdefault(place, {})
+                    pair[part] = tensor
+                    if len(pair) == 2:
+                        params[f"{place}.lowered.weight"].data.copy_(pair["low.weight"] * pair["low.weight_scale"])
                 elif part.startswith("experts."):
                     params[f"{place}.experts.scale"].data[int(part.split(".")[1])].copy_(tensor)
                 elif name in params:
