@@ -26,6 +26,7 @@ KIB, MIB = 1 << 10, 1 << 20
 CPU = "cpu"
 REPORTED = "h200"  # the machine of the report that the kit is about
 PATIENCE = 60  # seconds for nvidia-smi, which loads the driver where nothing else has
+NO_DRIVER = 9  # what nvidia-smi ends with where the driver is not loaded: no process has a GPU then
 LARGEST = 1024  # GB of a GPU; what is larger is a slip of the pen
 SIZE = re.compile(r"([0-9]{1,7})(gb|mib)?", re.IGNORECASE)
 ROW = re.compile(r"(.+?) *, *([0-9]+)\.([0-9]) *, *(?:([0-9]+) MiB|\[(N/A|Not Supported)\])(?: *, *(.+))?")
@@ -212,7 +213,7 @@ def _ask(why: str) -> GlmppError:
 
 
 def _nvidia_smi() -> str:
-    """Title, compute capability, memory and MIG mode of each GPU, a line each; "" where there is no nvidia-smi.
+    """Title, compute capability, memory and MIG mode of each GPU, a line each; "" without nvidia-smi or without a driver.
 
     Not torch: it would set up a context, memory and all, in whatever process asks.
     """
@@ -233,6 +234,8 @@ def _nvidia_smi() -> str:
             raise _ask(f"nvidia-smi does not answer within {PATIENCE} s") from None
         file.seek(0)
         said = file.read(1 << 20)
+    if code == NO_DRIVER:
+        return ""
     if code and "no devices were found" not in said.lower():
         raise _ask(f"nvidia-smi ends with {code}: {' '.join(said.split())[:200]!r}")
     return said

@@ -194,7 +194,13 @@ def test_every_gpu_of_the_table_is_known_when_it_is_here(driver):
             assert default_target() == gpu.name
 
 
-@pytest.mark.parametrize("script", [says("No devices were found"), says("No devices were found") + "\nexit 6", "exit 0"])
+BROKEN = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+
+
+@pytest.mark.parametrize(
+    "script",
+    [says("No devices were found"), says("No devices were found") + "\nexit 6", "exit 0", says(BROKEN) + "\nexit 9"],
+)
 def test_where_there_is_no_gpu_the_default_is_the_reports(script, driver):
     driver(script)
     assert Deployment(1).gpu == "h200"
@@ -206,9 +212,6 @@ def test_where_there_is_no_nvidia_smi_the_default_is_the_reports(tmp_path, monke
     default_target.cache_clear()
     assert Deployment(1).gpu == "h200"
     default_target.cache_clear()
-
-
-BROKEN = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
 
 
 @pytest.mark.parametrize(
@@ -239,7 +242,7 @@ BROKEN = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA 
         (says("hello"), "says 'hello'"),
         ("head -c 3000 /dev/urandom; echo; exit 3", "ends with 3"),
         ("printf '\\377\\376\\000'", "is no GPU with"),
-        (says(BROKEN) + "\nexit 9", "ends with 9: .*communicate with the NVIDIA driver"),
+        (says(BROKEN) + "\nexit 18", "ends with 18: .*communicate with the NVIDIA driver"),
         ("echo Failed >&2; exit 255", "ends with 255: 'Failed'"),
         ("kill -9 $$", "ends with -9"),
     ],
