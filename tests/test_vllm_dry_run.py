@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from glmpp.checkpoint import Checkpoint
@@ -251,6 +253,9 @@ def test_real_weights_need_files(full):
         dry_run(full, 2, weights="real")
 
 
-def test_a_child_that_breaks_down_is_an_error_with_its_last_words(tiny):
-    with pytest.raises(GlmppError, match=r"broke off(.|\n)*no_such_module"):
-        dry_run(tiny, Deployment(pp=2, guard=Helper("no_such_module:helper")), progress=False)
+@pytest.mark.parametrize("place", ["no_such_module:helper", "json:no_such_function", "{}/not_there.py:helper"])
+def test_a_helper_that_cannot_be_imported_is_named(tiny, tmp_path, place):
+    place = place.format(tmp_path)
+    with pytest.raises(GlmppError, match=f"^the helper '{re.escape(place)}' cannot be imported: ") as found:
+        dry_run(tiny, Deployment(pp=2, guard=Helper(place)), progress=False)
+    assert type(found.value) is GlmppError
