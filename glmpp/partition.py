@@ -44,15 +44,25 @@ def layer_list(checkpoint: Checkpoint) -> str:
         GlmppError: there is no such name.
     """
     num_layers, towers = layer_count(checkpoint.config), tower_layers(checkpoint.config)
-    mtp = text_config(checkpoint.config).get("num_nextn_predict_layers") or 0
+    mtp = text_config(checkpoint.config).get("num_nextn_predict_layers")
+    mtp = mtp if isinstance(mtp, int) else 0
     found: dict[str, set[int]] = {}
     for name in checkpoint:
         if match := _IN_A_LIST.match(name):
             found.setdefault(match[1], set()).add(int(match[2]))
     words = _TOWERS | towers.keys()
+
+    def holds(numbers: set[int], count: int) -> bool:
+        """Exactly 0 to count - 1. A config may say any number, so no set of so many is made."""
+        return len(numbers) == count == max(numbers) + 1
+
     found = {path: held for path, held in found.items() if words.isdisjoint(re.split(r"[._]", path))}
-    exact = [path for path, held in found.items() if held in (set(range(num_layers)), set(range(num_layers + mtp)))]
-    more = [path for path, held in found.items() if held > set(range(num_layers)) and len(held) not in towers.values()]
+    exact = [path for path, held in found.items() if holds(held, num_layers) or holds(held, num_layers + mtp)]
+    more = [
+        path
+        for path, held in found.items()
+        if len(held) > num_layers and len(held) not in towers.values() and all(map(held.__contains__, range(num_layers)))
+    ]
     if not (whole := exact or more):
         raise GlmppError(f"no list of layers in the checkpoint's names holds all of 0 to {num_layers - 1}")
     return LAYERS if LAYERS in whole else min(whole, key=len)

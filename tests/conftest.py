@@ -76,6 +76,12 @@ def side_by_side(monkeypatch):
     return lambda number: monkeypatch.setattr(forks, "cores", lambda: number)
 
 
+@pytest.fixture
+def no_partition_variable(monkeypatch):
+    """For tests of the command, which alone reads the variable."""
+    monkeypatch.delenv("VLLM_PP_LAYER_PARTITION", raising=False)
+
+
 @pytest.fixture(scope="session")
 def config() -> dict:
     return load_config(ROOT / "data" / "glm-5.1-fp8" / "config.json")

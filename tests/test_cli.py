@@ -22,6 +22,7 @@ from glmpp.verdict.layout import Layout, Layouts
 from glmpp.verdict.text import _spans
 
 CONFIG = ROOT / "data" / "glm-5.1-fp8"
+pytestmark = pytest.mark.usefixtures("no_partition_variable")
 
 
 def command(capsys, *arguments) -> tuple[int, str, str]:

@@ -303,6 +303,8 @@ def test_a_user_sets_nothing_but_the_endpoint(hub, tiny, tmp_path):
     assert not [file for file in home.rglob("*") if file.is_file()]
 
 
+@pytest.mark.usefixtures("no_partition_variable")
+@pytest.mark.usefixtures("no_partition_variable")
 def test_the_command_takes_a_repository_and_shows_its_commit(hub, tiny, capsys):
     assert cli.main(["plan", REPO, "--pp", "3", "--revision", "main"]) == 0
     assert capsys.readouterr().out.startswith(f"{REPO}@{SHA}: 618 tensors, {tiny.nbytes / 1e9:.3f} GB\n")

@@ -204,6 +204,16 @@ def test_the_list_of_layers_is_the_language_models_whatever_lies_beside_it(data)
     assert layer_list(checkpoint) == path
 
 
+@pytest.mark.parametrize("said", [{"n_layer": 10**12}, {"n_layer": 1, "num_nextn_predict_layers": 10**12}])
+def test_a_config_may_say_any_number_of_layers(said):
+    checkpoint = Checkpoint([TensorSpec("model.layers.0.w", "U8", (1,)), TensorSpec("h.5.w", "U8", (1,))], said)
+    if said["n_layer"] == 1:
+        assert layer_list(checkpoint) == "model.layers"
+    else:
+        with pytest.raises(GlmppError, match="no list of layers"):
+            layer_list(checkpoint)
+
+
 def test_more_layers_than_the_config_says_are_taken_only_from_what_is_no_tower():
     def of(lists: dict[str, int], **config) -> str:
         names = [f"{name}.{n}.w" for name, count in lists.items() for n in range(count)]

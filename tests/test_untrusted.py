@@ -128,6 +128,7 @@ def test_pickles_are_never_opened(tmp_path):
 
 
 @pytest.mark.vllm
+@pytest.mark.usefixtures("no_partition_variable")
 def test_code_that_comes_with_a_checkpoint_is_not_run(tiny, tmp_path, capsys):
     pytest.importorskip("vllm")
     from glmpp import cli

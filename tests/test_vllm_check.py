@@ -28,7 +28,7 @@ from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, INCOMPLE
 from glmpp.verdict.text import as_text
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_partition_variable")]
 affected = pytest.mark.skipif(vllm_version() != "0.22.1", reason="pins what the last affected release does")
 SCHEMA = json.loads((ROOT / "tests" / "check.schema.json").read_text())
 

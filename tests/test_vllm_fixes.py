@@ -62,6 +62,8 @@ def test_a_fix_for_another_model_is_refused_before_anything_runs(faulty_model):
         dry_run(faulty_model, Deployment(2, fixes=[ROUTER]), progress=False)
 
 
+@pytest.mark.usefixtures("no_partition_variable")
+@pytest.mark.usefixtures("no_partition_variable")
 def test_check_names_the_fix_tries_it_and_prints_the_line_to_paste(faulty_model, capsys):
     arguments = ["check", str(faulty_model.directory), "--pp", "3"]
     assert cli.main(arguments) == 1
@@ -80,6 +82,7 @@ def test_check_names_the_fix_tries_it_and_prints_the_line_to_paste(faulty_model,
 
 
 @pytest.mark.parametrize("names", [faulty.FIX, "known"])
+@pytest.mark.usefixtures("no_partition_variable")
 def test_check_with_a_fix_says_so_and_ends_with_0(faulty_model, capsys, names):
     assert cli.main(["check", str(faulty_model.directory), "--pp", "3", "--fixes", names]) == 0
     assert f"; fixes: {names}\n" in capsys.readouterr().out

@@ -338,6 +338,7 @@ def test_what_is_no_layout_and_no_rank_of_it_is_an_error(glm, arguments, ranks, 
         dry_run(glm, Deployment(**arguments), ranks=ranks)
 
 
+@pytest.mark.usefixtures("no_partition_variable")
 def test_the_command_names_the_ranks_and_its_line_to_paste_has_the_layout(tmp_path, capsys):
     model = faulty.write_faulty("attribute of a placeholder, loading", tmp_path)
     assert cli.main(["check", str(model), "--tp", "2", "--pp", "3", "--dp", "2"]) == 1
@@ -352,6 +353,7 @@ def test_the_command_names_the_ranks_and_its_line_to_paste_has_the_layout(tmp_pa
     assert serve_line("model", Deployment(tp=8, ep=True)) == line
 
 
+@pytest.mark.usefixtures("no_partition_variable")
 def test_json_of_a_layout_follows_the_schema(glm, capsys):
     arguments = ["check", str(glm.directory), "--tp", "4", "--ep", "--ranks", "all", "--guard", "loader", "--json"]
     assert cli.main(arguments) == 0

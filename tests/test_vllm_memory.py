@@ -157,6 +157,9 @@ def test_the_drafter_adds_its_layer_and_shares_embedding_and_lm_head(tiny):
     assert run(larger, pp=1, drafter=True).drafter.memory.parameters == drafter.parameters
 
 
+@pytest.mark.usefixtures("no_partition_variable")
+@pytest.mark.usefixtures("no_partition_variable")
+@pytest.mark.usefixtures("no_partition_variable")
 def test_check_prints_a_line_for_what_each_rank_takes(tiny, capsys):
     arguments = ["check", str(tiny.directory), "--pp", "3", "--guard", "loader", "--gpu", "h200"]
     assert cli.main([*arguments, "--gpu-memory-utilization", "0.5", "--context", "4096"]) == 0
@@ -245,6 +248,8 @@ def test_a_split_of_its_own_is_taken_where_it_leaves_more_tokens():
     assert counts[0] < 2 and counts[2] < 2 and sum(counts) == 6  # the ends hold four gigabytes of embedding each
 
 
+@pytest.mark.usefixtures("no_partition_variable")
+@pytest.mark.usefixtures("no_partition_variable")
 def test_layouts_are_told_as_json_and_as_a_line_to_paste(tiny, capsys):
     arguments = ["layouts", str(tiny.directory), "--gpus", "2", "--gpu", "h200", "--context", "4096"]
     assert cli.main(arguments) == 0
