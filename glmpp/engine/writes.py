@@ -428,29 +428,35 @@ def _kernel(name: str, overload: str, schema) -> Callable:
     names = [argument.name for argument in schema.arguments]
     written = [(at, argument.name) for at, argument in enumerate(schema.arguments) if _is_written(argument)]
     places = _PLACES.get(name) if names[0] == "self" and written[0][0] == 0 else None
-    below, operator, changes_shape = torch._C._ExcludeDispatchKeyGuard, None, False
+    alone = written == [(0, names[0])] and str(schema.arguments[0].type) == "Tensor"
+    below, operator = torch._C._ExcludeDispatchKeyGuard, None
 
     def kernel(*args, **kwargs):
-        nonlocal operator, changes_shape
+        nonlocal operator, written, alone
         if operator is None:
             space, _, base = name.partition("::")
-            operator = getattr(getattr(getattr(torch.ops, space), base), overload or "default")
-            changes_shape = torch.Tag.inplace_view in operator.tags
+            found = getattr(getattr(getattr(torch.ops, space), base), overload or "default")
+            if torch.Tag.inplace_view in found.tags:  # it changes the tensor's shape, and not its elements
+                written, alone = [], False
+            operator = found._op
         with below(_KEYS):
             result = operator(*args, **kwargs)
-            if changes_shape:
-                return result
-            for at, argument in written:
-                value = args[at] if at < len(args) else kwargs.get(argument)
-                for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                    storage = _storage(tensor)
-                    if storage is not None:
-                        place = partial(places, **dict(zip(names, args)), **kwargs) if places else None
-                        for recorder in _active:
-                            recorder.note(tensor, storage, place)
+            for tensor in args[:1] if alone else _given(written, args, kwargs):
+                storage = _storage(tensor)
+                if storage is not None:
+                    place = partial(places, **dict(zip(names, args)), **kwargs) if places else None
+                    for recorder in _active:
+                        recorder.note(tensor, storage, place)
         return result
 
     return kernel
+
+
+def _given(written: list[tuple[int, str]], args: tuple, kwargs: dict) -> Iterator[object]:
+    """What an operator is given for the arguments that it writes; of a list each."""
+    for at, argument in written:
+        value = args[at] if at < len(args) else kwargs.get(argument)
+        yield from value if isinstance(value, (list, tuple)) else (value,)
 
 
 def _storage(tensor: object) -> int | None:
