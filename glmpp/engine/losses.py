@@ -49,11 +49,13 @@ def dropped(recorder: WriteRecorder, model: torch.nn.Module) -> dict[str, torch.
     half's trace, too, if it is where the first would have to be. Where weight and scale are parameters of their own, it
     is not: what a scale writes is no weight then, and the other way round.
     """
-    turns, traces, rename = {name: turn for turn, name in enumerate(recorder.order)}, recorder.traces, mapped(model)
+    turns, stored, rename = {name: turn for turn, name in enumerate(recorder.order)}, recorder.stored, mapped(model)
     shapes, parameters = dict(zip(recorder.order, recorder.shapes)), loadable(model)
     scaled = {name.rpartition(".")[0] for name in parameters if "scale" in name.rpartition(".")[2]}
-    halves = sorted((turns[name], name) for name in traces if re.search(r"\.weight(_scale)?", name))
+    halves = sorted((turns[name], name) for name in stored if re.search(r"\.weight(_scale)?", name))
     second = {SCALE.sub("", name): name for _, name in halves}
+    lasts = {name: second.get(SCALE.sub("", name)) for name in shapes.keys() - stored}
+    traces = recorder.traces({last for last in lasts.values() if last is not None})
 
     def is_in(first: str, last: str) -> bool:
         place = (rename(first) if rename else first) or first
@@ -64,8 +66,7 @@ def dropped(recorder: WriteRecorder, model: torch.nn.Module) -> dict[str, torch.
         return any(count > more and "scale" not in leaf and path not in scaled for path, leaf, count in into)
 
     found = {}
-    for name in shapes.keys() - traces.keys():
-        last = second.get(SCALE.sub("", name))
+    for name, last in lasts.items():
         if last is None or turns[name] > turns[last] or not is_in(name, last):
             found[name] = shapes[name]
     return found

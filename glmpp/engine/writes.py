@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -36,6 +36,7 @@ class WriteRecorder:
         self.shapes: list[torch.Size] = []
         self._homes: dict[int, _Home] = {}
         self._starts: dict[str, int] = {}
+        self._kinds: dict[tuple, tuple] = {}  # each once: there are a hundred thousand writes, and few kinds
         for name, tensor in loadable(model).items():
             if (storage := _storage(tensor)) is not None:
                 self._starts[name] = storage
@@ -71,16 +72,15 @@ class WriteRecorder:
             if not at_most and not len(start):
                 return
         if 0 not in shape:
-            home.writes.append((len(self.order), shape, tensor.stride(), size, start * size, at_most))
+            kind = (shape, tensor.stride(), size)
+            home.writes.append((len(self.order), self._kinds.setdefault(kind, kind), start * size, at_most))
 
-    @property
-    def traces(self) -> dict[str, dict[str, int]]:
-        """Tensor that was handed over -> parameter or buffer written during its turn -> elements, at most."""
-        found: dict[str, dict[str, int]] = {}
+    def traces(self, names: Set[str]) -> dict[str, dict[str, int]]:
+        """Some tensors that were handed over -> parameter or buffer written during their turn -> elements, at most."""
+        found: dict[str, dict[str, int]] = {name: {} for name in names}
         for home in self._homes.values():
-            for turn, shape, *_, start, at_most in home.writes:
-                if turn:
-                    into = found.setdefault(self.order[turn - 1], {})
+            for turn, (shape, *_), start, at_most in home.writes:
+                if turn and (into := found.get(self.order[turn - 1])) is not None:
                     for name in home.tensors:
                         into[name] = into.get(name, 0) + (at_most or math.prod(shape) * np.size(start))
         return found
@@ -153,9 +153,9 @@ def loadable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @dataclass
 class _Home:
-    """A storage with parameters in it, and the writes into it: turn, shape and strides of what was written, bytes of an
-    element, where it starts in bytes (one place or an array of them), and 0, or how many elements at most if the places
-    are not known."""
+    """A storage with parameters in it, and the writes into it: the turn; shape, strides and bytes of an element of what was
+    written; where it starts in bytes (one place or an array of them); and 0, or how many elements at most if the places are
+    not known."""
 
     first: torch.Tensor
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -206,11 +206,11 @@ def _tally(tensor: torch.Tensor, writes: list[tuple]) -> _Tally:
     in_parts = tensor.dim() > 2 and len(steps) > 1 and tensor.stride(0) * each == steps[-1][0]
     parts = tensor.shape[0] if in_parts else 1
     starts, at_most = defaultdict(list), 0
-    for _, shape, stride, width, start, unknown in writes:
+    for _, kind, start, unknown in writes:
         if unknown:
             at_most += unknown
         else:
-            starts[shape, stride, width].append(start)
+            starts[kind].append(start)
     if len(starts) == 1 and starts.get(own) == [base]:
         return _Tally(size, size, np.full(parts, size // parts), at_most=at_most)
     if not starts:
@@ -350,7 +350,7 @@ def _indexed(self, indices, **_):
         axis = after
     count = self.numel() if masks else math.prod(torch.broadcast_shapes(*(index.shape for index in given)))
     one = torch.ones((), dtype=torch.uint8, device="cpu")
-    return _place(self, axes, indices, count, lambda table, *index: table.index_put_(index, one))
+    return _place(self, axes, indices, count, lambda table, *index: torch.ops.aten.index_put_(table, index, one))
 
 
 def _along(self, dim, index, **_):
@@ -430,29 +430,35 @@ def _kernel(name: str, overload: str, schema) -> Callable:
     names = [argument.name for argument in schema.arguments]
     written = [(at, argument.name) for at, argument in enumerate(schema.arguments) if _is_written(argument)]
     places = _PLACES.get(name) if names[0] == "self" and written[0][0] == 0 else None
-    below, operator, changes_shape = torch._C._ExcludeDispatchKeyGuard, None, False
+    alone = written == [(0, names[0])] and str(schema.arguments[0].type) == "Tensor"
+    below, operator = torch._C._ExcludeDispatchKeyGuard, None
 
     def kernel(*args, **kwargs):
-        nonlocal operator, changes_shape
+        nonlocal operator, written, alone
         if operator is None:
             space, _, base = name.partition("::")
-            operator = getattr(getattr(getattr(torch.ops, space), base), overload or "default")
-            changes_shape = torch.Tag.inplace_view in operator.tags
+            found = getattr(getattr(getattr(torch.ops, space), base), overload or "default")
+            if torch.Tag.inplace_view in found.tags:  # it changes the tensor's shape, and not its elements
+                written, alone = [], False
+            operator = found._op
         with below(_KEYS):
             result = on_behalf(operator, *args, **kwargs)
-            if changes_shape:
-                return result
-            for at, argument in written:
-                value = args[at] if at < len(args) else kwargs.get(argument)
-                for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                    storage = _storage(tensor)
-                    if storage is not None:
-                        place = partial(places, **dict(zip(names, args)), **kwargs) if places else None
-                        for recorder in _active:
-                            recorder.note(tensor, storage, place)
+            for tensor in args[:1] if alone else _given(written, args, kwargs):
+                storage = _storage(tensor)
+                if storage is not None:
+                    place = partial(places, **dict(zip(names, args)), **kwargs) if places else None
+                    for recorder in _active:
+                        recorder.note(tensor, storage, place)
         return result
 
     return kernel
+
+
+def _given(written: list[tuple[int, str]], args: tuple, kwargs: dict) -> Iterator[object]:
+    """What an operator is given for the arguments that it writes; of a list each."""
+    for at, argument in written:
+        value = args[at] if at < len(args) else kwargs.get(argument)
+        yield from value if isinstance(value, (list, tuple)) else (value,)
 
 
 def _storage(tensor: object) -> int | None:
