@@ -348,7 +348,7 @@ def _indexed(self, indices, **_):
         axis = after
     count = self.numel() if masks else math.prod(torch.broadcast_shapes(*(index.shape for index in given)))
     one = torch.ones((), dtype=torch.uint8, device="cpu")
-    return _place(self, axes, indices, count, lambda table, *index: table.index_put_(index, one))
+    return _place(self, axes, indices, count, lambda table, *index: torch.ops.aten.index_put_(table, index, one))
 
 
 def _along(self, dim, index, **_):
