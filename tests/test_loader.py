@@ -345,6 +345,8 @@ WRITES = {
     "index_copy_": (lambda m: m.matrix.data.index_copy_(0, torch.arange(6), torch.ones(6, 4)), "matrix"),
     "advanced indexing": (lambda m: m.matrix.data.__setitem__(torch.arange(6), torch.ones(6, 4)), "matrix"),
     "one row by its index": (lambda m: m.matrix.data.__setitem__([0], torch.ones(1, 4)), None),
+    "two of four columns by their index": (lambda m: m.matrix.data.__setitem__((slice(None), [0, 3]), 1.0), None),
+    "columns of experts by an index": (lambda m: m.experts.data.__setitem__((..., torch.arange(3)), 1.0), "experts"),
     "one row of index_copy_": (lambda m: m.matrix.data.index_copy_(0, torch.tensor([2]), torch.ones(1, 4)), None),
     "a mask with a gap": (lambda m: m.matrix.data.__setitem__(torch.arange(24).view(6, 4) != 7, 1.0), None),
     "a mask without one": (lambda m: m.matrix.data.masked_fill_(torch.ones(4, dtype=torch.bool), 1.0), "matrix"),
