@@ -192,6 +192,8 @@ def test_the_list_of_layers_is_the_language_models_whatever_lies_beside_it(data)
     for _ in range(data.draw(st.integers(0, 3))):
         tower = [*data.draw(st.lists(PARTS, max_size=1)), data.draw(TOWER), data.draw(st.sampled_from(["blocks", "layers"]))]
         lists[".".join(tower)] = data.draw(st.integers(1, 40) | st.just(num_layers))
+    if data.draw(st.booleans()):  # something that holds more layers than the config says
+        lists["q.b"] = num_layers + mtp + data.draw(st.integers(1, 9))
     config = {"num_hidden_layers": num_layers, "num_nextn_predict_layers": mtp}
     if data.draw(st.booleans()):  # a tower under a name that says nothing: the config tells it, or its number of layers
         depth = data.draw(st.integers(1, 40))

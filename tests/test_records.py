@@ -18,6 +18,7 @@ from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.layouts import layouts
 from glmpp.verdict.load_time import GLMPP, STOCK, LoadTimes, load_times
+from glmpp.verdict.record import digest
 from glmpp.verdict.report import DryRunReport
 
 RECORDED = ROOT / "data" / "recorded"
@@ -94,9 +95,16 @@ def other(checkpoint: Checkpoint, how: str) -> Checkpoint:
     return Checkpoint(specs, config)
 
 
-@pytest.mark.parametrize(
-    "how", ["a tensor less", "another order", "another name", "another dtype", "another shape", "another config"]
-)
+CHANGES = ["a tensor less", "another order", "another name", "another dtype", "another shape", "another config"]
+
+
+def test_each_change_of_a_checkpoint_changes_its_digest(tiny):
+    same = Checkpoint(list(tiny.values()), dict(reversed(tiny.config.items())), source="elsewhere")
+    assert digest(same) == digest(tiny)
+    assert len({digest(tiny), *(digest(other(tiny, how)) for how in CHANGES)}) == 1 + len(CHANGES)
+
+
+@pytest.mark.parametrize("how", CHANGES)
 def test_another_checkpoint_is_an_error(full, how, tmp_path):
     with pytest.raises(GlmppError, match="checkpoint"):
         dry_run(other(full, how), PP8, recorded=RECORDED / "pp8_installed.json")
