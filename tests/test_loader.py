@@ -598,5 +598,6 @@ def test_of_what_a_tensor_wrote_the_parameters_are_known():
             if name != "c":
                 model.matrix.data[:2].copy_(tensor)
                 model.fused.data[[1, 2, 2]] = 1.0
-    assert recorder.traces({"a", "b"}) == {name: {"matrix": 8, "fused": 8} for name in "ab"} and recorder.stored == {"a", "b"}
+    assert recorder.traces({"a", "b"}) == {name: {"matrix": 8, "fused": 8} for name in "ab"}
+    assert recorder.stored == {"a", "b"}
     assert recorder.shapes == [(4,), (2, 4), (1,)]
