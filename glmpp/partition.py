@@ -31,6 +31,8 @@ _ENDS = _EMBEDDINGS | _LAST
 _IN_A_LIST = re.compile(r"(.+?)\.(\d+)\.")
 # Words in the path of a list that is not the language model's: towers, what speaks, and MTP layers in a list of their own.
 _TOWERS = {"vision", "visual", "vit", "vpm", "image", "video", "audio", "apm", "speech", "talker", "mtp", "projector"}
+_TOWERS |= {"clip", "dit", "qformer", "resampler", "codec"}
+_LANGUAGE = {"language", "text", "llm", "thinker", "decoder"}  # of several lists one with such a word
 
 
 def layer_list(checkpoint: Checkpoint) -> str:
@@ -38,10 +40,11 @@ def layer_list(checkpoint: Checkpoint) -> str:
 
     It holds exactly the config's layers, with or without its MTP layers; a list of more layers is taken only where there is
     no such list. Lists of a vision or audio tower are left out: by a word in their path, or because they hold as many
-    layers as a nested config says of a tower. Of several the shortest name is taken.
+    layers as a nested config says of a tower. Of several the one is taken that is called "model.layers", or after language,
+    or is no encoder, or has the shortest name.
 
     Raises:
-        GlmppError: there is no such name.
+        GlmppError: there is no such name, or there are two that nothing tells apart.
     """
     num_layers, towers = layer_count(checkpoint.config), tower_layers(checkpoint.config)
     mtp = text_config(checkpoint.config).get("num_nextn_predict_layers")
@@ -65,7 +68,15 @@ def layer_list(checkpoint: Checkpoint) -> str:
     ]
     if not (whole := exact or more):
         raise GlmppError(f"no list of layers in the checkpoint's names holds all of 0 to {num_layers - 1}")
-    return LAYERS if LAYERS in whole else min(whole, key=len)
+
+    def order(path: str) -> tuple:
+        words = re.split(r"[._]", path)
+        return path != LAYERS, _LANGUAGE.isdisjoint(words), "encoder" in words, len(path)
+
+    best = min(whole, key=order)
+    if others := [path for path in whole if path != best and order(path) == order(best)]:
+        raise GlmppError(f"{best!r} and {others[0]!r} both hold {num_layers} layers: which are the language model's?")
+    return best
 
 
 def partition_layers(num_layers: int, pp_size: int, layer_counts: list[int] | str | None = None) -> list[range]:

@@ -136,6 +136,21 @@ except ImportError:
 """
 
 
+ASKS_WHERE = """
+def load(tensor):
+    if tensor.device.type != 'cuda':
+        for _ in range(2):
+            raise ValueError('it is not on the GPU')
+load(torch.empty(2))
+"""
+IN_A_FALLBACK = """
+try:
+    import no_such_package
+except ImportError:
+    {}['layers.0']
+"""
+
+
 @pytest.mark.parametrize(
     ("module", "source", "kind"),
     [
@@ -147,7 +162,15 @@ except ImportError:
         (LAYER, RAISES.format("NotImplementedError"), REFUSAL),
         (CONFIG, MULTI_LINE, REFUSAL),
         (LAYER, ASSERTS, REFUSAL),
-        (LAYER, ASSERTS_A_GPU, FAULT),
+        (LAYER, ASSERTS_A_GPU, NO_ANSWER),
+        (MODEL, "assert torch.empty(2).is_cuda", NO_ANSWER),
+        ("faulty", ASKS_WHERE, NO_ANSWER),
+        ("faulty", "if torch.empty(2).device.type == 'cpu': raise KeyError('elsewhere')", NO_ANSWER),
+        (CONFIG, "if 'device' in 'device capability': raise ValueError('not supported')", REFUSAL),
+        ("faulty", "raise MemoryError", NO_ANSWER),
+        ("faulty", "torch.nn.Module()(1)", FAULT),
+        ("faulty", IN_A_FALLBACK, FAULT),
+        ("faulty", "def again(): failures.on_behalf(again)\nagain()", FAULT),
         (LAYER, RAISES.format("KeyError"), FAULT),
         (MODEL, "{}['layers.0']", FAULT),
         (MODEL, RAISES.format("AttributeError"), FAULT),

@@ -29,6 +29,7 @@ from glmpp.verdict.text import as_text
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_partition_variable")]
+ADDRESS = "takes one address for one tensor"
 affected = pytest.mark.skipif(vllm_version() != "0.22.1", reason="pins what the last affected release does")
 SCHEMA = json.loads((ROOT / "tests" / "check.schema.json").read_text())
 
@@ -146,7 +147,7 @@ def test_the_load_format_cures_what_comes_from_being_handed_a_foreign_tensor(che
 # --- what is asked of a tensor ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", faulty.ASKS)
+@pytest.mark.parametrize("fault", [*faulty.ASKS, *faulty.MOVES, ADDRESS])
 def test_what_a_model_asks_of_data_is_answered_with_the_bytes_of_a_small_checkpoint(checked, fault):
     report = checked(fault)
     assert [(stage.verdict, stage.data) for stage in report.all] == [(LOADS, "the checkpoint's")] * 4, report.stages[
@@ -155,15 +156,39 @@ def test_what_a_model_asks_of_data_is_answered_with_the_bytes_of_a_small_checkpo
     assert "tried again on the CPU with values: the checkpoint's" in as_text(Checkpoint([], {}), report)
 
 
-@pytest.mark.parametrize("fault", [*faulty.ASKS, *faulty.ASKS_TOO_MUCH, "unguarded lookup"])
+@pytest.mark.parametrize("fault", [*faulty.ASKS, *faulty.ASKS_TOO_MUCH, ADDRESS, "unguarded lookup"])
 def test_what_torch_has_no_answer_for_without_data_cannot_be_told_of_a_large_checkpoint(fault, tmp_path):
     small = Checkpoint.from_directory(faulty.write_faulty(fault, tmp_path))
     large = Checkpoint([*small.values(), TensorSpec("unused.large", "BF16", (40_000, 40_000))], small.config)
     report = dry_run(large, 2, progress=False)
     known = (DIES, DIES) if fault == "unguarded lookup" else (DIES,) * 3
-    expected = (CANNOT_TELL,) * 3 if fault in faulty.ASKS else known
+    expected = (CANNOT_TELL,) * 3 if fault in faulty.ASKS or fault == ADDRESS else known
     assert tuple(stage.verdict for stage in report.all)[: len(expected)] == expected, report.stages[0].message
-    assert ("no verdict" in report.stages[0].message) == (fault in faulty.ASKS)
+    assert ("no verdict" in report.evidence["messages"][1]["message"]) == (expected[0] == CANNOT_TELL)
+
+
+@pytest.mark.parametrize("fault", ["takes ones for a fault", "goes on without an answer", ADDRESS])
+def test_values_that_are_made_up_show_that_it_loads_and_never_that_it_dies(fault, tmp_path):
+    """The headers are known, as of a repository on the Hub, and the bytes are not."""
+    held = Checkpoint.from_directory(faulty.write_faulty(fault, tmp_path))
+    report = dry_run(Checkpoint([*held.values()], held.config), 2, progress=False)
+    expected = (LOADS, "made up") if fault == ADDRESS else (CANNOT_TELL, "none")
+    assert [(stage.verdict, stage.data) for stage in report.all] == [expected] * 3, report.stages[0].message
+
+
+@pytest.mark.parametrize("fault", faulty.NEEDS_A_GPU)
+def test_what_needs_a_gpu_while_it_loads_cannot_be_told(fault, tmp_path):
+    report = dry_run(Checkpoint.from_directory(faulty.write_faulty(fault, tmp_path)), 2, progress=False)
+    assert [stage.verdict for stage in report.all] == [CANNOT_TELL] * 3, report.stages[0].message
+
+
+def test_what_a_launcher_or_a_list_of_plugins_sets_decides_nothing(tmp_path):
+    model = faulty.write_faulty("unguarded lookup", tmp_path)
+    variables = {"VLLM_DP_SIZE": "2", "VLLM_DP_RANK": "1", "RANK": "3", "WORLD_SIZE": "4", "VLLM_PLUGINS": "faulty"}
+    environment = {key: value for key, value in os.environ.items() if key != server.SHARED} | variables
+    arguments = [sys.executable, "-m", "glmpp.cli", "check", str(model), "--pp", "2", "--guard", "loader"]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0 and done.stdout.endswith("PP=2: loads, complete\n"), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("fault", faulty.ASKS_TOO_MUCH)

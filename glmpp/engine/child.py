@@ -29,7 +29,12 @@ from glmpp.engine.stand_ins import expert_map_on_cpu, inspect_in_process, instal
 from glmpp.errors import GlmppError
 from glmpp.gpus import CPU
 
-# Before torch and vLLM are imported. The GPU, if there is one, stays unseen: verdicts must not depend on the machine.
+# Before torch and vLLM are imported. The GPU, if there is one, stays unseen: verdicts must not depend on the machine. Nor on
+# what a launcher has set for processes of its own: vLLM would wait for the other ranks.
+for name in [name for name in os.environ if name.startswith("VLLM_DP_")]:
+    del os.environ[name]
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(name, None)
 os.environ.update(
     CUDA_VISIBLE_DEVICES="",
     VLLM_CONFIGURE_LOGGING="0",

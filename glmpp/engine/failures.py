@@ -34,7 +34,13 @@ REFUSES_IN = (
     *("vllm.config", "vllm.engine.arg_utils", "vllm.transformers_utils", "vllm.platforms", "vllm.distributed.utils"),
     *("vllm.model_executor", "vllm.models", "vllm.v1.attention"),
 )
-OF_THE_PRETENCE = re.compile(r"cuda|device")  # in an assertion: what is asserted of the hardware was pretended
+# In an assertion: what is asserted of the hardware was pretended. In a condition: where a tensor lies was pretended.
+OF_THE_HARDWARE, OF_A_PLACE = (
+    re.compile(r"cuda|device"),
+    re.compile(r"\bis_cuda\b|\bis_meta\b|\.device\b(\.type)?\s*(==|!=|in)"),
+)
+# What this machine lacks: memory, a GPU.
+OF_THIS_MACHINE = ("OutOfMemoryError", "AcceleratorError")
 
 # Packages that models call: an exception in one of them is the caller's.
 LIBRARIES = {
@@ -48,7 +54,6 @@ LIBRARIES = {
     "triton",
 }
 RANKS_AWAY = "no other process of this group is here"  # in the name of a group, which torch repeats
-UNANSWERED = "unanswered_on_meta"  # an attribute of exceptions, see `glmpp.engine.unanswered`
 STUDIED = ("glmpp.loader",)  # the helper in its wrong versions: the kit's code that stands in for a model's
 SHOWN = (*STUDIED, "glmpp.engine.load_format")
 PACKAGES = ("vllm", "torch", "transformers", "glmpp")
@@ -137,20 +142,20 @@ def without_paths(text: str) -> str:
 
 def kind_of(error: BaseException) -> str:
     """KIT, PACKAGE, RANKS, NO_ANSWER, REFUSAL, or FAULT for all that is none of these."""
-    causes = list(chain(error))
+    causes = list(chain(error, while_handling=not isinstance(error, (LookupError, AttributeError))))
     if any(isinstance(cause, NeedsRanks) for cause in causes) or RANKS_AWAY in str(error):
         return RANKS
     if is_kits(error):
         return KIT
     if any(isinstance(cause, ImportError) for cause in causes):
         return PACKAGE
-    if any(isinstance(cause, NotHere) or hasattr(cause, UNANSWERED) or _has_no_kernel(cause) for cause in causes):
+    if any(map(_is_of_the_pretence, causes)):
         return NO_ANSWER
     return REFUSAL if is_refusal(error) else FAULT
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception, what it was raised from or while, and what pydantic wraps: each once."""
+def chain(error: BaseException, while_handling: bool = True) -> Iterator[BaseException]:
+    """An exception, what it was raised from, what pydantic wraps in it, and what was being handled then: each once."""
     found: list[BaseException] = []
     todo: list[BaseException | None] = [error]
     while todo:
@@ -159,14 +164,15 @@ def chain(error: BaseException) -> Iterator[BaseException]:
             continue
         found.append(cause)
         yield cause
-        todo += [cause.__cause__, None if cause.__suppress_context__ else cause.__context__]
+        todo += [cause.__cause__]
+        todo += [cause.__context__] if while_handling and not cause.__suppress_context__ else []
         if _is_pydantics(cause):
             todo += [detail.get("ctx", {}).get("error") for detail in cause.errors()]
 
 
 def is_kits(error: BaseException) -> bool:
     """Whether it rose in the kit's own code, or in a library that the kit called. A GlmppError is what the kit says."""
-    if isinstance(error, (GlmppError, NotHere, NeedsRanks)):
+    if isinstance(error, (GlmppError, NotHere, NeedsRanks, RecursionError, MemoryError)):
         return False
     every = frames(error)
     while every:
@@ -185,18 +191,7 @@ def is_refusal(error: BaseException) -> bool:
         return any(frame.package == "vllm" for frame in every)
     if not isinstance(error, REFUSES_WITH) or not every or not _is_in(every[-1].module, REFUSES_IN):
         return False
-    if not _was_raised(_tracebacks(error)[-1]):
-        return False
-    return not (isinstance(error, AssertionError) and OF_THE_PRETENCE.search(_statement(every[-1])))
-
-
-def is_torchs(error: BaseException) -> bool:
-    """Whether it, or what led to it, rose in torch or in something written in C: nobody else said it on purpose."""
-    return any(
-        every[-1].package == "torch" or not _was_raised(_tracebacks(cause)[-1])
-        for cause in chain(error)
-        if (every := frames(cause)) and not isinstance(cause, LookupError)
-    )
+    return _was_raised(_tracebacks(error)[-1])
 
 
 def _is_in(module: str, packages: tuple[str, ...]) -> bool:
@@ -207,16 +202,26 @@ def _is_pydantics(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in ("pydantic", "pydantic_core") and hasattr(error, "errors")
 
 
-def _has_no_kernel(error: BaseException) -> bool:
-    """Whether torch said that an operator is missing, or not there for this device. Nobody raised it on purpose."""
+def _is_of_the_pretence(error: BaseException) -> bool:
+    """Whether it comes of what is not here: the GPU, its memory and operators. On the GPU itself it might not rise."""
     every = frames(error)
+    if isinstance(error, (NotHere, MemoryError)) or type(error).__name__ in OF_THIS_MACHINE:
+        return True
     if not every:
         return False
+    inner, raised = every[-1], _was_raised(_tracebacks(error)[-1])
+    if _is_in(inner.module, ("torch.cuda", "triton", "torch._ops")):
+        return True
     if isinstance(error, AttributeError):
-        return every[-1].module == "torch._ops"
-    if not isinstance(error, NotImplementedError):
+        return type(getattr(error, "obj", None)).__module__.partition(".")[0] == "glmpp"  # what stands in lacks it
+    if isinstance(error, NotImplementedError) and not raised:  # torch has no such kernel for this device
+        return True
+    if isinstance(error, NotImplementedError) and inner.package == "torch":
+        return not _is_in(inner.module, ("torch.nn",))
+    if not raised or inner.package in LIBRARIES:
         return False
-    return every[-1].package == "torch" or not _was_raised(_tracebacks(error)[-1])
+    said, conditions = _statement(inner)
+    return bool((isinstance(error, AssertionError) and OF_THE_HARDWARE.search(said)) or OF_A_PLACE.search(conditions))
 
 
 def _tracebacks(error: BaseException) -> list[TracebackType]:
@@ -232,18 +237,16 @@ def _was_raised(last: TracebackType) -> bool:
     return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
-def _statement(frame: Frame) -> str:
-    """The whole statement that a line is part of."""
-    lines = linecache.getlines(frame.path)
+def _statement(frame: Frame) -> tuple[str, str]:
+    """The whole statement that a line is part of, and the conditions of the `if`s around it in its function."""
+    source = "".join(linecache.getlines(frame.path))
     try:
-        around = [
-            node
-            for node in ast.walk(ast.parse("".join(lines)))
-            if isinstance(node, ast.stmt) and node.lineno <= frame.line <= node.end_lineno
-        ]
+        tree = ast.parse(source)
     except SyntaxError:
-        around = []
-    if not around:
-        return linecache.getline(frame.path, frame.line)
-    smallest = min(around, key=lambda node: node.end_lineno - node.lineno)
-    return "".join(lines[smallest.lineno - 1 : smallest.end_lineno])
+        return linecache.getline(frame.path, frame.line), ""
+    around = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and node.lineno <= frame.line <= node.end_lineno]
+    functions = [at for at, node in enumerate(around) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    inside = around[functions[-1] if functions else 0 :]  # `walk` goes from the outside in
+    conditions = "; ".join(ast.unparse(node.test) for node in inside if isinstance(node, ast.If))
+    smallest = min(around, key=lambda node: node.end_lineno - node.lineno, default=None)
+    return ast.get_source_segment(source, smallest) or "" if smallest else "", conditions

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from glmpp.engine.contract import vllm_version
 
@@ -19,7 +20,10 @@ def what_to_install(error: ImportError) -> str:
         error: with the `name` of the module that cannot be imported, or that lacks something.
     """
     module = (error.name or "").partition(".")[0]
-    package = next(iter(packages_distributions().get(module, ())), module)
+    bringing = set(packages_distributions().get(module, ()))
+    if len(bringing) > 1:  # a namespace that several share
+        return f"the package that brings {error.name} is missing, or another release of it is needed"
+    package = next(iter(bringing), module)
     try:
         installed = version(package)
     except PackageNotFoundError:
@@ -28,7 +32,7 @@ def what_to_install(error: ImportError) -> str:
         return f"vLLM {installed} has no such name: what asks for it is made for another release of vLLM"
     asked = [Requirement(line) for line in requires(vllm_distribution()) or ()]
     wanted = next((one.specifier for one in asked if one.name.lower() == package.lower() and one.marker is None), None)
-    if wanted is None:
+    if not wanted or wanted == SpecifierSet(f"=={installed}"):
         return f"{package} {installed} has no such name"
     if not wanted.contains(installed, prereleases=True):
         return f"change {package}: vLLM {vllm_version()} asks for {package}{wanted}, and {installed} is installed"

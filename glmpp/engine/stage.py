@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,20 +13,26 @@ from vllm.model_executor.model_loader import get_model_loader
 from glmpp.engine.account import Account
 from glmpp.engine.build import Built, ModelBuilder
 from glmpp.engine.choices import choices
-from glmpp.engine.failures import NO_VERDICT, PACKAGE, REFUSAL, chain, describe, is_kits, is_torchs, kind_of
+from glmpp.engine.failures import NO_ANSWER, NO_VERDICT, PACKAGE, REFUSAL, chain, describe, is_kits, kind_of
 from glmpp.engine.groups import Place, pretend
 from glmpp.engine.guards import Guard
-from glmpp.engine.load_format import StageModelLoader
+from glmpp.engine.load_format import StageModelLoader, register
 from glmpp.engine.memory import memory
 from glmpp.engine.packages import what_to_install
 from glmpp.engine.source import Source, answer_for_headers
 from glmpp.engine.stage_load import StageLoad
+from glmpp.engine.targets import tensors_on
 from glmpp.engine.unanswered import UnansweredOnMeta
 from glmpp.gpus import CPU
-from glmpp.ledger import digest
+from glmpp.ledger import EXPECTED, digest
 
 SMALL_ENOUGH = 2_000_000_000  # bytes of a checkpoint that is tried again with data, on the CPU
 NO_DATA, MADE_UP, REAL = "none", "made up", "the checkpoint's"  # what the tensors that are handed over hold
+
+
+def is_complete(result: dict) -> bool:
+    """Whether a stage loads and leaves nothing at init that a checkpoint has to hold."""
+    return result["verdict"] == "loads" and all(left["kind"] == EXPECTED for left in result["left"].values())
 
 
 class Stages:
@@ -36,6 +43,7 @@ class Stages:
         self.source = Source(request["tensors"])
         self.guard = Guard(request["guard"], request["helper"], request["callers"])
         self.builder = ModelBuilder(request)
+        register()  # VLLM_PLUGINS may leave the kit's plugin out, and decides nothing here
         self.has_files = any(Path(request["model"]).glob("*.safetensors"))
         if not self.has_files:
             answer_for_headers(request["tensors"])
@@ -47,7 +55,7 @@ class Stages:
             hand_over: what the iterator of weights passes through on its way to the model.
             data: NO_DATA, MADE_UP or REAL.
         """
-        source, chosen = self.source, type(get_model_loader(config.load_config))
+        source, chosen, real = self.source, type(get_model_loader(config.load_config)), self.request["weights"] == "real"
 
         class Loader(chosen):
             def get_all_weights(self, model_config, model):
@@ -61,31 +69,41 @@ class Stages:
                     return weights
                 return self.selection.counted(pair for pair in weights if self.selection.wants(pair[0]))
 
-            def watch(self, *model):  # without data the account asks what the load format would, and says all of it
-                return super().watch(*model) if data == REAL else None
+            def watch(self, *model):  # otherwise the account asks what the load format would, and says all of it
+                return super().watch(*model) if real else None
 
         return Loader(config.load_config)
 
     def run(self, place: Place) -> dict:
-        """Build and load a stage. What fails without data is tried again: with data if there is not too much of it, which
-        then decides, else to see whether the lack of data is the reason.
+        """Build and load a stage. What fails without data, or stays incomplete, is tried again.
+
+        The checkpoint's own bytes decide, if it has files and they are not too large. Values that are made up can show that
+        a stage loads, and not that it fails: where torch was asked for what only data would tell, nothing can be told then.
 
         Nothing carries over from one run to the next: which of them share a process must not show in what is said of them.
         """
         if self.request["weights"] == "real":
-            return self.attempt(place, REAL)[0]
-        result, error = self.attempt(place, NO_DATA)
-        if result["verdict"] == "loads":
+            return self.attempt(place, REAL)
+        result = self.attempt(place, NO_DATA)
+        if is_complete(result):
             return result
         if sum(self.source.nbytes.values()) <= SMALL_ENOUGH:
-            return self.attempt(place, REAL if self.has_files else MADE_UP)[0]
-        if error is not None and is_torchs(error):
-            with UnansweredOnMeta():
-                return self.attempt(place, NO_DATA)[0]
+            again = self.attempt(place, REAL if self.has_files else MADE_UP, moves=True)
+            if self.has_files or is_complete(again):
+                return again
+        with UnansweredOnMeta() as asked:
+            result = self.attempt(place, NO_DATA, moves=True)
+        if asked.found and not is_complete(result):
+            said = f"{result.get('message', 'the load is not complete')} ({NO_VERDICT[NO_ANSWER]}: {asked.found[0]})"
+            result.update(verdict="cannot tell", message=said)
         return result
 
-    def attempt(self, place: Place, data: str) -> tuple[dict, Exception | None]:
-        """A stage's verdict with its evidence, and what it failed with, if it did."""
+    def attempt(self, place: Place, data: str, moves: bool = False) -> dict:
+        """A stage's verdict with its evidence.
+
+        Args:
+            moves: tensors that the model puts on the GPU while it loads are put where they can be. It costs a third.
+        """
         device = "meta" if data == NO_DATA else "cpu"
         result: dict = {"verdict": "cannot be built", "device": device, "data": data}
         built, failed, started = None, None, time.perf_counter()
@@ -104,7 +122,7 @@ class Stages:
             result["refused"] = refused and (self.request["gpu"] != CPU or self.is_layout_refused(place, device))
         else:
             result["build_seconds"] = time.perf_counter() - started
-            failed = self.load(place, built, data, result)
+            failed = self.load(place, built, result, moves)
         if failed is not None and (why := NO_VERDICT.get(kind_of(failed))):
             if kind_of(failed) == PACKAGE:
                 missing = [cause for cause in chain(failed) if isinstance(cause, ImportError)]
@@ -112,16 +130,18 @@ class Stages:
                 why = ": ".join([why, *(what_to_install(cause) for cause in missing if cause.name)][:2])
             result.update(verdict="cannot tell", message=f"{result['message']} ({why})")
         result.update(stand_ins=self.builder.stand_ins.reasons, num_layers=self.builder.num_layers)
-        return result, failed
+        return result
 
-    def load(self, place: Place, built: Built, data: str, result: dict) -> Exception | None:
+    def load(self, place: Place, built: Built, result: dict, moves: bool) -> Exception | None:
         """Load a stage that has been built, and put down what is seen; returns the first exception on the way."""
-        device = result["device"]
+        device, data = result["device"], result["data"]
         result["backends"] = choices(built.model)
         result["patched"] = self.guard.install()
+        places = tensors_on(device) if moves else contextlib.nullcontext()
         load = StageLoad(built, self.guard, lambda *how: self.loader(*how, data=data), self.source.nbytes, device)
         started = time.perf_counter()
-        load.run(self.request["all_deaths"])
+        with places:
+            load.run(self.request["all_deaths"])
         result["load_seconds"] = time.perf_counter() - started
         result["verdict"] = "dies" if load.deaths else "loads"
         if load.deaths:

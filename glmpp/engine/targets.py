@@ -65,9 +65,12 @@ class Event(Pretended):
     pass
 
 
-def properties(gpu: GPU) -> SimpleNamespace:
+class Properties(SimpleNamespace):
     """What `torch.cuda.get_device_properties` says, by its names."""
-    return SimpleNamespace(
+
+
+def properties(gpu: GPU) -> Properties:
+    return Properties(
         name=gpu.title,
         major=gpu.capability[0],
         minor=gpu.capability[1],
@@ -227,7 +230,11 @@ class OnDevice(TorchFunctionMode):
         self.device = device
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs = {
+            name: value for name, value in (kwargs or {}).items() if name != "pin_memory"
+        }  # there is no driver to pin it
+        if function is torch.Tensor.pin_memory:
+            return args[0]
         if function is torch.Tensor.cuda:
             return on_behalf(args[0].to, self.device)
         if is_gpu(kwargs.get("device")):

@@ -9,26 +9,37 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from glmpp.engine.failures import UNANSWERED, on_behalf
+from glmpp.engine.failures import on_behalf
 
 LIMIT = 1_000_000_000  # bytes that are made up for one call
 
 
 class UnansweredOnMeta(TorchFunctionMode):
-    """While active, marks an exception of torch that a tensor without data is the reason for.
+    """While active, notes whether torch failed to answer because a tensor has no data.
 
     The same call is made with zeros on the CPU: what fails there, too, is wrong for any data (two shapes that do not fit).
-    What is done there has no answer on "meta": `equal`, `nonzero`, a mask, `.numpy()`, whatever torch's words for it.
+    What is done there has no answer on "meta": `equal`, `nonzero`, a mask, `.numpy()`, whatever torch's words for it. An
+    address is asked for in vain, too: without data all tensors have the same one.
+
+    Attributes:
+        found: names of the functions that were called so.
     """
 
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
     def __torch_function__(self, function: Callable, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.is_meta]
         try:
-            return on_behalf(function, *args, **(kwargs or {}))
-        except Exception as error:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.is_meta]
+            answer = on_behalf(function, *args, **(kwargs or {}))
+        except Exception:
             if tensors and _works_with_data(function, tensors, args, kwargs or {}):
-                setattr(error, UNANSWERED, True)
+                self.found.append(function.__name__)
             raise
+        if tensors and function is torch.Tensor.data_ptr:
+            self.found.append(function.__name__)
+        return answer
 
 
 def _works_with_data(function: Callable, tensors: list[torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from glmpp.engine.failures import on_behalf
 
@@ -22,8 +24,8 @@ class WriteRecorder:
 
     vLLM keeps no such record: its `load_weights` returns names that were *looked at*. Views, `.data` and slices share
     their parameter's storage, so storage, offset, shape and strides of what an operator writes tell which elements those
-    are, on the meta device, too. Recorders nest; operators of other threads are not seen, nor what is not done by an
-    operator of torch (a kernel that is given an address, numpy).
+    are, on the meta device, too. Recorders nest. Not seen is what threads do that were there before, and what is not done by
+    an operator of torch (a kernel that is given an address, numpy).
 
     Attributes:
         order: names handed over so far, when the weights pass through `hand_over`.
@@ -37,10 +39,12 @@ class WriteRecorder:
         self._homes: dict[int, _Home] = {}
         self._starts: dict[str, int] = {}
         self._kinds: dict[tuple, tuple] = {}  # each once: there are a hundred thousand writes, and few kinds
+        self._alive: list[StorageWeakRef] = []  # while these are held no other storage gets the number of one that has gone
         for name, tensor in loadable(model).items():
             if (storage := _storage(tensor)) is not None:
+                self._alive.append(StorageWeakRef(tensor.untyped_storage()))
                 self._starts[name] = storage
-                self._homes.setdefault(storage, _Home(tensor)).tensors[name] = tensor
+                self._homes.setdefault(storage, _Home()).tensors[name] = tensor
         self._tallies: tuple = ((), {})
         self._guards: list = []
 
@@ -55,16 +59,24 @@ class WriteRecorder:
         self._guards.append(torch._C._IncludeDispatchKeyGuard(_KEY))
         self._guards[-1].__enter__()
         _active.append(self)
+        run = self._run = threading.Thread.run
+
+        def run_seen(thread: threading.Thread) -> None:
+            with torch._C._IncludeDispatchKeyGuard(_KEY):
+                run(thread)
+
+        threading.Thread.run = run_seen
         return self
 
     def __exit__(self, *error) -> None:
+        threading.Thread.run = self._run
         _active.remove(self)
         self._guards.pop().__exit__(*error)
 
     def note(self, tensor: torch.Tensor, storage: int, find_place: Callable[[], _Place | None] | None) -> None:
         """An operator has written a tensor: all of it, or a part that can be found."""
         home = self._homes.get(storage)
-        if home is None or not (home.first.untyped_storage()._cdata == storage or home.is_lived_in(storage)):
+        if home is None:
             return
         shape, start, size, at_most = tensor.shape, tensor.storage_offset(), tensor.element_size(), 0
         if find_place is not None and tensor.numel() and (place := find_place()) is not None:
@@ -157,13 +169,8 @@ class _Home:
     written; where it starts in bytes (one place or an array of them); and 0, or how many elements at most if the places are
     not known."""
 
-    first: torch.Tensor
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     writes: list[tuple] = field(default_factory=list)
-
-    def is_lived_in(self, storage: int) -> bool:
-        """False once the parameters have been given other storages: this one's number may be another's by then."""
-        return any(_storage(tensor) == storage for tensor in self.tensors.values())
 
 
 @dataclass
@@ -330,15 +337,25 @@ def _place(self: torch.Tensor, axes: Iterable[int], index: list, count: int, mar
     if any(tensor is not None and tensor.is_meta for tensor in index):
         return _Place(at_most=min(count * math.prod(shape), self.numel()))
     sizes = [size if axis in axes else 1 for axis, size in enumerate(self.shape)]
-    with torch._C._DisableTorchDispatch():
-        here = [tensor if tensor is None else tensor.cpu() for tensor in index]
-        table = mark(torch.zeros(sizes, dtype=torch.uint8, device="cpu"), *here).numpy()
+    try:
+        with torch._C._DisableTorchDispatch():
+            here = [tensor if tensor is None else _as_index(tensor.cpu()) for tensor in index]
+            table = mark(torch.zeros(sizes, dtype=torch.uint8, device="cpu"), *here).numpy()
+    except (IndexError, RuntimeError):  # an index that is out of bounds, of which "meta" says nothing
+        return _Place(at_most=min(count * math.prod(shape), self.numel()))
     if table.all():
         return None
     starts = np.zeros(np.count_nonzero(table), np.int64)
     for axis, at in enumerate(table.nonzero()) if table.ndim else ():
         starts += at * self.stride(axis)
     return _Place(shape, starts)
+
+
+def _as_index(tensor: torch.Tensor) -> torch.Tensor:
+    """An index of a kind that every operator takes: a mask of bytes is one of bools to the operators that take it."""
+    if tensor.dtype is torch.uint8:
+        return tensor.bool()
+    return tensor if tensor.dtype is torch.bool else tensor.long()
 
 
 def _indexed(self, indices, **_):

@@ -30,6 +30,7 @@ FAULTS = (
     "waits for the other shards, loading",
     "breaks the kit",
     "needs a name that transformers lacks",
+    "takes one address for one tensor",
 )
 # What a model may ask a tensor for that one without data has no answer to.
 ASKS: dict[str, Callable[[torch.Tensor], object]] = {
@@ -41,13 +42,36 @@ ASKS: dict[str, Callable[[torch.Tensor], object]] = {
     "turns it into an array": lambda tensor: tensor.float().numpy(),
     "asks for a value": lambda tensor: 1 / tensor.flatten()[0].item(),
     "saves it": lambda tensor: tensor.view(torch.uint8).cpu().numpy().tobytes(),
+    "takes ones for a fault": lambda tensor: {2.0: None}[tensor.flatten()[0].item()],
+    "goes on without an answer": lambda tensor: _first(tensor) and {2.0: None}[_first(tensor)],
+}
+# What a model does with a GPU while it loads: a tensor is moved elsewhere, or it cannot be told.
+MOVES: dict[str, Callable[[torch.Tensor], object]] = {
+    "moves it to the GPU": lambda tensor: tensor.cuda() + torch.ones(1, device="cuda"),
+    "moves it to the GPU by name": lambda tensor: tensor.to("cuda:0") + torch.empty_like(tensor, device="cuda"),
+    "pins it": lambda tensor: tensor.pin_memory() + torch.zeros(1, device="cpu", pin_memory=True).to(tensor.device),
+}
+NEEDS_A_GPU: dict[str, Callable[[torch.Tensor], object]] = {
+    "draws from a generator of the GPU": lambda tensor: torch.Generator("cuda"),
+    "asks for what a pretended GPU does not say": lambda tensor: torch.cuda.get_device_properties(0).uuid,
+    "asks for an event's time": lambda tensor: torch.cuda.Event().elapsed_time(torch.cuda.Event()),
 }
 # And what no tensor has an answer to, with data or without.
 ASKS_TOO_MUCH: dict[str, Callable[[torch.Tensor], object]] = {
     "multiplies what does not fit": lambda tensor: tensor @ torch.ones(3, 3, dtype=tensor.dtype, device=tensor.device),
     "takes rows that are not there": lambda tensor: tensor.narrow(0, 1000, 1000),
 }
-LAYERS, HIDDEN = 12, 16
+LAYERS, HIDDEN, VALUE = 12, 16, 2.0
+
+
+def _first(tensor: torch.Tensor) -> float:
+    """The first value of a tensor, 1 if there is none."""
+    try:
+        return tensor.flatten()[0].item()
+    except RuntimeError:
+        return 1.0
+
+
 FIX = "faulty_lookup"
 
 
@@ -90,7 +114,8 @@ def write_faulty(fault: str, folder: Path) -> Path:
         tensors[f"model.layers.{index}.a.weight"] = (HIDDEN, HIDDEN)
         tensors[f"model.layers.{index}.b.weight"] = (HIDDEN, HIDDEN)
     save_file(
-        {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in tensors.items()}, model / "model.safetensors"
+        {name: torch.full(shape, VALUE, dtype=torch.bfloat16) for name, shape in tensors.items()},
+        model / "model.safetensors",
     )
     architecture = "LackingForCausalLM" if "lacks" in fault else "FaultyForCausalLM"
     config = config_of(architecture, HIDDEN, LAYERS, 64, fault) | {"torch_dtype": "bfloat16"}
@@ -169,7 +194,7 @@ def __getattr__(name: str):
         def load_weights(self, weights):
             if self.fault == "waits for the other shards, loading":
                 get_tp_group().all_gather(torch.ones(2, device="cpu"), dim=0)
-            params, loaded = dict(self.named_parameters()), set()
+            params, loaded, seen = dict(self.named_parameters()), set(), set()
             self.held = {}
             if self.fault == "breaks the kit":
                 import glmpp.engine.account
@@ -178,7 +203,12 @@ def __getattr__(name: str):
             for name, tensor in weights:
                 if name.startswith("unused."):
                     continue
-                (ASKS | ASKS_TOO_MUCH).get(self.fault, id)(tensor)
+                (ASKS | ASKS_TOO_MUCH | MOVES | NEEDS_A_GPU).get(self.fault, id)(tensor)
+                if self.fault == "takes one address for one tensor":
+                    if tensor.data_ptr() in seen:
+                        continue
+                    seen.add(tensor.data_ptr())
+                    self.held[name] = [tensor]  # or the next one would get its address
                 self.touch(name)
                 if self.skips(name):
                     continue
