@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
+from urllib.parse import unquote
 from urllib.parse import unquote, urlsplit
 
 import nbformat
@@ -132,7 +133,7 @@ def test_links_follow_the_pages_that_exist(tmp_path):
     _, page = write_pages([path], tmp_path / "site")
     links = [a["href"] for a in parsed(page).select(".jp-Cell p a")]
     assert (links[0], links[3]) == ("00_start_here.html#3.-Why", "#T")
-    assert [(page.parent / link).resolve() for link in links[1:3]] == [NOTEBOOKS[1], ROOT / "tests" / "README.md"]
+    assert [(page.parent / unquote(link)).resolve() for link in links[1:3]] == [NOTEBOOKS[1], ROOT / "tests" / "README.md"]
 
 
 def test_a_dead_link_between_pages_is_found(tmp_path):
