@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
-from urllib.parse import unquote
 from urllib.parse import unquote, urlsplit
 
 import nbformat

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 
 import pytest
@@ -577,6 +579,48 @@ def test_a_storage_that_is_given_back_is_no_longer_the_parameters():
         for other in others:
             other.copy_(torch.ones(6, 4))
     assert recorder.stored == set() and "matrix" not in recorder.left_at_init()
+
+
+def test_a_parameter_that_gives_its_storage_back_and_gets_another_is_written():
+    """However often: a storage that comes later must not be taken for the one that has gone."""
+    model = Written()
+    with WriteRecorder(model) as recorder:
+        for _ in range(20):
+            model.matrix.data = torch.empty(0)
+            model.matrix.data = torch.ones(6, 4)
+    assert "matrix" not in recorder.left_at_init()
+
+
+def test_threads_that_a_load_starts_are_seen():
+    model, run = Written(), threading.Thread.run
+    with WriteRecorder(model) as recorder, ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda row: row.copy_(torch.ones(4)), model.matrix.data))
+    assert "matrix" not in recorder.left_at_init() and threading.Thread.run is run
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda data: data.index_add_(0, torch.arange(6, dtype=torch.int32), torch.ones(6, 4)),
+        lambda data: data.index_put_((torch.ones(6, dtype=torch.uint8),), torch.ones(6, 4)),
+        lambda data: data.index_copy_(0, torch.arange(6), torch.ones(6, 4)),
+    ],
+)
+def test_an_index_may_be_of_any_kind_that_torch_takes(write):
+    model = Written()
+    with WriteRecorder(model) as recorder:
+        write(model.matrix.data)
+    assert "matrix" not in recorder.left_at_init()
+
+
+def test_an_index_out_of_bounds_is_the_models_fault_and_ends_no_recorder():
+    """On the meta device torch does not look."""
+    model = Written().to("meta")
+    with WriteRecorder(model) as recorder:
+        model.matrix.data.index_copy_(0, torch.tensor([1000]), torch.empty(1, 4, device="meta"))
+    assert "matrix" in recorder.left_at_init() and not recorder.stored
+    with pytest.raises(IndexError), WriteRecorder(Written()) as recorder:
+        recorder.model.matrix.data[[1000]] = 1.0
 
 
 def test_operators_that_are_made_while_a_recorder_lives_are_seen_too():

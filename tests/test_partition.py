@@ -216,6 +216,31 @@ def test_a_config_may_say_any_number_of_layers(said):
             layer_list(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("language", "other"),
+    [
+        ("language_model.model.layers", "qformer.encoder.layer"),
+        ("language_model.layers", "model.resampler.layers"),
+        ("thinker.model.layers", "codec.layers"),
+        ("transformer.text_model.layers", "clip.blocks"),
+        ("model.decoder.layers", "model.encoder.layers"),
+        ("model.layers", "text.b"),
+        ("encoder.layer", None),
+    ],
+)
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_lists_as_long_as_each_other_the_language_models_is_told_by_its_name(language, other, first):
+    names = [name for name in (language, other) if name]
+    specs = [TensorSpec(f"{name}.{n}.w", "U8", (1,)) for name in names[:: 1 - 2 * first] for n in range(6)]
+    assert layer_list(Checkpoint(specs, {"n_layer": 6})) == language
+
+
+def test_two_lists_that_nothing_tells_apart_are_an_error():
+    specs = [TensorSpec(f"{name}.{n}.w", "U8", (1,)) for name in ("one.b", "two.b") for n in range(6)]
+    with pytest.raises(GlmppError, match=r"'(one|two)\.b' and '(one|two)\.b' both hold 6 layers"):
+        layer_list(Checkpoint(specs, {"n_layer": 6}))
+
+
 def test_more_layers_than_the_config_says_are_taken_only_from_what_is_no_tower():
     def of(lists: dict[str, int], **config) -> str:
         names = [f"{name}.{n}.w" for name, count in lists.items() for n in range(count)]
