@@ -881,7 +881,7 @@ MUTATIONS = {
     ),
     "a target in an address": (
         "verdict/server.py::Server.share",
-        "quote(each.target, safe='')",
+        'quote(each.target, safe="")',
         "each.target",
         "test_gpus.py::test_a_server_is_found_by_its_targets_name_whatever_is_in_it",
     ),
@@ -935,20 +935,20 @@ MUTATIONS = {
     ),
     "an index without data": (
         "engine/writes.py::_place",
-        "tensor is not None and tensor.is_meta",
-        "False",
+        "(IndexError, RuntimeError)",
+        "ZeroDivisionError",
         "test_loader.py::test_an_index_without_data_is_no_verdict[0]",
     ),
     "a number of a storage that another tensor has now": (
-        "engine/writes.py::WriteRecorder.note",
-        "home is None or not (home.first.untyped_storage()._cdata == storage or home.is_lived_in(storage))",
-        "home is None",
+        "engine/writes.py::WriteRecorder.__init__",
+        "self._alive.append(StorageWeakRef(tensor.untyped_storage()))",
+        "pass",
         "test_loader.py::test_a_storage_that_is_given_back_is_no_longer_the_parameters",
     ),
     "a stage that wrote at an index is tried again with data": (
-        "engine/stage.py::Stages.attempt",
-        'needs_data = needs_data or (not load.deaths and bool(result["unplaced"]))',
-        "pass",
+        "engine/stage.py::Stages.load",
+        'if not load.deaths and result["unplaced"]:',
+        "if False:",
         "test_vllm_losses.py::test_where_data_cannot_be_made_up_an_index_leaves_the_verdict_open",
     ),
     "padding is not compared": (
@@ -1007,8 +1007,8 @@ MUTATIONS = {
     ),
     "somebody else's checkpoint": (
         "synthetic.py::write_checkpoint",
-        "        if overwrite:\n            shutil",
-        "        if True:\n            shutil",
+        "        if overwrite:\n            _check_replaceable(directory)  # still",
+        "        if True:\n            pass",
         "test_faults.py::test_of_two_runs_that_write_the_same_folder_one_wins_and_the_other_is_told",
     ),
     "halves that came alone, in the ledger": (
@@ -1049,8 +1049,8 @@ MUTATIONS = {
     ),
     "a rank that waits while it loads is not dead": (
         "engine/failures.py::kind_of",
-        " or _has_no_kernel(cause)",
-        "",
+        "if any(map(_is_of_the_pretence, causes)):",
+        "if False:",
         "test_vllm_layouts.py::test_a_rank_that_waits_for_others_is_not_told_dead[loading]",
     ),
     "a layout refused on the CPU": (

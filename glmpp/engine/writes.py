@@ -334,14 +334,12 @@ def _place(self: torch.Tensor, axes: Iterable[int], index: list, count: int, mar
         mark: given a table of zeros and the index, it writes ones where the operator writes.
     """
     shape = tuple(1 if axis in axes else size for axis, size in enumerate(self.shape))
-    if any(tensor is not None and tensor.is_meta for tensor in index):
-        return _Place(at_most=min(count * math.prod(shape), self.numel()))
     sizes = [size if axis in axes else 1 for axis, size in enumerate(self.shape)]
     try:
         with torch._C._DisableTorchDispatch():
             here = [tensor if tensor is None else _as_index(tensor.cpu()) for tensor in index]
             table = mark(torch.zeros(sizes, dtype=torch.uint8, device="cpu"), *here).numpy()
-    except (IndexError, RuntimeError):  # an index that is out of bounds, of which "meta" says nothing
+    except (IndexError, RuntimeError):  # it has no data, or is out of bounds, of which the meta device says nothing
         return _Place(at_most=min(count * math.prod(shape), self.numel()))
     if table.all():
         return None
