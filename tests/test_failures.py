@@ -167,6 +167,7 @@ except ImportError:
         ("faulty", ASKS_WHERE, NO_ANSWER),
         ("faulty", "if torch.empty(2).device.type == 'cpu': raise KeyError('elsewhere')", NO_ANSWER),
         (CONFIG, "if 'device' in 'device capability': raise ValueError('not supported')", REFUSAL),
+        (LAYER, "if (lambda is_cuda: is_cuda())(lambda: True): raise NotImplementedError('no backend')", REFUSAL),
         ("faulty", "raise MemoryError", NO_ANSWER),
         ("faulty", "torch.nn.Module()(1)", FAULT),
         ("faulty", IN_A_FALLBACK, FAULT),

@@ -35,10 +35,9 @@ REFUSES_IN = (
     *("vllm.model_executor", "vllm.models", "vllm.v1.attention"),
 )
 # In an assertion: what is asserted of the hardware was pretended. In a condition: where a tensor lies was pretended.
-OF_THE_HARDWARE, OF_A_PLACE = (
-    re.compile(r"cuda|device"),
-    re.compile(r"\bis_cuda\b|\bis_meta\b|\.device\b(\.type)?\s*(==|!=|in)"),
-)
+# What a platform says of itself, `is_cuda()`, is vLLM's own answer.
+OF_THE_HARDWARE = re.compile(r"cuda|device")
+OF_A_PLACE = re.compile(r"\bis_(cuda|meta)\b(?!\()|\.device\b(\.type)?\s*(==|!=|in)")
 # What this machine lacks: memory, a GPU.
 OF_THIS_MACHINE = ("OutOfMemoryError", "AcceleratorError")
 
