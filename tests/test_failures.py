@@ -143,6 +143,12 @@ def load(tensor):
             raise ValueError('it is not on the GPU')
 load(torch.empty(2))
 """
+PLATFORM = """
+class Platform:
+    is_cuda = bool
+if not Platform.is_cuda():
+    raise ValueError('it has no such backend')
+"""
 IN_A_FALLBACK = """
 try:
     import no_such_package
@@ -167,7 +173,7 @@ except ImportError:
         ("faulty", ASKS_WHERE, NO_ANSWER),
         ("faulty", "if torch.empty(2).device.type == 'cpu': raise KeyError('elsewhere')", NO_ANSWER),
         (CONFIG, "if 'device' in 'device capability': raise ValueError('not supported')", REFUSAL),
-        (LAYER, "if (lambda is_cuda: is_cuda())(lambda: True): raise NotImplementedError('no backend')", REFUSAL),
+        (LAYER, PLATFORM, REFUSAL),
         ("faulty", "raise MemoryError", NO_ANSWER),
         ("faulty", "torch.nn.Module()(1)", FAULT),
         ("faulty", IN_A_FALLBACK, FAULT),
