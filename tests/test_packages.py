@@ -20,7 +20,7 @@ from glmpp.engine.packages import what_to_install  # noqa: E402
         (
             "transformers.models.x",
             ["transformers>=1"],
-            "newer than vLLM .* knows: install an older transformers that >=1 allows",
+            "newer than vLLM .* knows: install an older transformers .vLLM asks for >=1.",
         ),
         (
             "transformers",

@@ -37,8 +37,8 @@ def what_to_install(error: ImportError) -> str:
     if not wanted.contains(installed, prereleases=True):
         return f"change {package}: vLLM {vllm_version()} asks for {package}{wanted}, and {installed} is installed"
     return (
-        f"{package} {installed} is newer than vLLM {vllm_version()} knows: install an older {package} that {wanted} allows, "
-        "or a newer vLLM"
+        f"{package} {installed} is newer than vLLM {vllm_version()} knows: install an older {package} "
+        f"(vLLM asks for {wanted}), or a newer vLLM"
     )
 
 
