@@ -481,7 +481,7 @@ MUTATIONS = {
         "engine/stage_load.py::StageLoad.__init__",
         "self.loader = None",
         "pass",
-        "test_vllm_child.py::test_where_vllm_may_not_load_the_kits_plugin_the_load_format_is_said_to_be_unknown",
+        "test_vllm_child.py::test_where_vllm_may_not_load_the_kits_plugin_the_verdict_is_the_same",
     ),
     "the check is made": (
         "engine/load_format.py::StageModelLoader.load_weights",
@@ -1319,6 +1319,16 @@ def must_fail(template: Template, folder: Path, guard: str) -> None:
     code, said = template.run(folder, node)
     assert code == 1, f"{node} still passes without {guard}\n{said[-3000:]}"
     assert "1 failed" in said, said[-3000:]
+
+
+@pytest.mark.parametrize("guard", MUTATIONS)
+def test_a_mutation_names_a_line_and_a_test_that_are_there(guard):
+    place, old, _, node = MUTATIONS[guard]
+    file, _, name = place.partition("::")
+    source = (ROOT / "glmpp" / file).read_text()
+    assert old in "".join(source.splitlines(keepends=True)[lines_of(source, name)]), place
+    file, _, test = node.partition("::")
+    assert f"def {test.partition('[')[0]}(" in (ROOT / "tests" / file).read_text(), node
 
 
 @pytest.mark.mutation
