@@ -7,52 +7,42 @@ helper of the bug before and after, and how a stage loads), ledger (what became 
 
 import importlib
 
-from glmpp.checkpoint import Checkpoint
-from glmpp.dequant import dequantize, quantize
-from glmpp.errors import GlmppError
-from glmpp.formats.config import load_config
-from glmpp.formats.glm5 import reduced_config
-from glmpp.formats.tensor import TensorSpec
-from glmpp.ledger import Ledger
-from glmpp.loader import load_fp8_indexer_wk, load_stage
-from glmpp.partition import Stage, balance, balance_cache, make_stages, partition_layers, stage_bytes
-from glmpp.synthetic import synthetic_original, write_checkpoint
-
-# Imported when they are asked for: a serving process that wants the load format alone needs none of it.
-_LATER = {
+# Imported when they are asked for: torch takes seconds, and a serving process that wants the load format needs none of it.
+_FROM = {
+    "Checkpoint": "glmpp.checkpoint",
     "Deployment": "glmpp.verdict.deployment",
     "DryRunReport": "glmpp.verdict.report",
+    "GlmppError": "glmpp.errors",
+    "Ledger": "glmpp.ledger",
+    "Stage": "glmpp.partition",
     "StageReport": "glmpp.verdict.stage_report",
-    "dry_run": "glmpp.verdict.dry_run",
+    "TensorSpec": "glmpp.formats.tensor",
+    "balance": "glmpp.partition",
+    "balance_cache": "glmpp.partition",
     "claim": "glmpp.lab.notebook",
+    "dequantize": "glmpp.dequant",
+    "dry_run": "glmpp.verdict.dry_run",
     "environment": "glmpp.lab.notebook",
     "error_stats": "glmpp.lab.error",
+    "load_config": "glmpp.formats.config",
+    "load_fp8_indexer_wk": "glmpp.loader",
+    "load_stage": "glmpp.loader",
+    "make_stages": "glmpp.partition",
+    "partition_layers": "glmpp.partition",
+    "quantize": "glmpp.dequant",
+    "reduced_config": "glmpp.formats.glm5",
+    "stage_bytes": "glmpp.partition",
+    "synthetic_original": "glmpp.synthetic",
+    "write_checkpoint": "glmpp.synthetic",
 }
-
-__all__ = [
-    "Checkpoint",
-    "GlmppError",
-    "Ledger",
-    "Stage",
-    "TensorSpec",
-    "balance",
-    "balance_cache",
-    "dequantize",
-    "load_config",
-    "load_fp8_indexer_wk",
-    "load_stage",
-    "make_stages",
-    "partition_layers",
-    "quantize",
-    "reduced_config",
-    "stage_bytes",
-    "synthetic_original",
-    "write_checkpoint",
-    *_LATER,
-]
+__all__ = list(_FROM)
 
 
 def __getattr__(name: str):
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name]), name)
+    if name in _FROM:
+        return getattr(importlib.import_module(_FROM[name]), name)
     raise AttributeError(f"module 'glmpp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -11,17 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
-import tempfile
-import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.ending import ended, versions
 from glmpp.engine import fixes
-from glmpp.errors import GlmppError, KitError
+from glmpp.errors import GlmppError
 from glmpp.formats.files import printable
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
 from glmpp.formats.index import INDEX_FILE
@@ -31,7 +28,6 @@ from glmpp.synthetic import write_checkpoint
 from glmpp.verdict.advice import fixed_in, nearest_in_record, nearest_line, serve_line, try_fixes, try_load_format
 from glmpp.verdict.deployment import GUARDS, Deployment
 from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.installed import vllm_version
 from glmpp.verdict.layouts import CONTEXT, layouts
 from glmpp.verdict.layouts_text import layouts_json, layouts_text
 from glmpp.verdict.plan import plan_text
@@ -40,48 +36,17 @@ from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
 from glmpp.verdict.text import as_json, as_text, evidence_lines, label, overall
 
 NO_RELEASE = "no release of vLLM is known here to load it"
-FAULT = 3
-EXIT_CODES = {LOADS: 0, DIES: 1, INCOMPLETE: 1, CANNOT_TELL: 2}
+EXIT_CODES = {LOADS: 0, DIES: 1, INCOMPLETE: 1, CANNOT_TELL: 2}  # what else ends with 2 or more, `glmpp.ending` says
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns 0: loads completely, 1: does not, 2: cannot tell, or bad arguments or checkpoint, 3: a fault of
-    glmpp, and no verdict."""
+    """Run a command. Returns an exit code, see `glmpp.ending`."""
+    return ended(lambda: run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except KitError as error:
-        return _tell_fault(str(error))
-    except GlmppError as error:
-        print(f"glmpp: {printable(str(error))}", file=sys.stderr)
-        return EXIT_CODES[CANNOT_TELL]
-    except KeyboardInterrupt:
-        print("glmpp: interrupted", file=sys.stderr)
-        return 130
-    except Exception:
-        return _tell_fault(traceback.format_exc())
-
-
-def _tell_fault(said: str) -> int:
-    """Name a fault of the kit in one line, and keep what a report needs."""
-    report = "\n".join([versions(), f"Python {platform.python_version()}, {platform.platform()}", said])
-    try:
-        with tempfile.NamedTemporaryFile("w", prefix="glmpp-fault-", suffix=".txt", delete=False) as file:
-            file.write(f"{report}\n")
-        where = f"please report it with {file.name}"
-    except OSError:
-        where = f"please report it with this:\n{report}"
-    print(printable(f"glmpp: a fault of glmpp, and no verdict; {where}"), file=sys.stderr)
-    return FAULT
-
-
-def versions() -> str:
-    """Of the kit, and of the vLLM whose classes it runs."""
-    try:
-        own = version("glmpp")
-    except PackageNotFoundError:
-        own = "(a checkout that is not installed)"
-    return f"glmpp {own}, vLLM {vllm_version() or 'not installed'}"
+    return options.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -301,7 +266,3 @@ def _make(options: argparse.Namespace) -> int:
     checkpoint = write_checkpoint(config, options.directory, options.seed, shard_bytes, options.overwrite)
     print(f"{options.directory}: {checkpoint}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -65,9 +65,7 @@ def test_plan_finds_the_layers_under_another_name(capsys, monkeypatch):
 
 def test_version_names_the_kit_and_the_vllm_that_it_runs(capsys, monkeypatch):
     monkeypatch.setenv("GLMPP_WITHOUT_VLLM", "1")
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["--version"])
-    assert ended.value.code == 0
+    assert cli.main(["--version"]) == 0
     assert re.fullmatch(r"glmpp [\w.()]+, vLLM not installed\n", capsys.readouterr().out)
 
 

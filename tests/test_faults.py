@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.formats.shard import read_shard
 from glmpp.synthetic import write_checkpoint
-from glmpp.verdict import forks
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.server import Server
@@ -135,7 +133,7 @@ def needs_vllm():
 def test_a_child_that_is_killed_is_an_error_that_says_so_and_the_next_run_works(needs_vllm, endless, tiny, side_by_side):
     side_by_side(1)
     killer = once_at_work(endless, lambda pid: os.kill(pid, signal.SIGKILL))
-    with pytest.raises(GlmppError, match=r"was killed after .*by the system if memory ran out"):
+    with pytest.raises(GlmppError, match=r"was killed at stage \d of 2, by the system if memory ran out"):
         dry_run(tiny, Deployment(pp=2, guard=Helper(endless)), progress=False)
     killer.join()
     assert dry_run(tiny, Deployment(pp=2, guard="loader"), progress=False).loads
@@ -181,7 +179,7 @@ def test_no_process_stays_when_the_kernel_is_killed(needs_vllm, own_server, endl
 @pytest.mark.parametrize(("gone", "said"), [(False, "alive"), (True, "")])
 def test_a_fork_whose_server_went_before_it_was_tied_to_it_ends(gone, said):
     program = (
-        "import os, sys, time; from glmpp.engine.child import end_with_parent\n"
+        "import os, sys, time; from glmpp.engine.clients import end_with_parent\n"
         "gone = bool(sys.argv[1:])\n"
         "read, write = os.pipe()\n"
         "if os.fork() == 0:\n"
@@ -200,97 +198,120 @@ def test_a_fork_whose_server_went_before_it_was_tied_to_it_ends(gone, said):
     assert done.stdout == f"{said}\n", done.stderr
 
 
-def process_of(handle: int) -> int:
-    (line,) = (line for line in Path(f"/proc/self/fdinfo/{handle}").read_text().splitlines() if line.startswith("Pid:"))
-    return int(line.split()[1])
+# What the process that imports vLLM does with its clients, without vLLM: the fork says that it is at work, and stays so.
+CLIENTS = """
+import os, socket, sys, time
+from glmpp.engine.clients import Clients
+clients, me = Clients(int(sys.argv[1])), os.getuid()
+if sys.argv[2:] == ["another"]:
+    os.getuid = lambda: me + 1
+with clients.watched(lambda: os._exit(7)):
+    print("imports", flush=True)
+    if sys.argv[2:] == ["imports"]:
+        time.sleep(1000)
+for client, message, pipes in clients.requests():
+    if clients.fork(client):
+        os.write(pipes[0], str(os.getpid()).encode())
+        if message == b"ends":
+            os._exit(0)
+        time.sleep(1000)
+    for pipe in pipes:
+        os.close(pipe)
+print("alone", flush=True)
+"""
 
 
-class FakeFork:
-    """A `Fork` of which this process is the server: the other end of its pipe, and the processes that it would have killed.
+class Served:
+    """A process with `CLIENTS`, and a connection that keeps it."""
 
-    Nothing is killed: a fault of the code under test could name any process.
-    """
+    def __init__(self, *arguments: str):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+            listening.bind("")
+            listening.listen()
+            self.address = listening.getsockname()
+            self.client = self.connect()
+            command = [sys.executable, "-c", CLIENTS, str(listening.fileno()), *arguments]
+            self.process = subprocess.Popen(command, pass_fds=[listening.fileno()], stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout.readline() == "imports\n"
 
-    def __init__(self, folder: Path, monkeypatch):
-        self.killed: list[int] = []
-        monkeypatch.setattr(forks.os, "kill", lambda pid, _: self.killed.append(pid))
-        monkeypatch.setattr(forks.signal, "pidfd_send_signal", lambda handle, _: self.killed.append(process_of(handle)))
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours, theirs:
-            turns = forks._turns([])
-            self.fork = forks.Fork(
-                folder / "request.json", 0, (0, 1, 1), turns, SimpleNamespace(socket=ours, pid=os.getpid())
-            )
-            os.close(turns)
-            _, (self.pipe, turns), *_ = socket.recv_fds(theirs, 4096, 2)
-            os.close(turns)
+    def connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.connect(self.address)
+        return connection
 
-    def says(self, pid: object) -> None:
-        os.write(self.pipe, json.dumps({"kind": "pid", "pid": pid}).encode() + b"\n")
-        self.fork.read()
+    def fork(self, message: bytes = b"stays") -> tuple[socket.socket, int]:
+        """A connection, and the process that is at work for it."""
+        connection, (read, write) = self.connect(), os.pipe()
+        socket.send_fds(connection, [message], [write, write])
+        os.close(write)
+        with os.fdopen(read, "rb", 0) as pipe:
+            return connection, int(pipe.read(20))
 
 
 @pytest.fixture
-def fake_fork(tmp_path, monkeypatch):
-    return FakeFork(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def sleeping():
-    """Start processes that do nothing; they end with the test, and need not be killed for it."""
+def served():
     started = []
 
-    def start(**options) -> subprocess.Popen:
-        started.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE, **options))
+    def start(*arguments: str) -> Served:
+        started.append(Served(*arguments))
         return started[-1]
 
     yield start
     for one in started:
-        one.communicate()
+        one.client.close()
+        one.process.kill()
+        one.process.wait()
+        one.process.stdout.close()
 
 
 @linux
-@pytest.mark.parametrize("with_handles", [True, False])
-def test_a_fork_that_is_at_work_is_killed(fake_fork, sleeping, monkeypatch, with_handles):
-    if not with_handles:  # a Linux before 5.3
-        monkeypatch.delattr(forks.os, "pidfd_open", raising=False)
-    child = sleeping(pass_fds=[fake_fork.pipe])
-    fake_fork.says(child.pid)
-    os.close(fake_fork.pipe)
-    files = len(os.listdir("/proc/self/fd"))
-    fake_fork.fork.close()
-    assert fake_fork.killed == [child.pid]
-    assert len(os.listdir("/proc/self/fd")) == files - 1 - with_handles
+def test_a_fork_ends_when_the_connection_of_its_own_is_closed_and_no_other_does(served):
+    server = served()
+    (one, first), (other, second) = server.fork(), server.fork()
+    assert is_at_work(first) and is_at_work(second)
+    one.close()
+    assert gone(first) and is_at_work(second)
+    server.client.close()  # a fork's connection keeps the process, too
+    assert is_at_work(second) and server.process.poll() is None
+    other.close()
+    assert gone(second) and server.process.stdout.read() == "alone\n"
 
 
 @linux
-@pytest.mark.parametrize("with_handles", [True, False])
-@pytest.mark.parametrize("when", ["before its message is read", "after its message is read"])
-def test_a_fork_that_has_gone_is_not_killed_for_its_number_may_be_anothers(
-    fake_fork, sleeping, monkeypatch, when, with_handles
-):
-    if not with_handles:
-        monkeypatch.delattr(forks.os, "pidfd_open", raising=False)
-    other = sleeping()  # a fork of the same server, which has been given the number
-    if when == "after its message is read":
-        fake_fork.says(other.pid)
-        os.close(fake_fork.pipe)
-    else:
-        os.write(fake_fork.pipe, json.dumps({"kind": "pid", "pid": other.pid}).encode() + b"\n")
-        os.close(fake_fork.pipe)
-        fake_fork.fork.read()
-    fake_fork.fork.close()
-    assert fake_fork.killed == [] and other.poll() is None
+def test_a_fork_that_has_ended_by_itself_is_let_go_of_and_its_number_is_not_killed(served):
+    server = served()
+    connections = [server.fork(b"ends") for _ in range(3)]
+    last, pid = server.fork()  # by then the others are let go of, or are before they are closed
+    for connection, _ in connections:
+        connection.close()
+    assert all(gone(ended) for _, ended in connections) and is_at_work(pid)
+    assert server.process.poll() is None
+    last.close()
 
 
 @linux
-@pytest.mark.parametrize("pid", [-1, 0, 1, True, 1.5, "7", None, [1], "mine", "my parent's", 2**22 + 1, 10**30])
-def test_no_process_is_killed_that_is_no_fork_of_the_server(fake_fork, pid):
-    named = {"mine": os.getpid(), "my parent's": os.getppid()}
-    fake_fork.says(named.get(pid, pid) if isinstance(pid, str) else pid)
-    fake_fork.fork.close()
-    os.close(fake_fork.pipe)
-    assert fake_fork.killed == []
+def test_another_user_is_not_served(served):
+    """The process takes itself for another user's, once its first client has come."""
+    server = served("another")
+    with server.connect() as stranger:
+        assert stranger.recv(1) == b""
+    assert server.process.poll() is None
+
+
+@linux
+@pytest.mark.parametrize("clients", [1, 3])
+def test_a_process_that_imports_ends_with_the_last_of_its_clients(served, clients):
+    server = served("imports")
+    others = [server.connect() for _ in range(clients - 1)]
+    server.client.close()
+    for other in others:
+        assert server.process.poll() is None
+        other.close()
+    assert server.process.wait(60) == 7
+
+
+def is_at_work(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
 
 
 # --- load ---------------------------------------------------------------------------------------------------------

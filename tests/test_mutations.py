@@ -813,26 +813,38 @@ MUTATIONS = {
         "",
         "test_vllm_child.py::test_the_child_imports_nothing_from_where_the_kernel_works",
     ),
-    "only the same user is served": (
-        "engine/child.py::is_same_user",
-        "return uid == os.getuid()",
-        "return True",
-        "test_vllm_child.py::test_only_the_same_user_is_served",
+    "another user is not asked": (
+        "verdict/server.py::Server.connect",
+        "if not peer_is_this_user(connection):",
+        "if False:",
+        "test_vllm_child.py::test_another_users_process_is_not_asked",
     ),
-    "a process that has gone is not killed": (
-        "verdict/forks.py::Fork.close",
-        " and self._lives()",
-        "",
-        "test_faults.py::test_a_fork_that_has_gone_is_not_killed_for_its_number_may_be_anothers",
+    "another user is not served": (
+        "engine/clients.py::Clients.accept",
+        "if not peer_is_this_user(client):",
+        "if False:",
+        "test_faults.py::test_another_user_is_not_served",
     ),
-    "only a fork of the server is killed": (
-        "verdict/forks.py::Fork._know",
-        "is_child(pid, self.server.pid) and ",
+    "a fork ends with who asked for it": (
+        "engine/clients.py::Clients.received",
+        "os.kill(pid, signal.SIGKILL)",
+        "return None",
+        "test_faults.py::test_a_fork_ends_when_the_connection_of_its_own_is_closed_and_no_other_does",
+    ),
+    "a fork that has ended is not killed": (
+        "engine/clients.py::Clients.reap",
+        "del self.forks[client]",
+        "pass",
+        "test_faults.py::test_a_fork_that_has_ended_by_itself_is_let_go_of_and_its_number_is_not_killed",
+    ),
+    "an import that nobody waits for": (
+        "engine/clients.py::Clients.watched",
+        "            alone()\n",
         "",
-        "test_faults.py::test_no_process_is_killed_that_is_no_fork_of_the_server",
+        "test_faults.py::test_a_process_that_imports_ends_with_the_last_of_its_clients",
     ),
     "a server that went before its fork was tied to it": (
-        "engine/child.py::end_with_parent",
+        "engine/clients.py::end_with_parent",
         "if os.getppid() != parent:",
         "if False:",
         "test_faults.py::test_a_fork_whose_server_went_before_it_was_tied_to_it_ends",
@@ -847,7 +859,7 @@ MUTATIONS = {
         "verdict/forks.py::Fork.last_words",
         "if self.server.ended() else",
         "if False else",
-        "test_vllm_child.py::test_a_vllm_that_cannot_be_imported_is_named_every_time",
+        "test_vllm_child.py::test_a_process_that_breaks_off_while_it_imports_is_asked_for_its_last_words",
     ),
     "a process that runs other code is not asked": (
         "verdict/server.py::Server._shared",
@@ -976,7 +988,7 @@ MUTATIONS = {
         "test_vllm_child.py::test_stages_side_by_side_are_told_the_same_as_one_after_another",
     ),
     "forks end with the server": (
-        "engine/child.py::end_with_parent",
+        "engine/clients.py::end_with_parent",
         "ctypes.CDLL(None).prctl(1, signal.SIGKILL)",
         "pass",
         "test_faults.py::test_no_process_stays_when_the_kernel_is_killed",
@@ -1150,7 +1162,7 @@ MUTATIONS = {
         "test_no_false_alarm.py::test_a_stage_loaded_by_both[more named than the bytes confirm]",
     ),
     "a name that was elsewhere before": (
-        "engine/contract.py::missing",
+        "engine/contract.py::_failures",
         "BEFORE.get(name)",
         "None",
         "test_vllm_contract.py::test_a_name_that_was_elsewhere_before_is_found_there",
@@ -1219,8 +1231,8 @@ MUTATIONS = {
     ),
     "names that vLLM has moved": (
         "engine/contract.py::require",
-        "if gone := missing(part):",
-        "if gone := []:",
+        "    if gone:\n",
+        "    if False:\n",
         "test_vllm_contract.py::test_a_name_that_has_moved_is_named_with_the_release_it_was_last_seen_in_and_what_still_works",
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from glmpp.gpus import CPU
 from glmpp.verdict import forks, server
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.dry_run import dry_run
+from glmpp.verdict.forks import ask
 from glmpp.verdict.installed import vllm_version
 from glmpp.verdict.report import DryRunReport
 from glmpp.verdict.stage_report import LOADS
@@ -55,9 +57,7 @@ def test_nothing_is_imported_from_the_folder_that_is_checked(tiny, tmp_path, pat
     command = [GLMPP, "check", ".", "--pp", "2", "--guard", "loader"]
     if path:
         program = tmp_path / "program.py"  # not -c, with which Python itself looks for modules where it works
-        program.write_text(
-            f"import os\nos.environ['PYTHONPATH'] = {path!r}\nfrom glmpp import cli\nraise SystemExit(cli.main())\n"
-        )
+        program.write_text(f"import os\nos.environ['PYTHONPATH'] = {path!r}\nfrom glmpp.__main__ import main\nmain()\n")
         command = [sys.executable, program, *command[1:]]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert [file.name for file in marks.iterdir()] == []
@@ -72,16 +72,19 @@ def test_the_child_imports_nothing_from_where_the_kernel_works(tiny, tmp_path, m
     assert [file.name for file in marks.iterdir()] == []
 
 
-@needs_vllm
-def test_only_the_same_user_is_served():
-    program = (
-        "import os, socket; from glmpp.engine.child import is_same_user\n"
-        "one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
-        "mine = is_same_user(one); me = os.getuid(); os.getuid = lambda: me + 1\n"
-        "print(mine, is_same_user(one))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout == "True False\n", done.stderr
+def test_another_users_process_is_not_asked(monkeypatch):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind("")
+        listening.listen()
+        asked = server.Server.__new__(server.Server)
+        asked.address = listening.getsockname()
+        asked.connect().close()
+        another = os.getuid() + 1
+        monkeypatch.setattr(os, "getuid", lambda: another)
+        with pytest.raises(PermissionError):
+            asked.connect()
+        monkeypatch.setenv(server.SHARED, f"cpu {asked.address.hex()} {server.PACKAGE}")
+        assert server.Server._shared(CPU) is None
 
 
 def test_the_hostile_modules_would_show(tmp_path):
@@ -101,13 +104,20 @@ def test_a_vllm_that_cannot_be_imported_is_named_every_time(tiny, tmp_path, monk
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
     monkeypatch.delenv("GLMPP_WITHOUT_VLLM", raising=False)
     monkeypatch.setattr(contract, "vllm_version", lambda: "broken")
-    named = r"broke off after 0 messages(.|\n)*ImportError: libcudart\.so\.13"
-    for _ in range(3):  # the request comes before the process fails
-        with pytest.raises(GlmppError, match=named):
+    for _ in range(3):
+        with pytest.raises(GlmppError, match=r"vLLM broken cannot be imported here(.|\n)*ImportError: libcudart\.so\.13"):
             dry_run(tiny, 2, progress=False)
-    running = server.Server.running()
-    running.process.wait()  # or after
-    with pytest.raises(GlmppError, match=named):
+
+
+def test_a_process_that_breaks_off_while_it_imports_is_asked_for_its_last_words(tiny, tmp_path, monkeypatch, own_server):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("import os; os.write(2, b'double free'); os._exit(9)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    monkeypatch.delenv("GLMPP_WITHOUT_VLLM", raising=False)
+    monkeypatch.setattr(contract, "vllm_version", lambda: "broken")
+    running = server.Server.running(CPU)
+    running.process.wait()
+    with pytest.raises(GlmppError, match=r"broke off at the import of vLLM:\ndouble free"):
         forks.collect([fork(running, tiny)])
 
 
@@ -115,7 +125,7 @@ def test_a_vllm_that_cannot_be_imported_is_named_every_time(tiny, tmp_path, monk
 def test_a_server_that_was_killed_before_it_answered_is_told_from_a_fork(tiny, own_server):
     running = server.Server.running()
     running.process.kill()
-    with pytest.raises(GlmppError, match="was killed after 0 messages"):
+    with pytest.raises(GlmppError, match="was killed at the import of vLLM"):
         forks.collect([fork(running, tiny)])
 
 
@@ -187,17 +197,19 @@ def test_those_that_are_started_together_import_one_after_another(own_server, tm
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
     monkeypatch.setenv(server.SHARED, "")
     server.Server.share(CPU, "h100")
-    for one in server.Server.current.values():
-        one.process.wait()  # the next has its turn, although this one fails
+    for one in server.Server.current.values():  # the next has its turn, although this one fails
+        with pytest.raises(GlmppError, match="cannot be imported"):
+            ask({"kind": "architectures", "gpu": one.target})
     assert (tmp_path / "said").read_text().split() == ["begins", "ends"] * 2
 
 
 @needs_vllm
 @pytest.mark.parametrize(
-    "shared", ["", "cpu 00 1 {package}", "cpu {address} 1 another/glmpp/__init__.py", "h200 {address} 1 {package}"]
+    "shared",
+    ["", "cpu 00 {package}", "cpu 0 {package}", "cpu {address} another/glmpp/__init__.py", "h200 {address} {package}"],
 )
 def test_nobody_is_served_by_a_process_that_has_ended_or_runs_other_code(shared, monkeypatch):
-    address = server.Server.running(CPU).socket.getpeername().hex()
+    address = server.Server.running(CPU).address.hex()
     monkeypatch.setenv(server.SHARED, shared.format(package=server.PACKAGE, address=address))
     program = ASKS.partition("\n")[0] + "\nprint(Server._shared('cpu'))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -234,7 +246,7 @@ def test_stages_side_by_side_are_told_the_same_as_one_after_another(tiny, option
 def test_every_fork_is_ended_when_one_of_them_breaks_down(tiny, tmp_path, side_by_side):
     side_by_side(3)
     (tmp_path / "breaks.py").write_text("import os, time\nos.kill(os.getpid(), 9)\n")
-    with pytest.raises(GlmppError, match="was killed after"):
+    with pytest.raises(GlmppError, match="was killed at "):
         dry_run(tiny, Deployment(pp=4, guard=Helper(f"{tmp_path / 'breaks.py'}:helper")), progress=False)
     assert dry_run(tiny, Deployment(pp=4, guard="loader"), progress=False).loads
 
@@ -245,7 +257,7 @@ def test_runs_that_take_too_long_are_ended_and_said_to_be(tiny, full):
 
     deployment = Deployment(8, guard="helper")
     runs = [run_of(deployment, rank) for rank in range(8)]
-    with pytest.raises(GlmppError, match="was not done after 0 s"):
+    with pytest.raises(GlmppError, match=r"was not done after 0\.01 s, and was ended"):
         forks.run_stages(full, stage_request(full, deployment), runs, timeout=0.01)
 
 
@@ -256,3 +268,93 @@ def test_where_vllm_may_not_load_the_kits_plugin_the_verdict_is_the_same(tiny, o
     for guard in ("installed", "loader"):
         (stage,) = dry_run(tiny, Deployment(1, guard=guard), progress=False).stages
         assert stage.verdict == LOADS, stage.message
+
+
+# --- in what surroundings -----------------------------------------------------------------------------------------
+
+DOES_NO_HARM = {
+    "PYTHONOPTIMIZE": "2",  # without docstrings vLLM's own modules cannot be imported, without assertions it refuses less
+    "PYTHONWARNINGS": "error",
+    "PYTHONINSPECT": "1",
+    "PYTHONPROFILEIMPORTTIME": "1",
+    "HOME": "/proc/none",
+    "XDG_CACHE_HOME": "/proc/none",
+    "XDG_CONFIG_HOME": "/proc/none",
+    "HF_HOME": "/proc/none",
+    "VLLM_CACHE_ROOT": "/proc/none",
+    "VLLM_CONFIG_ROOT": "/proc/none",
+    "VLLM_LOGGING_CONFIG_PATH": "/proc/none",
+    "VLLM_CONFIGURE_LOGGING": "1",
+    "VLLM_LOGGING_LEVEL": "NONE",
+    "VLLM_USE_MODELSCOPE": "1",
+    "VLLM_DP_SIZE": "2",
+    "VLLM_DP_RANK": "1",
+    "VLLM_PP_LAYER_PARTITION": "1,1",
+    "VLLM_PORT": "x",
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "nowhere",
+    "TRANSFORMERS_CACHE": "/proc/none",
+    "CUDA_HOME": "/proc/none",
+    "TORCH_LOGS": "none",
+    "PYTORCH_CUDA_ALLOC_CONF": "none",
+    "TRITON_CACHE_DIR": "/proc/none",
+    "USER": "",
+}
+SECRET = ("HF_TOKEN", "VLLM_API_KEY", "VLLM_S3_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY", "NOBODY_KNOWS_WHAT")
+DECIDES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VLLM_PLUGINS", "VLLM_USE_DEEP_GEMM", "VLLM_MLA_DISABLE", "LC_ALL")
+
+
+def test_the_child_has_what_a_verdict_needs_and_no_more(monkeypatch, tmp_path):
+    for name in (*DOES_NO_HARM, *SECRET, *DECIDES):
+        monkeypatch.setenv(name, "here")
+    given = server.surroundings(tmp_path)
+    assert {name for name in (*SECRET, *DECIDES) if name in given} == {*DECIDES}
+    assert {name: given[name] for name in DOES_NO_HARM if name in given} == {"HOME": str(tmp_path), "USER": "here"}
+    assert given["TMPDIR"] == str(tmp_path)
+
+
+@needs_vllm
+def test_a_verdict_is_the_same_in_surroundings_that_would_keep_vllm_from_starting(tiny, own_server, monkeypatch):
+    for name, value in DOES_NO_HARM.items():
+        monkeypatch.setenv(name, value)
+    (stage,) = dry_run(tiny, Deployment(1, gpu=CPU), progress=False).stages
+    assert stage.verdict == LOADS, stage.message
+
+
+def test_another_package_that_vllm_cannot_work_with_is_named(tiny, tmp_path, own_server, monkeypatch):
+    """And not vLLM, which has all its names."""
+    for package, content in {
+        "vllm": "import transformers",
+        "transformers": "raise ImportError('cannot import', name='tokenizers')",
+    }.items():
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(content)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    monkeypatch.delenv("GLMPP_WITHOUT_VLLM", raising=False)
+    monkeypatch.setattr(contract, "vllm_version", lambda: "0.22.1")
+    with pytest.raises(
+        GlmppError, match=r"vLLM .* cannot be imported here; .*tokenizers(.|\n)*transformers/__init__\.py:1"
+    ) as raised:
+        dry_run(tiny, Deployment(1, gpu=CPU), progress=False)
+    assert "has no" not in str(raised.value).splitlines()[0]
+
+
+@needs_vllm
+@pytest.mark.parametrize("ends", ["raise RuntimeError('boom')", "raise SystemExit(0)"])
+def test_a_plugin_that_fails_is_named_with_its_package_and_no_stage_is_told_of(
+    tiny, tmp_path, own_server, monkeypatch, ends
+):
+    (tmp_path / "boom.py").write_text(f"def run(): {ends}\n")
+    info = tmp_path / "boom_for_vllm-1.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: boom-for-vllm\nVersion: 1.5\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nbooms = boom:run\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    said = (
+        r"plugin 'booms' \(package boom-for-vllm 1\.5\) fails, as it would in vllm serve: (RuntimeError: boom|SystemExit: 0)"
+    )
+    for _ in range(2):
+        with pytest.raises(GlmppError, match=said):
+            dry_run(tiny, Deployment(2, gpu=CPU), progress=False)

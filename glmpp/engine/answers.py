@@ -27,6 +27,7 @@ def serve(request: dict, world: dict, turns: int, send: Callable[[dict], None]) 
         turns: where the numbers of the runs come from, two bytes each.
     """
     kind = request["kind"]
+    send({"kind": "begins", "what": f"the answer about {kind.replace('_', ' ')}"})
     if kind == "tiny_model":
         return send({"kind": kind, **make(request["architecture"], Path(request["directory"]), request["tied"])})
     if kind == "architectures":
@@ -44,6 +45,7 @@ def serve(request: dict, world: dict, turns: int, send: Callable[[dict], None]) 
         at = int.from_bytes(number, sys.byteorder)
         run = request["runs"][at]
         place = Place.of(run)
+        send({"kind": "begins", "what": "the PP=1 control" if run["control"] else str(place)})
         if world["size"] == 1:
             pretend(place)
         send({"kind": "stage", "run": at, **run, **stages.run(place)})

@@ -8,33 +8,28 @@ here is imported by the parent.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import gc
 import importlib.util
 import json
 import os
 import resource
-import selectors
-import signal
-import socket
-import struct
 import sys
 import tempfile
 import traceback
+from importlib.metadata import entry_points
+from pathlib import Path
 
 from glmpp.engine import contract
+from glmpp.engine.clients import Clients
 from glmpp.engine.failures import frames, is_kits, without_paths
+from glmpp.engine.packages import what_to_install
 from glmpp.engine.stand_ins import expert_map_on_cpu, inspect_in_process, install_platform
 from glmpp.errors import GlmppError
 from glmpp.gpus import CPU
+from glmpp.scratch import remove_scratch
 
-# Before torch and vLLM are imported. The GPU, if there is one, stays unseen: verdicts must not depend on the machine. Nor on
-# what a launcher has set for processes of its own: vLLM would wait for the other ranks.
-for name in [name for name in os.environ if name.startswith("VLLM_DP_")]:
-    del os.environ[name]
-for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-    os.environ.pop(name, None)
+# Before torch and vLLM are imported. The GPU, if there is one, stays unseen: verdicts must not depend on the machine.
 os.environ.update(
     CUDA_VISIBLE_DEVICES="",
     VLLM_CONFIGURE_LOGGING="0",
@@ -42,7 +37,7 @@ os.environ.update(
     DO_NOT_TRACK="1",
     HF_HUB_OFFLINE="1",
     HUMMING_DISABLE_PARALLEL_BUILD="1",  # vLLM >= 0.32 starts background compiles from an import
-    CUDA_TILE_TEMP_DIR=tempfile.gettempdir(),  # else an import makes one, which nobody uses or removes
+    CUDA_TILE_TEMP_DIR=tempfile.gettempdir(),  # else each import makes another
     TQDM_DISABLE="1",
     VLLM_ALLOW_LONG_MAX_MODEL_LEN="1",  # the length asked for is nominal: nothing is generated
     # What is chosen for a GPU must not depend on this machine: without it vLLM looks for nvcc, and asks NVIDIA's server.
@@ -56,6 +51,7 @@ sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 # What vLLM imports only once a model is built, which would be half of the time of a small model's verdict in every fork. A
 # release that has no such module does without.
 BACKENDS = "vllm.v1.attention.backends"
+PLUGINS = "vllm.general_plugins"
 LATE = [
     "vllm.model_executor.models.adapters",
     "vllm.model_executor.models.deepseek_mtp",
@@ -73,9 +69,6 @@ LATE_ON_GPU = [
 ]
 
 
-FAULT = 70  # the exit code after a fault of the kit: EX_SOFTWARE of sysexits.h
-
-
 def preload(target: str) -> None:
     """Everything slow and common to all requests: half a minute of imports the first time, a second once forked."""
     install_platform(target)
@@ -88,9 +81,31 @@ def preload(target: str) -> None:
 
     get_quantization_config("fp8")
     contract.missing(contract.KV_CACHE)  # looks, and so imports
+    load_plugins()
     for module in LATE + (LATE_ON_GPU if target != CPU else []):
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
+
+
+def load_plugins() -> None:
+    """vLLM's general plugins, those of VLLM_PLUGINS if it is set, once and for all requests. What one raises is its own.
+
+    Raises:
+        GlmppError: one of them fails, as it would in `vllm serve`.
+    """
+    from vllm import plugins
+
+    for name, run in plugins.load_plugins_by_group(PLUGINS).items():
+        try:
+            run()
+        except (Exception, SystemExit) as error:
+            points = (point for point in entry_points(group=PLUGINS) if point.name == name and point.dist)
+            whose = ", ".join(f"{point.dist.name} {point.dist.version}" for point in points) or "unknown"
+            raise GlmppError(
+                f"the vLLM plugin {name!r} (package {whose}) fails, as it would in vllm serve: {told(error)}\n"
+                "Uninstall it, or name the plugins that are wanted in VLLM_PLUGINS"
+            ) from None
+    plugins.plugins_loaded = True
 
 
 def peak_rss_bytes() -> int:
@@ -100,18 +115,6 @@ def peak_rss_bytes() -> int:
 def resident_bytes() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def end_with_parent(parent: int) -> None:
-    """Let the kernel of the system end this process with the server, which ends with the kernel of the notebook.
-
-    Args:
-        parent: the server's process id, as it was before the fork: what had gone until now is told to nobody.
-    """
-    with contextlib.suppress(AttributeError):  # Linux has it
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def answer(names: dict, pipe: int, turns: int) -> None:
@@ -132,7 +135,6 @@ def answer(names: dict, pipe: int, turns: int) -> None:
             channel.write(json.dumps(message) + "\n")
             channel.flush()
 
-        send({"kind": "pid", "pid": os.getpid()})
         try:
             with open(names["request"]) as file:
                 request = json.load(file)
@@ -152,12 +154,22 @@ def answer(names: dict, pipe: int, turns: int) -> None:
 
 
 def told(error: BaseException) -> str:
-    """A fault of the kit in a line, its traceback behind it."""
-    where = frames(error)
-    return "\n".join([f"{type(error).__name__}: {without_paths(str(error))}", *map(str, where)])
+    """An exception in a line, its traceback behind it."""
+    return "\n".join([f"{type(error).__name__}: {without_paths(str(error))}", *map(str, frames(error))])
 
 
-def main(descriptor: int, target: str, turn: int | None = None) -> None:
+def why_not(error: BaseException) -> dict:
+    """The message of a process that cannot import vLLM, and so answers nothing else."""
+    if isinstance(error, GlmppError):
+        return {"kind": "refused", "message": str(error)}
+    if is_kits(error):
+        return {"kind": "fault", "message": told(error)}
+    advice = f"; {what_to_install(error)}" if isinstance(error, ImportError) and error.name else ""
+    said = f"vLLM {contract.vllm_version()} cannot be imported here{advice}: {told(error)}"
+    return {"kind": "refused", "message": said}
+
+
+def main(descriptor: int, target: str, folder: str, turn: int | None = None) -> None:
     """Import vLLM once, then fork for every message on a connection, so that no request sees another's patches.
 
     A message is a JSON object, see `answer`, and with it come the pipe to answer into and the one that gives out turns.
@@ -166,54 +178,38 @@ def main(descriptor: int, target: str, turn: int | None = None) -> None:
     Args:
         descriptor: of a listening socket, which somebody has connected to.
         target: the GPU that is pretended, or "cpu".
+        folder: of `glmpp.scratch`, this process's own; it goes with it.
         turn: of a file that is locked while vLLM is imported.
     """
-    if turn is not None:
-        fcntl.lockf(turn, fcntl.LOCK_EX)
-    gc.disable()  # what is imported stays: looking through it again and again would be a fifth of the time
-    try:
-        preload(target)
-    except Exception as error:
-        if is_kits(error):
-            print(told(error), file=sys.stderr)
-            sys.exit(FAULT)
-        raise
-    if turn is not None:
-        os.close(turn)  # and unlocks it, as the end of the process would
+    clients, failure = Clients(descriptor), None
+
+    def leave() -> None:
+        remove_scratch(Path(folder))
+        os._exit(0)  # no exit handlers, which may wait
+
+    with clients.watched(leave):
+        if turn is not None:
+            fcntl.lockf(turn, fcntl.LOCK_EX)
+        gc.disable()  # what is imported stays: looking through it again and again would be a fifth of the time
+        try:
+            preload(target)
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            failure = why_not(error)
+        if turn is not None:
+            os.close(turn)  # and unlocks it, as the end of the process would
     gc.freeze()  # what the forks inherit is not theirs to look through, and stays shared
     gc.set_threshold(50_000)  # a load makes many objects, and little garbage
     gc.enable()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished forks are reaped by the kernel
-    server, listening, sockets = os.getpid(), socket.socket(fileno=descriptor), selectors.DefaultSelector()
-    sockets.register(listening, selectors.EVENT_READ)
-    while True:
-        for key, _ in sockets.select():
-            if key.fileobj is listening:
-                client, _ = listening.accept()
-                if is_same_user(client):
-                    sockets.register(client, selectors.EVENT_READ)
-                continue
-            names, pipes, *_ = socket.recv_fds(key.fileobj, 4096, 2)
-            if not names:
-                sockets.unregister(key.fileobj)
-                key.fileobj.close()
-                if len(sockets.get_map()) == 1:
-                    return
-                continue
-            if os.fork() == 0:
-                try:
-                    end_with_parent(server)
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    for other in list(sockets.get_map().values()):
-                        other.fileobj.close()
-                    answer(json.loads(names), *pipes)
-                finally:
-                    os._exit(0)  # no exit handlers: they are the server's
-            for pipe in pipes:
-                os.close(pipe)
-
-
-def is_same_user(client: socket.socket) -> bool:
-    """Whether a connection is this user's. The socket has no file whose permissions would see to it."""
-    _pid, uid, _gid = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return uid == os.getuid()
+    for client, names, pipes in clients.requests():
+        if failure:
+            with contextlib.suppress(OSError):  # the client has gone
+                os.write(pipes[0], json.dumps(failure).encode() + b"\n")
+        elif clients.fork(client):
+            try:
+                answer(json.loads(names), *pipes)
+            finally:
+                os._exit(0)  # no exit handlers: they are the server's
+        for pipe in pipes:
+            os.close(pipe)
+    leave()

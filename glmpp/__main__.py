@@ -1,0 +1,24 @@
+"""The command `glmpp`, from its first import on: torch alone takes seconds, in which somebody may change their mind."""
+
+from __future__ import annotations
+
+import sys
+
+from glmpp.ending import ended
+
+
+def run() -> int:
+    from glmpp.cli import run
+
+    return run(sys.argv[1:])
+
+
+def main() -> None:
+    code = ended(run)
+    if server := sys.modules.get("glmpp.verdict.server"):
+        server.Server.close_all()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
