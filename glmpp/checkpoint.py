@@ -19,6 +19,7 @@ from glmpp.formats.files import opened
 from glmpp.formats.glm5 import glm_moe_dsa
 from glmpp.formats.header import read_header
 from glmpp.formats.hub import read_repository
+from glmpp.formats.hub_requests import SECONDS
 from glmpp.formats.index import INDEX_FILE, check_index, is_numbered, load_index, natural_key, shard_path
 from glmpp.formats.shard import read_shard
 from glmpp.formats.tensor import TensorSpec
@@ -120,12 +121,14 @@ class Checkpoint(Mapping[str, TensorSpec]):
         return cls(specs, config, directory)
 
     @classmethod
-    def from_hub(cls, repo_id: str, revision: str | None = None, progress: bool | None = None) -> Checkpoint:
+    def from_hub(
+        cls, repo_id: str, revision: str | None = None, progress: bool | None = None, seconds: float = SECONDS
+    ) -> Checkpoint:
         """Read config, index and safetensors headers of a Hub repository; no weight is downloaded.
 
         Arguments and errors are those of `glmpp.formats.hub.read_repository`.
         """
-        specs, config, source = read_repository(repo_id, revision, progress)
+        specs, config, source = read_repository(repo_id, revision, progress, seconds)
         return cls(specs, config, source=source)
 
     @classmethod

@@ -6,7 +6,12 @@ X-Error-Code on refusals, a redirect to another host for the shards, ranges; and
 
 from __future__ import annotations
 
+import base64
+import bz2
+import contextlib
+import gzip
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,17 +21,23 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
+from email.utils import formatdate
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from glmpp import Checkpoint, cli
 from glmpp.errors import GlmppError
 from glmpp.formats import hub as reader
+from glmpp.formats import hub_requests
 from glmpp.formats.hub import FIRST_BYTES
 from glmpp.formats.index import INDEX_FILE
 
@@ -48,11 +59,16 @@ class Hub(ThreadingHTTPServer):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # what is counted as sent is soon on its way
         self.commits, self.branches = {SHA: folder}, {"main": SHA}
         self.log: list[tuple[str, dict[str, str]]] = []
+        self.connections = 0
         self.sent: Counter[str] = Counter()
         self.ranges, self.faults = True, {}
         self.after_resolving = lambda: None
         self.released = threading.Event()  # set: what hangs goes on
         self.hung: list[str] = []  # "begun" and "over"
+
+    def process_request(self, *args):
+        self.connections += 1
+        super().process_request(*args)
 
     def handle_error(self, *args):
         if not isinstance(sys.exc_info()[1], ConnectionError):  # the client has hung up
@@ -155,6 +171,38 @@ def cut_in_silence(answer: Answer):
     return cut(answer, length=False)
 
 
+def drip(where: str):
+    """A byte at a time until the client hangs up: never a timeout, never an end; of the header's lines, or of the body."""
+
+    def fault(answer: Answer):
+        answer.send_response(200)
+        answer.send_header("Content-Length", "1000000")
+        answer.flush_headers() if where == "header" else answer.end_headers()
+        answer.server.hung.append("begun")
+        while not answer.server.released.wait(0.02):
+            answer.wfile.write(b"x")
+        answer.close_connection = True
+        return True
+
+    return fault
+
+
+def endless(code: int):
+    """A body that has no end, as the client sees when it counts."""
+
+    def fault(answer: Answer):
+        answer.send_response(code)
+        answer.send_header("Connection", "close")
+        if code == 302:
+            answer.send_header("Location", unquote(answer.path) + "/away")
+        answer.end_headers()
+        while True:
+            answer.server.sent["endless"] += 65536
+            answer.wfile.write(b" " * 65536)
+
+    return fault
+
+
 def hang(answer: Answer):
     answer.server.hung.append("begun")
     answer.server.released.wait(100)
@@ -170,7 +218,7 @@ def serve(folder: Path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # a request for its user agent
-    monkeypatch.setattr(reader, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(hub_requests, "PAUSES", (0.01, 0.01))
     monkeypatch.setenv("HF_TOKEN", "hf_of_this_test")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     close_session()
@@ -237,10 +285,10 @@ def equal(remote: Checkpoint, local: Checkpoint) -> bool:
     return list(remote.items()) == list(local.items()) and remote.config == local.config
 
 
-def refused(*words: str, revision: str | None = None) -> str:
+def refused(*words: str, revision: str | None = None, **more) -> str:
     """from_hub raises a GlmppError that says all these words; the message."""
     with pytest.raises(GlmppError) as caught:
-        Checkpoint.from_hub(REPO, revision, progress=False)
+        Checkpoint.from_hub(REPO, revision, progress=False, **more)
     message = str(caught.value)
     assert all(word in message for word in words), message
     return message
@@ -312,9 +360,9 @@ def test_the_command_takes_a_repository_and_shows_its_commit(hub, tiny, capsys):
     assert "the repository has no such branch, tag or commit" in capsys.readouterr().err
 
 
-def test_files_are_asked_for_uncompressed_so_that_sizes_are_their_own(hub):
+def test_everything_is_asked_for_uncompressed_so_that_sizes_are_its_own(hub):
     Checkpoint.from_hub(REPO, progress=False)
-    assert {headers["accept-encoding"] for path, headers in hub.log if "/api/" not in path} == {"identity"}
+    assert {headers["accept-encoding"] for _, headers in hub.log} == {"identity"}
 
 
 def test_the_token_goes_to_the_hub_and_not_where_it_redirects_to(hub):
@@ -360,6 +408,13 @@ def test_a_server_that_ignores_the_range_is_hung_up_on(large):
     large.ranges = False
     assert equal(Checkpoint.from_hub(REPO, progress=False), Checkpoint.from_directory(large.commits[SHA]))
     assert sum(large.sent.values()) < 12 * 10 * MB
+
+
+def test_a_connection_serves_one_request_after_another(large, monkeypatch):
+    """One to the Hub and one to where it redirects to, for 12 shards."""
+    monkeypatch.setattr(hub_requests, "CONNECTIONS", 1)
+    Checkpoint.from_hub(REPO, progress=False)
+    assert large.connections == 2
 
 
 # --- a repository that is not in order ---
@@ -534,12 +589,19 @@ def test_whatever_the_library_raises_is_an_answer_that_is_of_no_use(hub, monkeyp
 
     tries: list[int] = []
     monkeypatch.setattr("huggingface_hub.utils.hf_raise_for_status", broken)
-    refused(f"{REPO}@{SHA}/config.json", "no usable answer", "theirs")
+    refused(f"{REPO}@main", "no usable answer", "theirs")
     assert len(tries) == 3
 
 
 @pytest.mark.parametrize(
-    "said", [{"sha": 3}, {"sha": SHA, "siblings": [{"rfilename": 3}]}, {"sha": SHA, "siblings": [{"rfilename": ["a"]}]}]
+    "said",
+    [
+        *(
+            {"sha": sha}
+            for sha in (3, None, "", "main", SHA[1:], SHA + "0", "g" * 40, SHA + "\n", "\x1b[31m" + SHA, "٣" * 40)
+        ),
+        *({"sha": SHA, "siblings": siblings} for siblings in (None, [{}], [{"rfilename": 3}], [{"rfilename": ["a"]}])),
+    ],
 )
 def test_an_answer_with_other_kinds_of_values(hub, said):
     hub.faults["tiny"] = lambda answer: answer.reply(200, json.dumps({"id": REPO, "siblings": [], **said}).encode())
@@ -587,3 +649,308 @@ def test_an_interrupt_does_not_wait_for_requests_that_are_under_way(hub, shard, 
         Checkpoint.from_hub(REPO, progress=False)
     again.cancel()
     assert hub.hung == ["begun"]  # and not "over"
+
+
+# --- a server that is hostile ---
+
+SECRETS = ["us3r:s%2Fcret", "us3r:s/cret", "s%2Fcret", "s/cret", "hf_of_this_test", "dXMzcjpzL2NyZXQ="]
+
+
+def no_secret(message: str) -> str:
+    assert not [secret for secret in SECRETS if secret in message], message
+    return message
+
+
+@contextlib.contextmanager
+def at_most(nbytes: int):
+    """What Python allocates meanwhile."""
+    bomb(gzip.compress), bomb(bz2.compress)
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < nbytes
+    finally:
+        tracemalloc.stop()
+
+
+@cache
+def bomb(compress) -> bytes:
+    """100 MB, in 100 kB or less."""
+    return compress(b" " * 100 * MB)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP, identity"])
+@pytest.mark.parametrize("which", ["tiny", "config.json"])
+def test_an_answer_that_is_compressed_all_the_same_is_not_unpacked(hub, which, coding):
+    hub.faults[which] = lambda answer: answer.reply(200, bomb(gzip.compress), Content_Encoding=coding)
+    with at_most(30 * MB):
+        refused(f"{REPO}@", "gzip", "not asked for")
+
+
+@pytest.mark.parametrize("code", [404, 429, 500])
+@pytest.mark.parametrize("which", ["tiny", "config.json"])
+def test_the_body_of_an_error_is_not_unpacked(hub, which, code):
+    hub.faults[which] = lambda answer: answer.reply(
+        code, bomb(gzip.compress), Content_Encoding="gzip", X_Error_Message="not today"
+    )
+    with at_most(30 * MB):
+        refused(f"{REPO}@", f"HTTP {code}", "not today")
+
+
+def test_the_charset_of_an_error_does_not_unpack_it(hub):
+    hub.faults["tiny"] = lambda answer: answer.reply(404, bomb(bz2.compress), Content_Type="text/plain; charset=bz2_codec")
+    with at_most(30 * MB):
+        refused(f"{REPO}@main", "HTTP 404")
+
+
+def test_the_body_of_a_redirect_is_not_unpacked(hub, tiny):
+    away = f"/{REPO}/resolve/{SHA}/./config.json?again"
+    hub.faults["config.json"] = times(
+        1, lambda answer: answer.reply(307, bomb(gzip.compress), Content_Encoding="gzip", Location=away)
+    )
+    with at_most(30 * MB):
+        assert equal(Checkpoint.from_hub(REPO, progress=False), tiny)
+
+
+@pytest.mark.parametrize("coding", ["identity", "aws-chunked", ""])
+def test_what_is_called_encoded_and_is_not_is_read(hub, folder, tiny, coding):
+    content = (folder / "config.json").read_bytes()
+    hub.faults["config.json"] = lambda answer: answer.reply(200, content, Content_Encoding=coding)
+    assert equal(Checkpoint.from_hub(REPO, progress=False), tiny)
+
+
+@pytest.mark.parametrize("code", [200, 302, 404, 503])
+def test_a_list_of_files_that_has_no_end(hub, monkeypatch, code):
+    monkeypatch.setattr(reader, "MAX_HEADER_BYTES", MB)
+    hub.faults["tiny"] = endless(code)
+    refused(f"{REPO}@main", {200: "more than 1,000,000 bytes", 302: "no such repository"}.get(code, f"HTTP {code}"))
+    assert hub.sent["endless"] < 20 * MB  # what fits into the buffers of the sockets, in three attempts
+
+
+@pytest.mark.parametrize("which", ["config.json", INDEX_FILE])
+def test_a_json_file_larger_than_a_header_may_be_is_told_with_its_size(hub, folder, monkeypatch, which):
+    monkeypatch.setattr(reader, "MAX_HEADER_BYTES", MB)
+    with open(folder / which, "ab") as file:
+        file.truncate(MB + 1)
+    refused(f"{REPO}@{SHA}/{which}", "has 1,000,001 bytes", "at most 1,000,000")
+
+
+def test_digits_without_end_are_no_size(hub, shard):
+    hub.faults[shard.name] = lambda answer: answer.reply(206, b"x", Content_Range=f"bytes 0-0/{'9' * 5000}")
+    assert len(refused(f"{REPO}@{SHA}/{shard.name}", "how large the file is")) < 1000
+
+
+@pytest.mark.parametrize(
+    "which, where", [("tiny", "header"), ("config.json", "body"), ("shard", "header"), ("shard", "body")]
+)
+def test_a_server_that_drips_is_left_when_the_time_is_over(hub, shard, which, where):
+    file = {"shard": shard.name, "tiny": ""}.get(which, which)
+    hub.faults[file or "tiny"] = drip(where)
+    begin = time.monotonic()
+    refused(f"{REPO}@{SHA}/{file}: " if file else f"{REPO}@main: ", "still waiting", "when the 3 s", seconds=3)
+    assert 3 <= time.monotonic() - begin < 15 and hub.hung == ["begun"]
+
+
+def test_a_thread_that_a_server_holds_does_not_keep_the_process(hub):
+    hub.faults["held"] = hang
+    program = "from glmpp.formats.hub import read_repository as read\n"
+    program += f"read('{REPO}', progress=False)\nread('{REPO}', 'held', seconds=2)"
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DOWNLOAD_TIMEOUT": "500"}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert f"{REPO}@held: still waiting for the server when the 2 s" in result.stderr, result.stderr
+    assert hub.hung == ["begun"]
+
+
+def test_time_without_end_may_be_given(hub, tiny):
+    assert equal(Checkpoint.from_hub(REPO, progress=False, seconds=float("inf")), tiny)
+
+
+def asked_to_wait(seconds: str):
+    return lambda answer: answer.reply(429, b"", Retry_After=seconds)
+
+
+@pytest.mark.parametrize(
+    "form", [str, lambda seconds: formatdate(time.time() + seconds + 1, usegmt=True)], ids=["s", "date"]
+)
+def test_a_server_that_asks_to_wait_is_heard(hub, tiny, form):
+    hub.faults["config.json"] = times(1, lambda answer: asked_to_wait(form(1))(answer))
+    begin = time.monotonic()
+    assert equal(Checkpoint.from_hub(REPO, progress=False), tiny)
+    assert time.monotonic() - begin >= 1
+
+
+def test_a_server_that_asks_to_wait_longer_than_there_is_time_is_not_asked_again(hub):
+    hub.faults["config.json"] = asked_to_wait("3600")
+    refused(f"{REPO}@{SHA}/config.json", "HTTP 429", "asks to wait 3600 s")
+    assert len(hub.log) == 2
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["", "soon", "-5", "1.5", "9" * 5000, "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 99 Oct 99999 07:28:00 GMT", "\u0663x"],
+)
+def test_what_asks_for_no_time_to_come_is_no_wait(told):
+    assert hub_requests._seconds(told) == 0
+
+
+@pytest.mark.parametrize("count", [10, 11])
+def test_ten_redirects_are_followed(hub, tiny, count):
+    hub.faults["config.json"] = times(count, lambda answer: answer.reply(307, b"away", Location=answer.path))
+    if count == 10:
+        assert equal(Checkpoint.from_hub(REPO, progress=False), tiny)
+    else:
+        hub.faults["config.json"] = lambda answer: answer.reply(307, b"away", Location=answer.path)
+        refused(f"{REPO}@{SHA}/config.json", "more than 10 redirects")
+        assert len(hub.log) == 1 + 3 * 11
+
+
+def echo(code: int):
+    """The server sends back what it was sent, as an error."""
+
+    def fault(answer: Answer):
+        sent = answer.headers.get("Authorization", "")
+        plain = base64.b64decode(sent.removeprefix("Basic ")).decode() if sent.startswith("Basic ") else ""
+        said = f"{sent} {plain} {plain.partition(':')[2]} hf_of_this_test http://{quote(plain, safe=':')}@host/"
+        answer.reply(code, said.encode(), X_Error_Message=said, X_HF_Warning=f"{code}-{plain and 1}; look: {said}")
+        return True
+
+    return fault
+
+
+@pytest.fixture(params=["token", "password"])
+def credentials(request, hub, monkeypatch):
+    """The Hub's address, without and with user and password; these go in place of the token."""
+    if request.param == "password":
+        endpoint = f"http://us3r:s%2Fcret@127.0.0.1:{hub.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    return request.param
+
+
+@pytest.mark.parametrize("code", [400, 401, 403, 404, 500])
+def test_what_the_server_says_of_credentials_is_not_printed(hub, credentials, monkeypatch, caplog, code):
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)  # the library logs a server's warnings
+    hub.faults["config.json"] = echo(code)
+    no_secret(refused(f"{REPO}@{SHA}/config.json", f"HTTP {code}", "***"))
+    no_secret(caplog.text)
+    sent = dict(hub.log)[f"/{REPO}/resolve/{SHA}/config.json"]["authorization"]
+    assert sent == {"token": "Bearer hf_of_this_test", "password": "Basic dXMzcjpzL2NyZXQ="}[credentials]
+
+
+@pytest.mark.usefixtures("credentials")
+def test_an_address_is_told_without_user_and_password(hub, folder):
+    hub.faults["tiny"] = times(1, lambda answer: answer.reply(200, b"{}"))
+    no_secret(refused(f"{REPO}@main", "127.0.0.1", "names no commit"))
+    hub.faults["config.json"] = times(3, cut)
+    no_secret(refused(f"{REPO}@{SHA}/config.json", f"no usable answer from http://127.0.0.1:{hub.server_port} "))
+    away = "http://us3r:s%2Fcret@127.0.0.1:9/"
+    hub.faults["config.json"] = lambda answer: answer.reply(302, b"", Location=away)
+    no_secret(refused(f"{REPO}@{SHA}/config.json", "no usable answer from http://127.0.0.1:9 "))
+    hub.faults["config.json"] = lambda answer: answer.reply(302, b"", Location=away.replace(":9", ":99999999"))
+    no_secret(refused(f"{REPO}@{SHA}/config.json", "no usable answer"))
+    del hub.faults["config.json"]
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "http://us3r:s%2Fcret@host/hf_of_this_test"}}))
+    no_secret(refused(f"{REPO}@{SHA}/http://***@host/***", "missing"))
+
+
+@pytest.mark.parametrize("endpoint", ["https://us3r:s/cret@host", "https://us3r:s%2Fcret@[host", "us3r:s%2Fcret@host"])
+def test_an_address_that_is_none_is_told_without_user_and_password(hub, monkeypatch, endpoint):
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    no_secret(refused(f"{REPO}@main", "no usable answer from "))
+    assert not hub.log
+
+
+text = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF), max_size=12)
+
+
+@given(text, text, text, text.filter(lambda password: len(password) > 3))
+@example("", "", "", "a@b:c/d")
+def test_no_address_keeps_its_user_and_password(before, after, user, password):
+    """Whatever the text around it, as the user wrote it and percent-encoded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", f"https://{user}:{password}@host")
+        hub = hub_requests.Requests(1)
+    clear = hub.without_secrets(f"{before} https://{user}:{password}@host https://u:{quote(password, safe='')}@h {after}")
+    assert f"{password}@" not in clear and f"{quote(password, safe='')}@" not in clear
+    assert clear.endswith(f"@h {hub.without_secrets(after)}")
+
+
+@pytest.fixture
+def dead_proxy(monkeypatch):
+    """Where nobody listens, for everything that is asked of http; its port."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    with socket.socket() as taken:  # bound and not listening: nobody else can have the port
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+@pytest.mark.parametrize("scheme", ["", "http://"])
+def test_a_dead_proxy_is_named(hub, dead_proxy, monkeypatch, variable, scheme):
+    monkeypatch.setenv(variable, f"{scheme}us3r:s%2Fcret@127.0.0.1:{dead_proxy}")
+    close_session()
+    message = no_secret(refused(f"through the proxy http://***@127.0.0.1:{dead_proxy} (from {variable})", "NO_PROXY"))
+    assert "check the connection" not in message and not hub.log
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    close_session()
+    Checkpoint.from_hub(REPO, progress=False)
+
+
+def test_a_dead_proxy_of_https_is_named(hub, dead_proxy, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    monkeypatch.setenv("HTTPS_PROXY", f"http://us3r:s%2Fcret@127.0.0.1:{dead_proxy}")
+    close_session()
+    no_secret(refused("https://hub.invalid", f"through the proxy http://***@127.0.0.1:{dead_proxy} (from HTTPS_PROXY)"))
+
+
+def test_a_proxy_that_wants_a_password(hub, dead_proxy, monkeypatch):
+    """Here the server of this test is the proxy."""
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{hub.server_port}")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    close_session()
+    hub.faults["tiny"] = status(407)
+    refused(
+        f"HTTP 407 through the proxy http://127.0.0.1:{hub.server_port} (from HTTP_PROXY)", "user and password in HTTP_PROXY"
+    )
+    assert len(hub.log) == 1
+
+
+@pytest.mark.parametrize("file", ["../secret", "/etc/passwd", "a\0b", "", "9" * 5000, "\x1b[31m"])
+def test_files_of_any_name_are_only_looked_up(hub, folder, tiny, file):
+    names = [path.name for path in folder.iterdir()]
+
+    def listing(answer: Answer):
+        siblings = [{"rfilename": name, "more": {}} for name in (*names, file)]
+        return answer.reply(200, json.dumps({"sha": SHA.upper(), "siblings": siblings, "more": [None]}).encode())
+
+    hub.commits[SHA.upper()] = folder
+    hub.faults["tiny"] = listing
+    assert equal(Checkpoint.from_hub(REPO, progress=False), tiny)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": file, "b": f"{file}/other"}}))
+    refused(f"{REPO}@{SHA.upper()}/{file}/other: the shard is missing")
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": file, "b": names[0]}}))
+    refused()
+
+
+@pytest.mark.parametrize("revision", ["", ".", ".."])
+def test_a_revision_that_leads_to_another_address_is_not_asked_for(hub, revision):
+    refused(f"{REPO}@", f"{revision!r} is no branch", revision=revision)
+    assert not hub.log
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8))
+@example("a/../b")
+@example("../..")
+@example("a?b#c%2F..")
+def test_a_revision_is_one_part_of_the_address(hub, revision):
+    if revision not in (".", ".."):
+        hub.log.clear()
+        paths: list[str] = []
+        gone = status(404, "RevisionNotFound")
+        hub.faults[revision.split("/")[-1]] = lambda answer: paths.append(answer.path) or gone(answer)
+        refused("no such branch", revision=revision)
+        assert paths == [f"/api/models/{REPO}/revision/{quote(revision, safe='')}"]

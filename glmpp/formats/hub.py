@@ -1,34 +1,44 @@
 """A checkpoint that lies on the Hub: the mapping that the downloaded folder would give, from its headers alone.
 
-A safetensors file begins with its header, so one range request per shard is enough. `huggingface_hub` (1.0 or newer)
-supplies endpoint, token, session and timeout, and is imported when it is needed.
+A safetensors file begins with its header, so one range request per shard is enough.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from typing import TypeVar
+from urllib.parse import quote
+
+import msgspec
 
 from glmpp.errors import GlmppError
 from glmpp.formats.files import parse_json
 from glmpp.formats.header import MAX_HEADER_BYTES, read_header
+from glmpp.formats.hub_requests import SECONDS, NoAnswer, Requests, theirs
 from glmpp.formats.index import INDEX_FILE, check_index, natural_key, parse_index
 from glmpp.formats.tensor import TensorSpec
 from glmpp.progress import progress_bar
 
 FIRST_BYTES = 150_000  # of each shard; of GLM-5.1-FP8's 119,000 tensors a 142nd makes a header of 111 kB
-CONNECTIONS = 8
-PAUSES = (0.5, 1.0)  # seconds before the second and the third attempt
+COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.IGNORECASE)
 T = TypeVar("T")
 
 
+class _File(msgspec.Struct, gc=False):
+    rfilename: str
+
+
+class _Listing(msgspec.Struct):
+    """What the Hub says of a revision."""
+
+    sha: str
+    siblings: list[_File]
+
+
 def read_repository(
-    repo_id: str, revision: str | None = None, progress: bool | None = None
+    repo_id: str, revision: str | None = None, progress: bool | None = None, seconds: float = SECONDS
 ) -> tuple[list[TensorSpec], dict, str]:
     """Read config.json, the index and the safetensors headers of a model repository; no weight is downloaded.
 
@@ -36,6 +46,7 @@ def read_repository(
         repo_id: `owner/name`.
         revision: a branch, tag or commit (default: main), resolved once; every file comes from that one commit.
         progress: show a progress bar over the shards.
+        seconds: how long all of it may take.
 
     Returns:
         What `Checkpoint.from_directory` finds in the downloaded folder: its tensors and its config; and the source,
@@ -43,13 +54,23 @@ def read_repository(
 
     Raises:
         GlmppError: no such repository or revision, no access, offline, no answer in three attempts of
-            HF_HUB_DOWNLOAD_TIMEOUT seconds, or whatever `from_directory` refuses; the message names commit and file.
+            HF_HUB_DOWNLOAD_TIMEOUT seconds, not everything within `seconds`, or whatever `from_directory` refuses; the
+            message names commit and file. Token, and user and password of addresses, are not in it.
     """
-    repo = _Repository(repo_id, revision)
-    config = parse_json(repo.read("config.json"), f"{repo.source}/config.json")
+    hub = Requests(seconds)
+    try:
+        return _read(_Repository(hub, repo_id, revision), progress)
+    except GlmppError as error:
+        raise GlmppError(hub.without_secrets(str(error))) from None
+    finally:  # after an error or an interrupt nobody waits for the requests that are under way
+        hub.stopped.set()
+
+
+def _read(repo: _Repository, progress: bool | None) -> tuple[list[TensorSpec], dict, str]:
+    config = parse_json(repo.get("config.json"), f"{repo.source}/config.json")
     listed: dict[str, set[str]] = {}  # shard -> the tensors that the index places in it
     if INDEX_FILE in repo.files:
-        weight_map = parse_index(repo.read(INDEX_FILE), f"{repo.source}/{INDEX_FILE}")
+        weight_map = parse_index(repo.get(INDEX_FILE), f"{repo.source}/{INDEX_FILE}")
         for name, file in weight_map.items():
             listed.setdefault(file, set()).add(name)
     elif "model.safetensors" not in repo.files:
@@ -62,49 +83,57 @@ def read_repository(
             )
 
     files = sorted(listed, key=natural_key) or ["model.safetensors"]
-    pool = ThreadPoolExecutor(CONNECTIONS)
-    try:
-        headers = pool.map(repo.read_tensors, files)
-        headers = list(progress_bar(headers, "reading headers", total=len(files), show=progress))
-    finally:  # after an error or an interrupt nobody waits for the requests that are under way
-        repo.stopped.set()
-        pool.shutdown(wait=False, cancel_futures=True)
+    headers = repo.each(repo.read_tensors, files)
     specs: list[TensorSpec] = []
-    for file, held in zip(files, headers):
+    for held, file in zip(progress_bar(headers, "reading headers", total=len(files), show=progress), files):
         if listed:
             check_index(f"{repo.source}/{file}", listed[file], held.keys())
         specs += [TensorSpec(name, *held[name][:2], file) for name in sorted(held)]
     return specs, config, repo.source
 
 
-class _NoAnswer(Exception):
-    """Nothing usable came from the Hub; the cause is the library's exception, or what the answer lacks."""
-
-
-def _theirs(call: Callable[..., T], *args, **kwargs) -> T:
-    """What a call of the library gives. Raises _NoAnswer for whatever it raises; the kit's own faults are not called so."""
-    try:
-        return call(*args, **kwargs)
-    except Exception as error:  # any: of a malformed answer the library makes AttributeError, KeyError, TypeError
-        raise _NoAnswer from error
-
-
 class _Repository:
     """One commit of a model repository: the names of its files, and the beginning of each."""
 
-    def __init__(self, repo_id: str, revision: str | None):
-        try:
-            from huggingface_hub import HfApi, constants
-        except ImportError:
-            raise GlmppError("reading from the Hub needs huggingface_hub: pip install 'huggingface_hub>=1.0'") from None
-        self.repo_id, self.source, self.stopped = repo_id, f"{repo_id}@{revision or 'main'}", threading.Event()
-        self.timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # seconds; of its own the library's session waits for ever
-        self.api = HfApi()
-        info = self._ask(self.source, lambda: _theirs(self.api.model_info, repo_id, revision=revision, timeout=self.timeout))
-        names = [None] if info.siblings is None else [sibling.rfilename for sibling in info.siblings]
-        if not (info.sha and all(isinstance(said, str) for said in (info.sha, *names))):
-            raise GlmppError(f"{self.source}: {self.api.endpoint} names no commit or no files; check HF_ENDPOINT")
-        self.sha, self.source, self.files = info.sha, f"{repo_id}@{info.sha}", set(names)
+    def __init__(self, hub: Requests, repo_id: str, revision: str | None):
+        self.hub, self.repo_id, self.source = hub, repo_id, f"{repo_id}@{revision or 'main'}"
+        ((self.sha, self.files),) = hub.run(self.resolve, {self.source: revision})
+        self.source = f"{repo_id}@{self.sha}"
+
+    def each(self, call: Callable[[str], T], files: list[str]) -> Iterator[T]:
+        return self.hub.run(call, {f"{self.source}/{file}": file for file in files})
+
+    def get(self, file: str) -> bytes:
+        """A whole file, within the deadline."""
+        return next(self.each(self.read, [file]))
+
+    def resolve(self, revision: str | None) -> tuple[str, set[str]]:
+        """The commit that a revision is now, and its files. `model_info` of the library would read an endless answer."""
+        from huggingface_hub.utils import validate_repo_id
+
+        def get() -> tuple[str, set[str]]:
+            theirs(validate_repo_id, self.repo_id)
+            part = "" if revision is None else f"/revision/{theirs(quote, revision, safe='')}"
+            with self.hub.answer(f"{self.hub.endpoint}/api/models/{self.repo_id}{part}") as answer:
+                data = self.hub.body(answer, MAX_HEADER_BYTES + 1)
+            if len(data) > MAX_HEADER_BYTES:
+                raise GlmppError(f"{self.source}: the list of its files has more than {MAX_HEADER_BYTES:,} bytes")
+            try:
+                said = msgspec.json.decode(data, type=_Listing)
+            except msgspec.ValidationError:
+                said = None
+            except (ValueError, msgspec.DecodeError, RecursionError) as error:
+                raise NoAnswer from error
+            if said is None or not COMMIT.fullmatch(said.sha):
+                raise GlmppError(
+                    f"{self.source}: {self.hub.endpoint} names no commit or no files (expected: 'sha', "
+                    "40 or 64 hex digits, and 'siblings', each with 'rfilename'); check HF_ENDPOINT"
+                )
+            return said.sha, {file.rfilename for file in said.siblings}
+
+        if revision in ("", ".", ".."):  # in an address they would lead to another one
+            raise GlmppError(f"{self.source}: {revision!r} is no branch, tag or commit")
+        return self.hub.ask(self.source, get)
 
     def read(self, file: str) -> bytes:
         """A whole file; a JSON file, as it may be no longer than a header."""
@@ -112,7 +141,12 @@ class _Repository:
             raise GlmppError(
                 f"{self.source}/{file}: no such file in the repository; from_hub reads models in the transformers layout"
             )
-        return self._beginning(file, MAX_HEADER_BYTES)[0]
+        data, size = self._beginning(file, MAX_HEADER_BYTES)
+        if size > MAX_HEADER_BYTES:
+            raise GlmppError(
+                f"{self.source}/{file}: has {size:,} bytes; at most {MAX_HEADER_BYTES:,} are read of such a file"
+            )
+        return data
 
     def read_tensors(self, file: str) -> dict[str, tuple]:
         head, size = self._beginning(file, FIRST_BYTES)
@@ -123,61 +157,20 @@ class _Repository:
 
     def _beginning(self, file: str, end: int) -> tuple[bytes, int]:
         """The first `end` bytes of a file, or all if it has fewer, and the size of the file."""
-        from huggingface_hub import get_session, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+        from huggingface_hub import hf_hub_url
 
         def get() -> tuple[bytes, int]:
-            url = _theirs(hf_hub_url, self.repo_id, file, revision=self.sha, endpoint=self.api.endpoint)
-            wanted = {"Range": f"bytes=0-{end - 1}", "Accept-Encoding": "identity"}  # sizes are those of the file itself
-            headers = _theirs(build_hf_headers, headers=wanted)
-            with contextlib.ExitStack() as opened:
-                request = _theirs(get_session).stream("GET", url, headers=headers, timeout=self.timeout)
-                answer = _theirs(opened.enter_context, request)
+            url = theirs(hf_hub_url, self.repo_id, file, revision=self.sha, endpoint=self.hub.endpoint)
+            with self.hub.answer(url, Range=f"bytes=0-{end - 1}") as answer:
                 if answer.status_code == 416:  # of an empty file there is no first byte
                     return b"", 0
-                _theirs(hf_raise_for_status, answer)
                 told = answer.headers.get("Content-Range" if answer.status_code == 206 else "Content-Length", "")
-                if not (match := re.fullmatch(r"(?:bytes 0-\d+/)?(\d+)", told)):
-                    raise _NoAnswer from ConnectionError(f"the answer does not say how large the file is: {told!r}")
-                data, size, chunks = bytearray(), int(match[1]), answer.iter_bytes()
-                while (chunk := _theirs(next, chunks, None)) is not None:
-                    data += chunk
-                    if len(data) >= end or self.stopped.is_set():  # a server without ranges goes on to the last byte
-                        break
+                if not (match := re.fullmatch(r"(?:bytes 0-\d+/)?(\d{1,18})", told)):
+                    raise NoAnswer from ConnectionError(f"the answer does not say how large the file is: {told[:100]!r}")
+                size = int(match[1])
+                data = self.hub.body(answer, min(end, size))
             if len(data) < min(end, size):
-                raise _NoAnswer from ConnectionError(f"cut after {len(data)} of {min(end, size)} bytes")
-            return bytes(data[:end]), size
+                raise NoAnswer from ConnectionError(f"cut after {len(data)} of {min(end, size)} bytes")
+            return data, size
 
-        return self._ask(f"{self.source}/{file}", get)
-
-    def _ask(self, label: str, request: Callable[[], T]) -> T:
-        for pause in (*PAUSES, None):
-            try:
-                return request()
-            except _NoAnswer as none:
-                why, may_pass = self._explain(none.__cause__)
-                if pause is None or not may_pass or self.stopped.wait(pause):
-                    raise GlmppError(f"{label}: {why}") from None
-
-    def _explain(self, error: BaseException) -> tuple[str, bool]:
-        """What the reader can do about an error, and whether another attempt may help."""
-        from huggingface_hub import errors
-
-        log_in = "set a valid HF_TOKEN or log in with `hf auth login`"
-        for kind, why in (
-            (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set; unset it, or use Checkpoint.from_directory"),
-            (errors.HFValidationError, f"{error} For a folder use Checkpoint.from_directory"),
-            (errors.GatedRepoError, f"the repository is gated; accept its terms on its page and {log_in}"),
-            (errors.RevisionNotFoundError, "the repository has no such branch, tag or commit"),
-            (errors.RepositoryNotFoundError, f"no such repository, or a private one; check the name or {log_in}"),
-        ):
-            if isinstance(error, kind):
-                return why, False
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is None:
-            why = f"{type(error).__name__}: {error}".removesuffix(": ")
-            check = f"check the connection, HF_ENDPOINT and HF_HUB_DOWNLOAD_TIMEOUT (now {self.timeout} s)"
-            return f"no usable answer from {self.api.endpoint} ({why}); {check}", True
-        said = " ".join((getattr(error, "server_message", None) or "").split())[:200]
-        advice = f"access refused; {log_in}" if status in (401, 403) else "try again later"
-        return f"the server answers HTTP {status} {said}".rstrip() + f"; {advice}", status in (408, 429) or status >= 500
+        return self.hub.ask(f"{self.source}/{file}", get)

@@ -75,4 +75,4 @@ def is_numbered(file: str, listed: Collection[str]) -> bool:
 
 def natural_key(file: str) -> list[str | int]:
     """Sort key that puts shard 2 before shard 10, the order in which vLLM's default loader opens shards."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file)]
+    return [int(part[:4000]) if part.isdecimal() else part for part in re.split(r"(\d+)", file)]  # int takes 4300 digits
