@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from glmpp.errors import GlmppError
-from glmpp.formats.config import load_config
-from glmpp.formats.files import opened
-from glmpp.formats.glm5 import glm_moe_dsa
+from glmpp.formats.config import check_config, counts, load_config
+from glmpp.formats.files import exists, list_folder, opened
+from glmpp.formats.glm5 import glm_config, glm_moe_dsa
 from glmpp.formats.header import read_header
 from glmpp.formats.hub import read_repository
 from glmpp.formats.hub_requests import SECONDS
-from glmpp.formats.index import INDEX_FILE, check_index, is_numbered, load_index, natural_key, shard_path
+from glmpp.formats.index import INDEX_FILE, check_index, load_index, longest_list, natural_key, shard_path, unlisted
 from glmpp.formats.shard import read_shard
 from glmpp.formats.tensor import TensorSpec
 
@@ -32,6 +32,10 @@ class Checkpoint(Mapping[str, TensorSpec]):
         config: the checkpoint's config.json as a dict.
         directory: the folder that holds the shards, or None when there are none (`from_config`, `from_hub`).
         source: where it was read from: folder, or repository with its commit; None when it was not read.
+
+    Raises:
+        GlmppError: a field of the config that the kit reads is not of its type, or the config speaks of far more layers or
+            experts than the names do: vLLM would build them all.
     """
 
     def __init__(self, specs: list[TensorSpec], config: dict, directory: Path | None = None, source: str | None = None):
@@ -39,6 +43,22 @@ class Checkpoint(Mapping[str, TensorSpec]):
         self.config = config
         self.directory = directory
         self.source = source or (directory and str(directory))
+        label = f"{self.source}/config.json" if self.source else "config.json"
+        check_config(config, label)
+        for field, number, most in counts(config):
+            if number > most:
+                self._check_count(f"{label}: {field}", number, most)
+
+    def _check_count(self, field: str, number: int, most: int) -> None:
+        """Compare a number of layers or experts with the names, and with the shapes of experts that are stored as one."""
+        longest, largest = longest_list(self), 0
+        if "experts" in field:
+            largest = max((size for spec in self.values() for size in spec.shape), default=0)
+        if number > max(most, 4 * longest, largest):
+            raise GlmppError(
+                f"{field} is {number:,}, and the longest list of modules in the tensors' names has {longest:,}: "
+                f"expected at most {max(most, 4 * longest, largest):,}"
+            )
 
     def __getitem__(self, name: str) -> TensorSpec:
         return self._specs[name]
@@ -90,25 +110,25 @@ class Checkpoint(Mapping[str, TensorSpec]):
                 and headers disagree; the message names the file and a tensor.
         """
         directory = Path(path)
+        files = list_folder(directory)
         config = load_config(directory)
-        index_path = directory / INDEX_FILE
-        if index_path.exists():
-            weight_map = load_index(index_path)
-        elif (directory / "model.safetensors").exists():
+        if INDEX_FILE in files:
+            weight_map = load_index(directory / INDEX_FILE)
+        elif "model.safetensors" in files:
             weight_map = None
         else:
             raise GlmppError(f"{directory}: holds neither {INDEX_FILE} nor model.safetensors; is the download complete?")
 
-        files = sorted(set(weight_map.values()), key=natural_key) if weight_map else ["model.safetensors"]
+        shards = sorted(set(weight_map.values()), key=natural_key) if weight_map else ["model.safetensors"]
         specs: list[TensorSpec] = []
         listed: dict[str, set[str]] = {}
         for name, file in (weight_map or {}).items():
             listed.setdefault(file, set()).add(name)
-        if stray := [path.name for path in directory.glob("*.safetensors") if is_numbered(path.name, listed)]:
-            raise GlmppError(f"{directory / min(stray)}: the index names no tensor in it; download the index again")
-        for file in files:
+        if stray := unlisted(files, listed):
+            raise GlmppError(f"{directory / stray[0]}: the index names no tensor in it; download the index again")
+        for file in shards:
             path = shard_path(directory, file)
-            if not path.exists():
+            if not exists(path):
                 raise GlmppError(
                     f"{path}: the shard is missing; the index places {len(listed[file])} tensors in it, "
                     f"e.g. {min(listed[file])!r}. Download it again"
@@ -144,15 +164,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
             the main layers.
 
         Raises:
-            GlmppError: another model type, or a field that is missing.
+            GlmppError: another model type, or a field that is missing, of another type or out of its range.
         """
-        config = load_config(config)
-        if config.get("model_type") != "glm_moe_dsa":
-            raise GlmppError(
-                f"from_config knows the model type 'glm_moe_dsa' only, this config says {config.get('model_type')!r}; "
-                "for other models give the folder that holds the shards"
-            )
-        try:
-            return cls(list(glm_moe_dsa(config)), config)
-        except KeyError as error:
-            raise GlmppError(f"config.json has no field {error}, which the GLM-5 tensor list is built from") from None
+        config = glm_config(config)
+        return cls(list(glm_moe_dsa(config)), config)

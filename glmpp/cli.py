@@ -12,22 +12,22 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.ending import ended, versions
 from glmpp.engine import fixes
-from glmpp.errors import GlmppError
-from glmpp.formats.files import printable
+from glmpp.errors import GlmppError, positive, whole
+from glmpp.formats.files import exists, list_folder, printable
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
 from glmpp.formats.index import INDEX_FILE
 from glmpp.gpus import GPUS, REPORTED
-from glmpp.partition import PARTITION_VARIABLE, parse_counts
-from glmpp.synthetic import write_checkpoint
+from glmpp.partition import MAX_GPUS, PARTITION_VARIABLE, parse_counts
+from glmpp.synthetic import MAX_SHARD_BYTES, write_checkpoint
 from glmpp.verdict.advice import fixed_in, nearest_in_record, nearest_line, serve_line, try_fixes, try_load_format
 from glmpp.verdict.deployment import GUARDS, Deployment
-from glmpp.verdict.dry_run import dry_run
+from glmpp.verdict.dry_run import MAX_CONTEXT, dry_run
 from glmpp.verdict.layouts import CONTEXT, layouts
 from glmpp.verdict.layouts_text import layouts_json, layouts_text
 from glmpp.verdict.plan import plan_text
@@ -52,6 +52,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="glmpp", description="Loading FP8 checkpoints under pipeline parallelism in vLLM.")
     parser.add_argument("--version", action="version", version=versions())
+    count, tokens = _number(int, whole, 1, MAX_GPUS), _number(int, whole, 1, MAX_CONTEXT)
+    share, gigabytes = _number(float, positive, 1), _number(float, positive, 1_000_000)
+    megabytes, any_number = _number(float, positive, MAX_SHARD_BYTES // 10**6), _number(int, whole, -(2**63), 2**63 - 1)
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(name: str, run, what: str) -> argparse.ArgumentParser:
@@ -65,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def model(added: argparse.ArgumentParser) -> None:
         source(added)
-        added.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages (default 1)")
-        added.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs that share a stage (default 1)")
+        added.add_argument("--pp", type=count, default=1, metavar="N", help="pipeline stages (default 1)")
+        added.add_argument("--tp", type=count, default=1, metavar="N", help="GPUs that share a stage (default 1)")
         added.add_argument(
             "--layer-partition",
             metavar="10,10,…",
@@ -75,9 +78,12 @@ def _parser() -> argparse.ArgumentParser:
 
     def memory(added: argparse.ArgumentParser) -> None:
         added.add_argument(
-            "--gpu-memory-utilization", type=_share, metavar="0.9", help="share that vLLM may take; default: vLLM's own"
+            "--gpu-memory-utilization",
+            type=share,
+            metavar="0.9",
+            help="share that vLLM may take; default: vLLM's own",
         )
-        added.add_argument("--context", type=int, metavar="TOKENS", help="of the longest request")
+        added.add_argument("--context", type=tokens, metavar="TOKENS", help="of the longest request")
 
     gpus, default_gpu = f"{', '.join(GPUS)}, sm90 …, with memory l4:12 (GB)", f"default: the one here, or {REPORTED}"
     check = command(
@@ -85,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     model(check)
     check.add_argument("--ep", action="store_true", help="experts are spread over the GPUs of a stage, not sliced")
-    check.add_argument("--dp", type=int, default=1, metavar="N", help="replicas that share the experts (default 1)")
+    check.add_argument("--dp", type=count, default=1, metavar="N", help="replicas that share the experts (default 1)")
     check.add_argument(
         "--ranks", choices=["all"], help="every rank; default: of each stage the first and the last shard (and replica)"
     )
@@ -101,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     choose = command("layouts", _layouts, "Every TP x PP (x EP) that takes all GPUs: does it load, and what fits beside it?")
     source(choose)
-    choose.add_argument("--gpus", type=int, required=True, metavar="N", help="in all")
+    choose.add_argument("--gpus", type=count, required=True, metavar="N", help="in all")
     choose.add_argument("--gpu", metavar="NAME", help=f"{gpus}; {default_gpu}")
     memory(choose)
     choose.set_defaults(context=CONTEXT)
@@ -110,7 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "Layers, tensors and bytes of every stage, and the split with the smallest largest stage.")
     model(plan)
     plan.add_argument(
-        "--gpu-gb", type=float, metavar="GB", help="memory of a GPU (GB = 1e9 bytes): what a stage leaves free"
+        "--gpu-gb",
+        type=gigabytes,
+        metavar="GB",
+        help="memory of a GPU (GB = 1e9 bytes): what a stage leaves free",
     )
     plan.add_argument("--drafter", action="store_true", help="count the MTP layer on the last stage")
 
@@ -121,16 +130,31 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument(
         "--all-names", action="store_true", help="all layers and experts, 119,000 names, 1 GB; default: 12 layers"
     )
-    make.add_argument("--seed", type=int, default=0)
-    make.add_argument("--shard-mb", type=float, default=5, metavar="MB", help="a new shard begins after so much (default 5)")
+    make.add_argument("--seed", type=any_number, default=0)
+    make.add_argument(
+        "--shard-mb",
+        type=megabytes,
+        default=5,
+        metavar="MB",
+        help="a new shard begins after so much (default 5)",
+    )
     return parser
 
 
-def _share(text: str) -> float:
-    """A share of a whole. argparse makes a message of the ValueError."""
-    if not 0 < (share := float(text)) <= 1:
-        raise ValueError
-    return share
+def _number(kind: type, check: Callable, *limits: float) -> Callable[[str], float]:
+    """A type for argparse: a number that `whole` or `positive` takes."""
+
+    def parse(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = text
+        try:
+            return check("", number, *limits)
+        except GlmppError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix("=")) from None
+
+    return parse
 
 
 def _names(text: str) -> list[str]:
@@ -144,9 +168,10 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         GlmppError: none of these, or it cannot be read.
     """
     path = Path(model)
-    if path.is_dir() and ((path / INDEX_FILE).exists() or any(path.glob("*.safetensors"))):
+    found = exists(path)
+    if found and path.is_dir() and any(name == INDEX_FILE or name.endswith(".safetensors") for name in list_folder(path)):
         return Checkpoint.from_directory(path)
-    if path.exists():
+    if found:
         checkpoint = Checkpoint.from_config(path)
         checkpoint.source = f"{path} (names and shapes from the config alone)"
         return checkpoint

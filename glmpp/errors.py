@@ -1,4 +1,13 @@
-"""The one exception family of the kit."""
+"""The one exception family of the kit, and the numbers that it takes from others."""
+
+from __future__ import annotations
+
+import math
+import operator
+import reprlib
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 60
 
 
 class GlmppError(Exception):
@@ -7,3 +16,33 @@ class GlmppError(Exception):
 
 class KitError(GlmppError):
     """A fault of glmpp's own code, and no verdict on anything: what it says, with its traceback, belongs in a report."""
+
+
+def short(value: object) -> str:
+    """A value for a message: its repr, cut to a line."""
+    try:
+        return _short.repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"a {type(value).__name__} of thousands of digits"
+
+
+def whole(what: str, value: object, least: int, most: int) -> int:
+    """A whole number in a range, as an int. Raises GlmppError for what is none: a truth value, text, 1.5, another number."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if isinstance(value, bool) or number is None or not least <= number <= most:
+        raise GlmppError(f"{what}={short(value)}: expected a whole number from {least:,} to {most:,}")
+    return number
+
+
+def positive(what: str, value: object, most: float) -> float:
+    """A number above 0. Raises GlmppError for what is none, NaN and infinity included."""
+    try:
+        fits = not isinstance(value, (bool, str)) and 0 < value <= most and math.isfinite(value)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise GlmppError(f"{what}={short(value)}: expected a number above 0, at most {most:,}")
+    return value

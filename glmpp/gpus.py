@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from glmpp.errors import GlmppError
+from glmpp.errors import GlmppError, short
 
 KIB, MIB = 1 << 10, 1 << 20
 CPU = "cpu"
@@ -130,6 +130,8 @@ def target_name(name: str | None) -> str:
     """
     if name is None:
         return default_target()
+    if not isinstance(name, str):
+        raise GlmppError(f"gpu={short(name)}: expected a name, e.g. 'h100'")
     return CPU if name.lower() == CPU else gpu_of(name).name
 
 

@@ -16,19 +16,20 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.errors import GlmppError
-from glmpp.formats.config import layer_count, text_config, tower_layers
+from glmpp.errors import GlmppError, short, whole
+from glmpp.formats.config import check_config, layer_count, text_config, tower_layers
 from glmpp.formats.tensor import TensorSpec
 
 PARTITION_VARIABLE = "VLLM_PP_LAYER_PARTITION"
+MAX_GPUS = 16_384  # of a layout: ten times what the largest models are served on
 OWN, OTHER_STAGE, SPECULATIVE, UNKNOWN = "own", "another stage's", "speculative layer", "unknown"
-EXPERT = re.compile(r"\.experts\.(\d+)\.")  # in a tensor's name, as in `vllm/…/model_loader/ep_weight_filter.py`
+EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")  # in a tensor's name, as in `vllm/…/model_loader/ep_weight_filter.py`
 LAYERS = "model.layers"  # what most checkpoints call the list of layers; `layer_list` finds the name in others
 LLAMA_ENDS = ("model.embed_tokens.", "model.norm.", "lm_head.")  # and the parts beside it, in module order
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "embedding", "embeddings"}
 _LAST = {"norm", "lm_head", "ln_f", "norm_f", "final_layernorm", "final_layer_norm", "embed_out"}
 _ENDS = _EMBEDDINGS | _LAST
-_IN_A_LIST = re.compile(r"(.+?)\.(\d+)\.")
+_IN_A_LIST = re.compile(r"(.+?)\.(\d{1,9})\.")
 # Words in the path of a list that is not the language model's: towers, what speaks, and MTP layers in a list of their own.
 _TOWERS = {"vision", "visual", "vit", "vpm", "image", "video", "audio", "apm", "speech", "talker", "mtp", "projector"}
 _TOWERS |= {"clip", "dit", "qformer", "resampler", "codec"}
@@ -47,8 +48,7 @@ def layer_list(checkpoint: Checkpoint) -> str:
         GlmppError: there is no such name, or there are two that nothing tells apart.
     """
     num_layers, towers = layer_count(checkpoint.config), tower_layers(checkpoint.config)
-    mtp = text_config(checkpoint.config).get("num_nextn_predict_layers")
-    mtp = mtp if isinstance(mtp, int) else 0
+    mtp = text_config(checkpoint.config).get("num_nextn_predict_layers") or 0
     found: dict[str, set[int]] = {}
     for name in checkpoint:
         if match := _IN_A_LIST.match(name):
@@ -88,10 +88,10 @@ def partition_layers(num_layers: int, pp_size: int, layer_counts: list[int] | st
         layer_counts: layers per stage, as a list or as vLLM's comma-separated string; None: vLLM's even split.
 
     Raises:
-        GlmppError: `layer_counts` has the wrong length or sum, a negative entry, or is not made of numbers.
+        GlmppError: no number of layers or stages; `layer_counts` has the wrong length or sum, a negative entry, or is not
+            made of numbers.
     """
-    if pp_size < 1 or num_layers < 1:
-        raise GlmppError(f"cannot split {num_layers} layers over {pp_size} stages: both must be at least 1")
+    num_layers, pp_size = whole("num_layers", num_layers, 1, 2**31), whole("pp_size", pp_size, 1, MAX_GPUS)
     if layer_counts is None:
         each, left = divmod(num_layers, pp_size)
         # The remainder goes one layer each to the last stages but one, counted from the end: the last stage also
@@ -101,14 +101,14 @@ def partition_layers(num_layers: int, pp_size: int, layer_counts: list[int] | st
         counts = parse_counts(layer_counts, pp_size)
         if sum(counts) != num_layers:
             raise GlmppError(
-                f"{PARTITION_VARIABLE}={layer_counts!r} adds up to {sum(counts)} layers, the model has {num_layers}"
+                f"{PARTITION_VARIABLE}={short(layer_counts)} adds up to {sum(counts)} layers, the model has {num_layers}"
             )
     return [range(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
 
 
 def parse_counts(layer_counts: Sequence[int] | str, pp_size: int) -> list[int]:
     """Layers per stage as numbers, 0 included, as vLLM allows it. Raises GlmppError for each way in which they are none."""
-    said = f"{PARTITION_VARIABLE}={layer_counts!r}"
+    said = f"{PARTITION_VARIABLE}={short(layer_counts)}"
     try:
         if isinstance(layer_counts, str):
             counts = [int(entry) for entry in layer_counts.split(",")]
@@ -194,24 +194,33 @@ class Stage:
 
     def column(self, name: str) -> str:
         """Where a checkpoint tensor belongs, seen from this stage: OWN, OTHER_STAGE, SPECULATIVE or UNKNOWN."""
-        index = self.layer_of(name)
-        if index is not None:
-            if index < self.num_layers:
-                return OWN if index in self.layers else OTHER_STAGE
-            if index < self.num_layers + self.num_nextn:
-                return OWN if self.drafter and self.is_last else SPECULATIVE
+        return self._column(self.part(name))
+
+    def _column(self, part: int | str | None) -> str:
+        if part is None:
             return UNKNOWN
-        prefix = self._beside(name)
-        if prefix is None:
-            return UNKNOWN
-        if prefix.split(".")[-2] in _EMBEDDINGS:
+        if isinstance(part, int):
+            if part < self.num_layers:
+                return OWN if part in self.layers else OTHER_STAGE
+            return OWN if self.drafter and self.is_last else SPECULATIVE
+        if part.split(".")[-2] in _EMBEDDINGS:
             return OWN if self.is_first or (self.tied and self.is_last) else OTHER_STAGE
         return OWN if self.is_last else OTHER_STAGE
+
+    def part(self, name: str) -> int | str | None:
+        """What a tensor belongs to, the same on every stage: a layer's number, MTP layers included, or the prefix of the
+        embedding, final norm or head; None for what is none of these."""
+        index = self.layer_of(name)
+        if index is None:
+            return self._beside(name)
+        return index if index < self.num_layers + self.num_nextn else None
 
     def layer_of(self, name: str) -> int | None:
         """The number of the layer that a tensor belongs to, MTP layers included; None outside the list of layers."""
         number, dot, _ = name[len(self.layer_list) + 1 :].partition(".")
-        return int(number) if name.startswith(f"{self.layer_list}.") and dot and number.isdecimal() else None
+        if not (dot and number.isdecimal() and len(number) < 10 and name.startswith(f"{self.layer_list}.")):
+            return None
+        return int(number)
 
     def _beside(self, name: str) -> str | None:
         """The prefix of the embedding, final norm or head that a tensor belongs to: they lie beside the list of layers, or
@@ -269,11 +278,13 @@ def make_stages(
     Raises:
         GlmppError: a stage would hold no layer (`pp_size` above the layer count), a bad `layer_counts`, or no layer count.
     """
+    check_config(config, "config.json")
     try:
         config, num_layers = text_config(config), num_layers or layer_count(config)
     except GlmppError:
         if num_layers is None:
             raise
+    pp_size = whole("pp_size", pp_size, 1, MAX_GPUS)
     if pp_size > num_layers:
         raise GlmppError(f"{pp_size} stages for {num_layers} layers: at least one stage would hold no layer")
     return [
@@ -291,18 +302,30 @@ def make_stages(
     ]
 
 
+def dealt(checkpoint: Checkpoint, stages: Sequence[Stage]) -> list[list[TensorSpec]]:
+    """The checkpoint's tensors that each stage loads, in checkpoint order: one walk over the names, however many stages.
+
+    A tied embedding is on both of its stages.
+    """
+    held: list[list[TensorSpec]] = [[] for _ in stages]
+    homes: dict[int | str | None, list[list[TensorSpec]]] = {}
+    for spec in checkpoint.values():
+        part = stages[0].part(spec.name)
+        if part not in homes:
+            homes[part] = [specs for stage, specs in zip(stages, held) if stage._column(part) == OWN]
+        for specs in homes[part]:
+            specs.append(spec)
+    return held
+
+
 def owned(checkpoint: Checkpoint, stage: Stage) -> list[TensorSpec]:
     """The checkpoint's tensors that `stage` loads, in checkpoint order."""
-    return [spec for spec in checkpoint.values() if stage.owns(spec.name)]
+    return dealt(checkpoint, [stage])[0]
 
 
-def stage_bytes(checkpoint: Checkpoint, stages: list[Stage]) -> list[int]:
+def stage_bytes(checkpoint: Checkpoint, stages: Sequence[Stage]) -> list[int]:
     """Checkpoint bytes that each stage loads. A tied embedding counts on both of its stages."""
-    whole: Counter[str] = Counter()  # layers, and tensors beside them
-    for spec in checkpoint.values():
-        index = stages[0].layer_of(spec.name)
-        whole[spec.name if index is None else f"{stages[0].layer_list}.{index}."] += spec.nbytes
-    return [sum(nbytes for name, nbytes in whole.items() if stage.owns(name)) for stage in stages]
+    return [sum(spec.nbytes for spec in specs) for specs in dealt(checkpoint, stages)]
 
 
 def balance(checkpoint: Checkpoint, pp_size: int, drafter: bool = False) -> list[int]:
@@ -317,24 +340,16 @@ def balance(checkpoint: Checkpoint, pp_size: int, drafter: bool = False) -> list
     config, layers = checkpoint.config, layer_list(checkpoint)
     num_layers = layer_count(config)
     make_stages(config, pp_size)  # refuses more stages than layers
-    layer_bytes = [0] * num_layers
-    first = last = 0
     ends = make_stages(config, min(2, num_layers), [1, num_layers - 1] if num_layers > 1 else [1], drafter, layers)
+    whole_parts: Counter[int | str | None] = Counter()
     for spec in checkpoint.values():
-        index = ends[0].layer_of(spec.name)
-        if index is not None and index < num_layers:
-            layer_bytes[index] += spec.nbytes
-            continue
-        first += spec.nbytes * ends[0].owns(spec.name)
-        last += spec.nbytes * (ends[-1].owns(spec.name) and (len(ends) > 1))
-    if pp_size == 1:
-        return [num_layers]
-    below = [0, *accumulate(layer_bytes)]
-
-    def size(rank: int, start: int, stop: int) -> int:
-        return below[stop] - below[start] + first * (rank == 0) + last * (rank == pp_size - 1)
-
-    return best_split(num_layers, pp_size, size)
+        whole_parts[ends[0].part(spec.name)] += spec.nbytes
+    sizes = [whole_parts[index] for index in range(num_layers)]
+    beside = [(part, nbytes) for part, nbytes in whole_parts.items() if part not in range(num_layers)]
+    for end in ends:
+        sizes[end.layers[-1 if end.is_last else 0]] += sum(nbytes for part, nbytes in beside if end._column(part) == OWN)
+    below = [0, *accumulate(sizes)]
+    return best_split(num_layers, pp_size, lambda start, stop: below[stop] - below[start])
 
 
 def balance_cache(
@@ -354,45 +369,70 @@ def balance_cache(
     Returns:
         Layers per stage, at least one each; None if no split fits.
     """
-    cost = cache_cost(weights, caches, pp_size, room, first, last)
+    cost = cache_cost(weights, caches, room, first, last)
     counts = best_split(len(weights), pp_size, cost)
     return None if math.isinf(largest(cost, counts)) else counts
 
 
 def cache_cost(
-    weights: Sequence[int], caches: Sequence[int], pp_size: int, room: int, first: int = 0, last: int = 0
-) -> Callable[[int, int, int], float]:
-    """Cost of a stage, from its rank, its first layer and the one after its last: the share of its room that one token's
-    cache takes, infinite if its weights leave none. Arguments as of `balance_cache`."""
+    weights: Sequence[int], caches: Sequence[int], room: int, first: int = 0, last: int = 0
+) -> Callable[[int, int], float]:
+    """Cost of a stage, from its first layer and the one after its last: the share of its room that one token's cache takes,
+    infinite if its weights leave none. Arguments as of `balance_cache`."""
     below, cached = [0, *accumulate(weights)], [0, *accumulate(caches)]
 
-    def cost(rank: int, start: int, stop: int) -> float:
-        left = room - (below[stop] - below[start] + first * (rank == 0) + last * (rank == pp_size - 1))
+    def cost(start: int, stop: int) -> float:
+        left = room - (below[stop] - below[start] + first * (start == 0) + last * (stop == len(weights)))
         return (cached[stop] - cached[start]) / left if left > 0 else math.inf
 
     return cost
 
 
-def largest(cost: Callable[[int, int, int], float], counts: Sequence[int]) -> float:
+def largest(cost: Callable[[int, int], float], counts: Sequence[int]) -> float:
     """The cost of the stage that costs the most, of a split into so many layers each."""
-    return max(cost(rank, *stage) for rank, stage in enumerate(pairwise(accumulate(counts, initial=0))))
+    return max(cost(*stage) for stage in pairwise(accumulate(counts, initial=0)))
 
 
-def best_split(num_layers: int, pp_size: int, cost: Callable[[int, int, int], float]) -> list[int]:
-    """Layers per stage, at least one each, whose largest cost is smallest; of several the one with the least sum of squares.
+def best_split(num_layers: int, pp_size: int, cost: Callable[[int, int], float]) -> list[int]:
+    """Layers per stage, at least one each, whose largest cost is smallest; of several the one with the least sum of squares,
+    and of these the first.
+
+    The time grows with the square of the number of layers, whatever the number of stages.
 
     Args:
-        cost: of a stage, from its rank, its first layer and the one after its last.
+        cost: of a stage, from its first layer and the one after its last. It grows with the stage, and by a layer the more
+            the longer the stage is: so with sizes, and with shares of a room that shrinks. That bounds where the best cuts
+            lie (F. F. Yao, "Efficient dynamic programming using quadrangle inequalities", 1980).
     """
-    # best[stop] = (largest cost, sum of squares, counts) over the first `rank + 1` stages holding layers [0, stop).
-    best = {stop: (cost(0, 0, stop), cost(0, 0, stop) ** 2, [stop]) for stop in range(1, num_layers + 1)}
+    spare = num_layers - pp_size  # layers that a stage can have more than one
+    # most[stop]: the largest cost, at best, of the stages up to `rank`, which hold the layers below `stop`.
+    most = {stop: cost(0, stop) for stop in range(1, spare + 2)}
     for rank in range(1, pp_size):
-        best = {
-            stop: min(
-                (max(largest, cost(rank, start, stop)), squares + cost(rank, start, stop) ** 2, [*counts, stop - start])
-                for start, (largest, squares, counts) in best.items()
-                if start < stop
-            )
-            for stop in range(rank + 1, num_layers + 1)
-        }
-    return best[num_layers][2]
+        start, shorter, most = rank, most, {}
+        for stop in range(rank + 1, rank + spare + 2):
+            now = max(shorter[start], cost(start, stop))
+            while start + 1 < stop and (then := max(shorter[start + 1], cost(start + 1, stop))) <= now:
+                start, now = start + 1, then
+            most[stop] = now
+    bound = most[num_layers]
+    rounding = 1e-12 if isinstance(bound, float) else 0  # of shares; sizes are exact
+
+    # squares[start]: the least sum of squares of the stages from `rank` on, which hold the layers from `start` on.
+    squares: dict[int, float] = {num_layers: 0}
+    cuts: list[dict[int, int]] = [{}]
+    for rank in reversed(range(pp_size)):
+        after, squares, before = squares, {}, cuts[-1]
+        cuts.append(found := {})
+        for start in range(rank, rank + spare + 1):
+            for stop in range(max(start + 1, found.get(start - 1, 0)), before.get(start, num_layers) + 1):
+                if (here := cost(start, stop)) > bound:
+                    break
+                if stop in after:
+                    total = here**2 + after[stop]
+                    if start not in found or total < squares[start] - rounding * squares[start]:
+                        squares[start], found[start] = total, stop
+    at, counts = 0, []
+    for found in cuts[:0:-1]:
+        counts.append(found[at] - at)
+        at = found[at]
+    return counts

@@ -18,11 +18,14 @@ from safetensors.torch import save_file
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import quantize
-from glmpp.errors import GlmppError
+from glmpp.errors import GlmppError, positive, whole
+from glmpp.formats.files import exists
 from glmpp.formats.index import INDEX_FILE
 from glmpp.formats.shard import read_shard
 from glmpp.formats.tensor import TensorSpec
 from glmpp.progress import progress_bar
+
+MAX_SHARD_BYTES = 10**15
 
 
 def synthetic_original(spec: TensorSpec, seed: int = 0, std: float = 0.02) -> torch.Tensor:
@@ -59,10 +62,10 @@ def write_checkpoint(
             looks finished is left behind: the folder appears under its name in one rename, after the last byte.
     """
     directory, plan = Path(directory), Checkpoint.from_config(config)
-    if directory.exists() and not overwrite:
+    seed = whole("seed", seed, -(2**63), 2**63 - 1)
+    positive("max_shard_bytes", max_shard_bytes, MAX_SHARD_BYTES)
+    if exists(directory) and not overwrite:
         raise GlmppError(f"{directory}: exists already; choose another folder, or --overwrite (in Python overwrite=True)")
-    if overwrite:
-        _check_replaceable(directory)
     block = tuple((plan.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128))
 
     shards: list[list[TensorSpec]] = [[]]
@@ -74,8 +77,15 @@ def write_checkpoint(
         shards[-1].append(spec)
         size += spec.nbytes
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
+    try:
+        if overwrite:
+            _check_replaceable(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(directory.parent).free) < plan.nbytes:
+            raise OSError(f"it takes {plan.nbytes / 1e9:,.3f} GB, and {free / 1e9:,.3f} GB are free")
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name[:50]}.partial-", dir=directory.parent))
+    except OSError as error:
+        raise GlmppError(f"{directory}: cannot be written: {error}") from None
     try:
         weight_map = {}
         for number, specs in enumerate(progress_bar(shards, "writing shards", show=progress), start=1):
@@ -101,7 +111,7 @@ def write_checkpoint(
 
 def _check_replaceable(directory: Path) -> None:
     """Raise a GlmppError unless nothing is lost that is no checkpoint's when the folder is removed."""
-    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+    if directory.is_symlink() or (exists(directory) and not directory.is_dir()):
         raise GlmppError(f"{directory}: is no folder of its own, and is not overwritten")
     for path in directory.iterdir() if directory.exists() else ():
         if path.is_dir() or not (path.suffix == ".safetensors" or path.name in ("config.json", INDEX_FILE)):

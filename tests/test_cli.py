@@ -175,7 +175,7 @@ def test_layouts_ends_with_2_only_where_a_layout_might_serve_and_nobody_can_tell
         (("plan", "no-such-folder", "--pp", 2), "no such folder or file"),
         (("plan", CONFIG, "--pp", 79), "79 stages for 78 layers"),
         (("plan", CONFIG, "--pp", 2, "--layer-partition", "1,2"), "adds up to 3 layers"),
-        (("check", CONFIG, "--pp", 0), "both must be at least 1"),
+        (("check", CONFIG, "--pp", 200, "--tp", 100), "takes 20,000 GPUs: expected at most 16,384"),
     ],
 )
 def test_bad_arguments_end_with_2_and_one_line(capsys, arguments, message):

@@ -58,7 +58,7 @@ MUTATIONS = {
         "test_partition.py::test_stage_with_layer_1_does_not_own_layer_11",
     ),
     "the tied embedding on the last stage": (
-        "partition.py::Stage.column",
+        "partition.py::Stage._column",
         "self.is_first or (self.tied and self.is_last)",
         "self.is_first",
         "test_partition.py::test_every_tensor_of_the_model_has_an_owner",
@@ -71,7 +71,7 @@ MUTATIONS = {
     ),
     "what the first and the last stage hold beside layers": (
         "partition.py::cache_cost",
-        "first * (rank == 0) + last * (rank == pp_size - 1)",
+        "first * (start == 0) + last * (stop == len(weights))",
         "0",
         "test_partition.py::test_the_split_that_leaves_most_tokens_equals_brute_force",
     ),
@@ -101,8 +101,8 @@ MUTATIONS = {
     ),
     "the type of a layer tells it from others": (
         "verdict/layouts.py::layer_kinds",
-        'text_config(checkpoint.config).get("layer_types") or itertools.repeat(None)',
-        "itertools.repeat(None)",
+        "*map(str, types[at : at + 1])",
+        "",
         "test_fit.py::test_layers_with_the_same_tensors_and_another_type_are_another_kind",
     ),
     "a layout without room is no answer": (
@@ -215,8 +215,8 @@ MUTATIONS = {
     ),
     "zero layers or stages": (
         "partition.py::partition_layers",
-        "if pp_size < 1 or num_layers < 1:",
-        "if False:",
+        'whole("num_layers", num_layers, 1, 2**31), whole("pp_size", pp_size, 1, MAX_GPUS)',
+        "num_layers, pp_size",
         "test_partition.py::test_nothing_to_split_is_an_error",
     ),
     "a scale grid that does not fit": (
@@ -311,7 +311,7 @@ MUTATIONS = {
     ),
     "the write under another name": (
         "synthetic.py::write_checkpoint",
-        'partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))',
+        'partial = Path(tempfile.mkdtemp(prefix=f".{directory.name[:50]}.partial-", dir=directory.parent))',
         "directory.mkdir(); partial = directory",
         "test_checkpoint.py::test_the_folder_appears_only_when_it_is_complete",
     ),
@@ -323,13 +323,13 @@ MUTATIONS = {
     ),
     "an existing folder": (
         "synthetic.py::write_checkpoint",
-        "if directory.exists() and not overwrite:",
+        "if exists(directory) and not overwrite:",
         "if False:",
         "test_checkpoint.py::test_an_existing_folder_is_not_overwritten_unasked",
     ),
     "a missing shard": (
         "checkpoint.py::Checkpoint.from_directory",
-        "            if not path.exists():",
+        "            if not exists(path):",
         "            if False:",
         "test_checkpoint.py::test_a_missing_shard_is_named_with_a_tensor_it_should_hold",
     ),
@@ -346,7 +346,7 @@ MUTATIONS = {
         "test_checkpoint.py::test_a_tensor_that_the_index_does_not_name",
     ),
     "another model type": (
-        "checkpoint.py::Checkpoint.from_config",
+        "formats/glm5.py::glm_config",
         'if config.get("model_type") != "glm_moe_dsa":',
         "if False:",
         "test_checkpoint.py::test_from_config_of_another_model_is_an_error",
@@ -623,7 +623,7 @@ MUTATIONS = {
     ),
     "a rank that does not exist": (
         "verdict/dry_run.py::chosen_ranks",
-        "if not found:",
+        "if not 0 <= asked < deployment.pp:",
         "if False:",
         "test_vllm_dry_run.py::test_a_stage_that_does_not_exist_is_refused",
     ),
@@ -725,7 +725,7 @@ MUTATIONS = {
     ),
     "a folder without shards": (
         "cli.py::open_checkpoint",
-        'or any(path.glob("*.safetensors"))',
+        ' or name.endswith(".safetensors")',
         "",
         "test_cli.py::test_a_folder_without_shards_is_read_as_a_config_and_says_so",
     ),
@@ -801,6 +801,66 @@ MUTATIONS = {
         "(CANNOT_TELL,)",
         "test_vllm_check.py::test_a_tensor_that_the_checkpoint_lacks_is_not_called_a_pipeline_fault",
     ),
+    "a field of its type and in its range": (
+        "formats/glm5.py::glm_config",
+        "    check_fields(config, FIELDS, label)",
+        "    pass",
+        "test_ways_in.py::test_a_field_of_a_bare_config_has_a_type_and_a_range",
+    ),
+    "a number that is none": (
+        "formats/glm5.py::glm_config",
+        "if isinstance(part, float) and not math.isfinite(part):",
+        "if False:",
+        "test_ways_in.py::test_nothing_in_a_bare_config_is_nan_or_infinite",
+    ),
+    "a name with two values": (
+        "formats/files.py::parse_json",
+        "if any(value != values[0] for value in values):",
+        "if False:",
+        "test_ways_in.py::test_a_name_that_is_read_has_one_value",
+    ),
+    "layers and experts that no name speaks of": (
+        "checkpoint.py::Checkpoint.__init__",
+        "if number > most:",
+        "if False:",
+        "test_ways_in.py::test_far_more_layers_or_experts_than_names_are_refused_before_anything_is_built",
+    ),
+    "a file that is none": (
+        "formats/files.py::opened",
+        "if kind != stat.S_IFREG:",
+        "if False:",
+        "test_ways_in.py::test_what_an_index_names_is_a_file",
+    ),
+    "an entry that would keep vLLM waiting": (
+        "formats/files.py::_check_entry",
+        "in _WAITS:",
+        "in ():",
+        "test_ways_in.py::test_a_folder_with_a_fifo_or_a_device_is_refused_whatever_it_is_called",
+    ),
+    "a config of any size": (
+        "formats/files.py::_check_size",
+        "if size > MAX_JSON_BYTES:",
+        "if False:",
+        "test_ways_in.py::test_a_json_file_has_a_limit_before_it_is_read",
+    ),
+    "a product of sizes": (
+        "verdict/deployment.py::Deployment.__post_init__",
+        "if self.gpus > MAX_GPUS:",
+        "if False:",
+        "test_ways_in.py::test_what_is_no_number_of_gpus_is_refused_by_name",
+    ),
+    "a pattern that is no list": (
+        "engine/load_format.py::StageModelLoader.__init__",
+        "not isinstance(patterns, list | tuple) or",
+        "",
+        "test_vllm_plugin.py::test_an_option_of_another_type_is_refused_before_anything_is_loaded",
+    ),
+    "the bound of a best cut": (
+        "partition.py::best_split",
+        "if (here := cost(start, stop)) > bound:",
+        "if (here := cost(start, stop)) > bound * 2:",
+        "test_partition.py::test_the_best_split_is_the_first_of_those_with_the_least_sum_of_squares",
+    ),
     "paths out of the folder": (
         "formats/index.py::shard_path",
         "    if leads_out:",
@@ -809,14 +869,14 @@ MUTATIONS = {
     ),
     "links out of the folder": (
         "formats/index.py::shard_path",
-        "if not leads_out and (path.is_symlink()",
-        "if False and (path.is_symlink()",
+        "if not leads_out and (os.path.islink(path)",
+        "if False and (os.path.islink(path)",
         "test_untrusted.py::test_an_index_cannot_lead_out_of_the_folder",
     ),
     "shards that the index does not name": (
         "checkpoint.py::Checkpoint.from_directory",
-        "        if stray := [",
-        "        if False and [",
+        "if stray := unlisted(files, listed):",
+        "if False:",
         "test_untrusted.py::test_a_shard_that_the_index_does_not_name_is_an_error_and_another_file_is_not",
     ),
     "shapes that overflow": (
@@ -1169,15 +1229,15 @@ MUTATIONS = {
     ),
     "no shards at all": (
         "verdict/deployment.py::Deployment.__post_init__",
-        "if getattr(self, name) < 1:",
-        "if False:",
-        "test_vllm_layouts.py::test_what_is_no_layout_and_no_rank_of_it_is_an_error",
+        "whole(name, getattr(self, name), 1, MAX_GPUS)",
+        "getattr(self, name)",
+        "test_ways_in.py::test_what_is_no_number_of_gpus_is_refused_by_name",
     ),
     "ranks that are not there": (
-        "verdict/dry_run.py::chosen_ranks",
-        "if one not in deployment.all_ranks",
-        "if False",
-        "test_vllm_layouts.py::test_what_is_no_layout_and_no_rank_of_it_is_an_error",
+        "verdict/dry_run.py::is_rank",
+        "type(at) is int and 0 <= at < size",
+        "True",
+        "test_ways_in.py::test_ranks_are_looked_up_at_once_and_what_is_none_is_an_error",
     ),
     "experts in the line to paste": (
         "verdict/advice.py::serve_line",

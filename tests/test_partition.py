@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from itertools import combinations
+from itertools import accumulate, combinations, pairwise
 
 import pytest
 from hypothesis import given
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
+from glmpp.formats.index import natural_key
 from glmpp.formats.tensor import TensorSpec
 from glmpp.partition import (
     OTHER_STAGE,
@@ -21,6 +22,7 @@ from glmpp.partition import (
     Stage,
     balance,
     balance_cache,
+    best_split,
     layer_list,
     make_stages,
     owned,
@@ -105,7 +107,7 @@ def test_layer_counts_are_right_or_wrong_in_one_way_that_is_named(layer_counts, 
 
 @pytest.mark.parametrize(("num_layers", "pp_size"), [(0, 1), (1, 0), (4, -1)])
 def test_nothing_to_split_is_an_error(num_layers, pp_size):
-    with pytest.raises(GlmppError, match="both must be at least 1"):
+    with pytest.raises(GlmppError, match="expected a whole number from 1"):
         partition_layers(num_layers, pp_size)
 
 
@@ -206,14 +208,11 @@ def test_the_list_of_layers_is_the_language_models_whatever_lies_beside_it(data)
     assert layer_list(checkpoint) == path
 
 
-@pytest.mark.parametrize("said", [{"n_layer": 10**12}, {"n_layer": 1, "num_nextn_predict_layers": 10**12}])
-def test_a_config_may_say_any_number_of_layers(said):
-    checkpoint = Checkpoint([TensorSpec("model.layers.0.w", "U8", (1,)), TensorSpec("h.5.w", "U8", (1,))], said)
-    if said["n_layer"] == 1:
-        assert layer_list(checkpoint) == "model.layers"
-    else:
-        with pytest.raises(GlmppError, match="no list of layers"):
-            layer_list(checkpoint)
+def test_a_config_may_say_more_layers_than_there_are():
+    specs = [TensorSpec("model.layers.0.w", "U8", (1,)), TensorSpec("h.5.w", "U8", (1,))]
+    assert layer_list(Checkpoint(specs, {"n_layer": 1, "num_nextn_predict_layers": 1000})) == "model.layers"
+    with pytest.raises(GlmppError, match="no list of layers"):
+        layer_list(Checkpoint(specs, {"n_layer": 1000}))
 
 
 @pytest.mark.parametrize(
@@ -299,6 +298,40 @@ def test_balance_of_glm_5_1_cuts_the_largest_stage_at_pp_4(full):
     default = max(stage_bytes(full, make_stages(full.config, 4)))
     balanced = max(stage_bytes(full, make_stages(full.config, 4, balance(full, 4))))
     assert balanced < 0.97 * default
+
+
+@given(st.lists(st.integers(0, 9) | st.integers(0, 10**12), min_size=1, max_size=9), st.data())
+def test_the_best_split_is_the_first_of_those_with_the_least_sum_of_squares(sizes, data):
+    pp_size = data.draw(st.integers(1, len(sizes)))
+    splits = []
+    for cut in combinations(range(1, len(sizes)), pp_size - 1):
+        ends = list(pairwise((0, *cut, len(sizes))))
+        stages = [sum(sizes[start:stop]) for start, stop in ends]
+        splits.append((max(stages), sum(size**2 for size in stages), [stop - start for start, stop in ends]))
+    assert best_split(len(sizes), pp_size, lambda start, stop: sum(sizes[start:stop])) == min(splits)[2]
+
+
+@pytest.mark.parametrize("pp_size", [8, 333, 1000])
+@pytest.mark.parametrize("giant", [1, 10**6])
+def test_a_thousand_layers_are_split_in_seconds(pp_size, giant):
+    """Every stage and cut tried, as it once was, is half a billion steps for 1,000 stages."""
+    sizes, asked = [100 + number % 7 for number in range(999)] + [giant], []
+    below = [0, *accumulate(sizes)]
+
+    def cost(start: int, stop: int) -> int:
+        asked.append(None)
+        return below[stop] - below[start]
+
+    counts = best_split(1000, pp_size, cost)
+    assert len(counts) == pp_size and sum(counts) == 1000 and min(counts) >= 1 and len(asked) < 5_000_000
+
+
+def test_a_number_of_thousands_of_digits_in_a_name_is_no_layer():
+    names = ["model.layers.0.w", f"model.layers.{'9' * 5000}.w", f"model.layers.0.mlp.experts.{'1' * 5000}.w"]
+    checkpoint = Checkpoint([TensorSpec(name, "U8", (1,)) for name in names], {"n_layer": 1})
+    (stage,) = make_stages(checkpoint.config, 1, layer_list=layer_list(checkpoint))
+    assert [stage.column(name) for name in names] == [OWN, UNKNOWN, OWN]
+    assert natural_key(f"a-{'9' * 5000}") > natural_key("a-2")
 
 
 @given(

@@ -327,8 +327,8 @@ def test_ranks_are_asked_for_by_stage_or_one_by_one(glm, ranks, expected):
 @pytest.mark.parametrize(
     ("arguments", "ranks", "message"),
     [
-        ({"tp": 0}, None, "tp=0: there is at least 1"),
-        ({"dp": -1}, None, "dp=-1: there is at least 1"),
+        ({"tp": 0}, None, "tp=0: expected a whole number from 1"),
+        ({"dp": -1}, None, "dp=-1: expected a whole number from 1"),
         ({"tp": 2}, [(0, 2, 0)], r"no rank \(0, 2, 0\), \(stage, shard, replica\), of TP=2"),
         ({"tp": 2}, [1], "no stage 1 of 1"),
     ],

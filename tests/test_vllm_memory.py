@@ -215,7 +215,7 @@ def test_more_stages_than_layers_are_left_out_and_a_cpu_is_refused(llama):
     assert few.left == {"PP=5": "the model has 4 layers"} and all(one.deployment.pp == 1 for one in few.layouts)
     with pytest.raises(GlmppError, match="whether a model fits is asked of a GPU"):
         layouts(llama, 2, CPU)
-    with pytest.raises(GlmppError, match="at least 1"):
+    with pytest.raises(GlmppError, match="gpus=0: expected a whole number from 1"):
         layouts(llama, 0, "h200")
 
 

@@ -392,6 +392,26 @@ def test_an_unknown_reader_and_an_unknown_option_are_refused(plugin):
         loader_of(plugin, model_loader_extra_config={"readers": "safetensors"})
 
 
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ([["incomplete", "warn"]], "--model-loader-extra-config is .*, expected a JSON object"),
+        ("x", "expected a JSON object"),
+        *(
+            ({"may_stay_at_init": wrong}, r"may_stay_at_init is .*, expected a list of patterns, e\.g\. \['\*\.bias'\]")
+            for wrong in ("*.bias", "*", None, 5, {"*": 1}, True, [1], ["*.bias", ""], [["*"]], [None])
+        ),
+        *(({"fixes": wrong}, "fix .* is unknown; there are") for wrong in (None, 5, [1], "", ["known", None], [["known"]])),
+        *(({"reader": wrong}, "reader .* is unknown") for wrong in (3, None, ["safetensors"], "")),
+        *(({"incomplete": wrong}, "incomplete: .* is unknown") for wrong in (None, False, ["warn"], "")),
+    ],
+    ids=str,
+)
+def test_an_option_of_another_type_is_refused_before_anything_is_loaded(plugin, extra, said):
+    with pytest.raises(GlmppError, match=said):
+        loader_of(plugin, model_loader_extra_config=extra)
+
+
 def test_registering_again_changes_nothing(plugin):
     from importlib.metadata import entry_points
 

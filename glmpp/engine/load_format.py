@@ -41,7 +41,7 @@ from glmpp.engine.left_at_init import quantises_online
 from glmpp.engine.losses import left
 from glmpp.engine.selection import Selection, is_drafter
 from glmpp.engine.writes import WriteRecorder
-from glmpp.errors import GlmppError
+from glmpp.errors import GlmppError, short
 from glmpp.formats.index import INDEX_FILE, load_index, natural_key, shard_path
 from glmpp.formats.shard import READERS, read_shard
 from glmpp.ledger import EXPECTED, Left
@@ -77,9 +77,14 @@ class StageModelLoader(DefaultModelLoader):
     """
 
     def __init__(self, load_config: LoadConfig):
-        extra = dict(load_config.model_loader_extra_config or {})
+        extra = load_config.model_loader_extra_config
+        if not isinstance(extra, dict | None):
+            raise GlmppError(f"--model-loader-extra-config is {short(extra)}, expected a JSON object")
+        extra = dict(extra or {})
         self.reader = extra.pop("reader", READERS[0])
-        self.may_stay_at_init = extra.pop("may_stay_at_init", [])
+        self.may_stay_at_init = patterns = extra.pop("may_stay_at_init", [])
+        if not isinstance(patterns, list | tuple) or not all(isinstance(one, str) and one for one in patterns):
+            raise GlmppError(f"may_stay_at_init is {short(patterns)}, expected a list of patterns, e.g. ['*.bias']")
         self.incomplete = extra.pop("incomplete", INCOMPLETE[0])
         self.fixes = fixes.named(extra.pop("fixes", []))
         if self.reader not in READERS:

@@ -2,12 +2,91 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from glmpp.formats.config import load_config
+from glmpp.errors import GlmppError, short
+from glmpp.formats.config import READ, Rules, check_fields, config_path, is_list, load_config
 from glmpp.formats.tensor import TensorSpec
+
+DTYPES = {None: "BF16", "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+MOST_IN_ALL = 200_000  # experts of all layers together, six tensors each; GLM-5.1 has 20,000
+
+
+def _whole(least: int, most: int, optional: bool = False) -> tuple[str, Callable[[object], bool]]:
+    """A rule for a field. Args: optional: it may be missing, or null."""
+    expected = f"a whole number from {least:,} to {most:,}"
+    return expected, lambda said: (optional and said is None) or (type(said) is int and least <= said <= most)
+
+
+# What the tensor list is built from, and other sizes that vLLM reads. The ceilings are far above every published model.
+_WIDTH, _HEADS, _LAYERS, _EXPERTS = 1 << 20, 1 << 16, 1_000, 4_096
+FIELDS: Rules = {
+    **READ,
+    "num_hidden_layers": _whole(1, _LAYERS),
+    "num_nextn_predict_layers": _whole(0, _LAYERS, optional=True),
+    "first_k_dense_replace": _whole(0, 1 << 30),
+    "n_routed_experts": _whole(1, _EXPERTS),
+    "n_shared_experts": _whole(0, _EXPERTS),
+    "vocab_size": _whole(1, 1 << 24),
+    "hidden_size": _whole(1, _WIDTH),
+    "intermediate_size": _whole(1, _WIDTH),
+    "moe_intermediate_size": _whole(1, _WIDTH),
+    "num_attention_heads": _whole(1, _HEADS),
+    "q_lora_rank": _whole(1, _WIDTH),
+    "kv_lora_rank": _whole(1, _WIDTH),
+    "qk_nope_head_dim": _whole(1, _HEADS),
+    "qk_rope_head_dim": _whole(1, _HEADS),
+    "v_head_dim": _whole(1, _HEADS),
+    "index_n_heads": _whole(1, _HEADS),
+    "index_head_dim": _whole(1, _HEADS),
+    "num_key_value_heads": _whole(1, _HEADS, optional=True),
+    "num_experts_per_tok": _whole(1, _EXPERTS, optional=True),
+    "max_position_embeddings": _whole(1, 1 << 30, optional=True),
+    "dtype": (f"one of {', '.join(filter(None, DTYPES))}", lambda said: said in [*DTYPES]),
+    "quantization_config": ("an object", lambda said: said is None or isinstance(said, dict)),
+}
+FIELDS["torch_dtype"] = FIELDS["dtype"]
+QUANTIZATION: Rules = {
+    "weight_block_size": (
+        "two whole numbers from 1 to 1,024",
+        lambda said: said is None or (is_list(said, int) and len(said) == 2 and all(1 <= size <= 1024 for size in said)),
+    ),
+    "modules_to_not_convert": ("a list of names", lambda said: said is None or is_list(said, str)),
+}
+
+
+def glm_config(source: dict | str | Path) -> dict:
+    """A config of the GLM-5 family, every field of it of its type and in its range.
+
+    Raises:
+        GlmppError: another model type, or a field that is not what is expected; the message names file and field.
+    """
+    config = load_config(source, once=None)
+    label = "config.json" if isinstance(source, dict) else str(config_path(source))
+    if config.get("model_type") != "glm_moe_dsa":
+        raise GlmppError(
+            f"from_config knows the model type 'glm_moe_dsa' only, {label} says {short(config.get('model_type'))}; "
+            "for other models give the folder that holds the shards"
+        )
+    check_fields(config, FIELDS, label)
+    check_fields(config.get("quantization_config") or {}, QUANTIZATION, f"{label}: quantization_config")
+    layers = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
+    if (experts := layers * config["n_routed_experts"]) > MOST_IN_ALL:
+        raise GlmppError(
+            f"{label}: num_hidden_layers and num_nextn_predict_layers times n_routed_experts is {experts:,}, "
+            f"expected at most {MOST_IN_ALL:,}"
+        )
+    parts = [("", config)]
+    while parts:
+        path, part = parts.pop()
+        if isinstance(part, float) and not math.isfinite(part):
+            raise GlmppError(f"{label}: {path[1:]} is {part}, expected a finite number")
+        within = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+        parts += [(f"{path}.{name}", value) for name, value in within]
+    return config
 
 
 def glm_moe_dsa(c: dict) -> Iterator[TensorSpec]:
@@ -15,7 +94,7 @@ def glm_moe_dsa(c: dict) -> Iterator[TensorSpec]:
     quantization = c.get("quantization_config") or {}
     block = quantization.get("weight_block_size")
     kept = set(quantization.get("modules_to_not_convert") or ())
-    dtype = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[c.get("dtype", c.get("torch_dtype", "bfloat16"))]
+    dtype = DTYPES[c.get("dtype") or c.get("torch_dtype")]
     hidden, vocab = c["hidden_size"], c["vocab_size"]
 
     def linear(module: str, out_features: int, in_features: int) -> Iterator[TensorSpec]:
@@ -64,7 +143,7 @@ def glm_moe_dsa(c: dict) -> Iterator[TensorSpec]:
     yield from plain("model.embed_tokens.weight", vocab, hidden)
     for index in range(c["num_hidden_layers"]):
         yield from layer(index)
-    for index in range(c["num_hidden_layers"], c["num_hidden_layers"] + c.get("num_nextn_predict_layers", 0)):
+    for index in range(c["num_hidden_layers"], c["num_hidden_layers"] + (c.get("num_nextn_predict_layers") or 0)):
         yield from layer(index)
         yield from plain(f"model.layers.{index}.eh_proj.weight", hidden, 2 * hidden)
         for norm in ("enorm", "hnorm", "shared_head.norm"):
@@ -116,13 +195,13 @@ def reduced_config(config: dict | str | Path, **sizes: int) -> dict:
 
     `modules_to_not_convert` is cut to the layers that remain; the MTP layer's entries follow it to its new index.
     """
-    config = load_config(config)
+    config = glm_config(config)
     reduced = {**config, **TINY, **sizes}
-    if "quantization_config" in config:
+    if modules := (config.get("quantization_config") or {}).get("modules_to_not_convert"):
         old, new = config["num_hidden_layers"], reduced["num_hidden_layers"]
         template: dict[str, None] = {}
-        for module in config["quantization_config"]["modules_to_not_convert"]:
-            match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+        for module in modules:
+            match = re.fullmatch(r"model\.layers\.(\d{1,9})\.(.+)", module)
             if match is None:
                 template[module] = None
             elif int(match[1]) >= old:

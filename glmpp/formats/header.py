@@ -10,9 +10,9 @@ from typing import Annotated, BinaryIO
 import msgspec
 
 from glmpp.errors import GlmppError
+from glmpp.formats.files import MAX_JSON_BYTES as MAX_HEADER_BYTES
 from glmpp.formats.tensor import bits
 
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 

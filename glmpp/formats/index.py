@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Set
+from collections.abc import Iterable, Set
+from itertools import islice
 from pathlib import Path, PurePath
 
 import msgspec
 
-from glmpp.errors import GlmppError
+from glmpp.errors import GlmppError, short
 from glmpp.formats.files import read_bytes
 
 INDEX_FILE = "model.safetensors.index.json"
+_LONGEST = 1000  # characters of the name of a file in the folder
 
 
 class _Index(msgspec.Struct):
@@ -56,23 +59,39 @@ def shard_path(directory: str | Path, file: str) -> Path:
     Raises:
         GlmppError: the name leads out of the folder: absolute, by "..", or by a link.
     """
+    if len(file) > _LONGEST:
+        raise GlmppError(f"{directory}: the index names the shard {short(file)}, a name of {len(file):,} characters")
     directory, name = Path(directory), PurePath(file)
     leads_out = name.is_absolute() or ".." in name.parts or not name.parts or "\0" in file
     path = directory / name
-    if not leads_out and (path.is_symlink() or len(name.parts) > 1):
-        home = directory.resolve()
-        leads_out = not path.resolve().is_relative_to(home.parent.parent if home.parent.name == "snapshots" else home)
+    if not leads_out and (os.path.islink(path) or len(name.parts) > 1):
+        home, place = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
+        leads_out = not place.is_relative_to(home.parent.parent if home.parent.name == "snapshots" else home)
     if leads_out:
         raise GlmppError(f"{directory}: the index names the shard {file!r}, which is not a file of this folder")
     return path
 
 
-def is_numbered(file: str, listed: Collection[str]) -> bool:
-    """Whether a file that an index does not name is called like the shards that it does name."""
-    numbers = r"-\d+-of-\d+\.safetensors$"
-    return file not in listed and any(re.sub(numbers, "", one) == re.sub(numbers, "", file) != file for one in listed)
+def unlisted(files: Iterable[str], listed: Iterable[str]) -> list[str]:
+    """Files that an index does not name, although they are called like shards that it does name."""
+
+    def stem(file: str) -> str:
+        return re.sub(r"-\d+-of-\d+\.safetensors$", "", file)
+
+    listed = set(listed)
+    stems = {stem(file) for file in listed}
+    return sorted(file for file in files if file not in listed and stem(file) != file and stem(file) in stems)
 
 
 def natural_key(file: str) -> list[str | int]:
     """Sort key that puts shard 2 before shard 10, the order in which vLLM's default loader opens shards."""
-    return [int(part[:4000]) if part.isdecimal() else part for part in re.split(r"(\d+)", file)]  # int takes 4300 digits
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d{1,999})", file)]
+
+
+def longest_list(names: Iterable[str]) -> int:
+    """Modules in the longest numbered list that names speak of: 78 for "model.layers.0.…" to "model.layers.77.…"."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        for match in islice(re.finditer(r"\.(\d{1,9})(?=\.)", name), 4):
+            found.setdefault(name[: match.start()], set()).add(match[1])
+    return max(map(len, found.values()), default=0)

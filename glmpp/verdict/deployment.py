@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmpp.engine import fixes
-from glmpp.errors import GlmppError
+from glmpp.errors import GlmppError, short, whole
 from glmpp.formats.config import layer_count_said
 from glmpp.gpus import target_name
-from glmpp.partition import Stage, make_stages, parse_counts
+from glmpp.partition import MAX_GPUS, Stage, make_stages, parse_counts
 
 GUARDS = ("installed", "off", "helper", "loader")
 
@@ -61,7 +61,8 @@ class Deployment:
     What vLLM refuses of it, such as heads that do not divide, is vLLM's to say: a verdict, not an error.
 
     Raises:
-        GlmppError: a number below 1, an unknown guard, fix or GPU, or layer counts that are not one number for each stage.
+        GlmppError: a number that is none, below 1, or of more than MAX_GPUS in all; an unknown guard, fix or GPU; layer
+            counts that are not one number for each stage.
     """
 
     pp: int = 1
@@ -75,9 +76,13 @@ class Deployment:
     fixes: tuple[str, ...] | list[str] | str = ()
 
     def __post_init__(self):
-        for name in ("tp", "dp"):
-            if getattr(self, name) < 1:
-                raise GlmppError(f"{name}={getattr(self, name)}: there is at least 1")
+        for name in ("tp", "pp", "dp"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1, MAX_GPUS))
+        if self.gpus > MAX_GPUS:
+            raise GlmppError(f"{self.layout} takes {self.gpus:,} GPUs: expected at most {MAX_GPUS:,}")
+        for name in ("ep", "drafter"):
+            if getattr(self, name) not in (False, True):
+                raise GlmppError(f"{name}={short(getattr(self, name))}: expected True or False")
         if str(self.guard) not in GUARDS:
             raise GlmppError(f"guard {self.guard!r} is unknown; choose one of {', '.join(GUARDS)}")
         object.__setattr__(self, "fixes", tuple(fixes.named(self.fixes)))
@@ -105,10 +110,12 @@ class Deployment:
 
     @property
     def corners(self) -> list[tuple[int, int, int]]:
-        """The ranks that are run unless all are asked for, as (stage, shard, replica): the first and the last shard of each
-        stage, of the first and of the last replica."""
-        shards, replicas = sorted({0, self.tp - 1}), sorted({0, self.dp - 1})
-        return [(stage, shard, replica) for stage in range(self.pp) for replica in replicas for shard in shards]
+        """The ranks that are run unless all are asked for, as (stage, shard, replica)."""
+        return [rank for stage in range(self.pp) for rank in self.corners_of(stage)]
+
+    def corners_of(self, stage: int) -> list[tuple[int, int, int]]:
+        """The first and the last shard of a stage, of the first and of the last replica."""
+        return [(stage, shard, at) for at in sorted({0, self.dp - 1}) for shard in sorted({0, self.tp - 1})]
 
     @property
     def all_ranks(self) -> list[tuple[int, int, int]]:

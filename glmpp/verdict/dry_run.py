@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.engine import fixes
-from glmpp.errors import GlmppError
+from glmpp.errors import GlmppError, short, whole
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.forks import TIMEOUT, run_group, run_stages
 from glmpp.verdict.installed import NO_VLLM, vllm_version
 from glmpp.verdict.record import digest
 from glmpp.verdict.report import DryRunReport, assemble
+
+MAX_CONTEXT = 10**9  # tokens of a request
 
 
 def dry_run(
@@ -61,6 +64,7 @@ def dry_run(
     """
     deployment = Deployment.of(deployment)
     pp = deployment.pp
+    context = None if context is None else whole("context", context, 1, MAX_CONTEXT)
     if weights not in ("meta", "real") or (weights == "real" and checkpoint.directory is None):
         raise GlmppError(f"weights={weights!r}: choose 'meta', or 'real' for a checkpoint with files")
     if keep is not None and weights != "real":
@@ -118,19 +122,30 @@ def question(checkpoint: Checkpoint, deployment: Deployment) -> dict:
 
 def chosen_ranks(deployment: Deployment, ranks: str | list[int] | list[tuple[int, int, int]] | None) -> list:
     """Ranks of a layout as (stage, shard, replica), from what `dry_run` was asked for. Raises GlmppError for a stray one."""
-    if ranks == "all":
+    if isinstance(ranks, str) and ranks == "all":
         return deployment.all_ranks
     if ranks is None:
         return deployment.corners
+    if isinstance(ranks, str) or not isinstance(ranks, Iterable):
+        raise GlmppError(f"ranks={short(ranks)}: expected 'all', or a list of stages or of (stage, shard, replica)")
     chosen = []
     for asked in ranks:
-        found = [one for one in deployment.corners if one[0] == asked] if isinstance(asked, int) else [tuple(asked)]
-        if not found:
-            raise GlmppError(f"there is no stage {asked} of {deployment.pp}")
-        chosen += found
-    if stray := [one for one in chosen if one not in deployment.all_ranks]:
-        raise GlmppError(f"there is no rank {stray[0]}, (stage, shard, replica), of {deployment.layout}")
+        if type(asked) is int:
+            if not 0 <= asked < deployment.pp:
+                raise GlmppError(f"there is no stage {asked} of {deployment.pp}")
+            chosen += deployment.corners_of(asked)
+        elif is_rank(asked, (deployment.pp, deployment.tp, deployment.dp)):
+            chosen.append(tuple(asked))
+        else:
+            raise GlmppError(f"there is no rank {short(asked)}, (stage, shard, replica), of {deployment.layout}")
     return chosen
+
+
+def is_rank(asked: object, sizes: tuple[int, int, int]) -> bool:
+    """Whether something is a stage, a shard and a replica of so many."""
+    if not isinstance(asked, tuple | list) or len(asked) != len(sizes):
+        return False
+    return all(type(at) is int and 0 <= at < size for at, size in zip(asked, sizes))
 
 
 def run_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections import Counter
@@ -10,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.errors import GlmppError
+from glmpp.errors import GlmppError, positive, whole
 from glmpp.formats.config import text_config
 from glmpp.gpus import CPU, GPUS, gpu_of
-from glmpp.partition import balance_cache, cache_cost, largest, layer_list
+from glmpp.partition import MAX_GPUS, balance_cache, cache_cost, largest, layer_list
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import run_of, stage_request
+from glmpp.verdict.dry_run import MAX_CONTEXT, run_of, stage_request
 from glmpp.verdict.fit import Fit, Memory
 from glmpp.verdict.forks import run_stages
 from glmpp.verdict.installed import NO_VLLM, vllm_version
@@ -61,8 +60,9 @@ def layouts(
         if recorded is None:
             raise GlmppError(NO_VLLM)
         return Layouts.load(recorded, question(checkpoint, gpus, gpu, context, utilization))
-    if gpus < 1 or context < 1:
-        raise GlmppError(f"{gpus} GPUs, requests of {context} tokens: there is at least 1 of each")
+    gpus, context = whole("gpus", gpus, 1, MAX_GPUS), whole("context", context, 1, MAX_CONTEXT)
+    if utilization is not None:
+        positive("utilization", utilization, 1)
     search = Search(checkpoint, gpus, Deployment(gpu=gpu), context, utilization, progress)
     even = search.run(search.deployments, "loader")
     split = {one.deployment: counts for one in even if (counts := search.better(one))}
@@ -192,8 +192,8 @@ class Search:
         everywhere = min(rest(memory) for memory in one.fit.memories)
         room = int(one.fit.gpu.memory * one.fit.share) - everywhere
         layers = [weights[kind] for kind in self.kinds], [pages[kind] for kind in self.kinds]
-        rooms = one.deployment.pp, room, *(end - everywhere for end in ends)
-        counts = balance_cache(*layers, *rooms)
+        rooms = room, *(end - everywhere for end in ends)
+        counts = balance_cache(*layers, one.deployment.pp, *rooms)
         if counts is None:
             return None
         cost = cache_cost(*layers, *rooms)
@@ -224,8 +224,9 @@ def layer_kinds(checkpoint: Checkpoint) -> list[tuple]:
         layer = stage.layer_of(spec.name)
         if layer is not None and layer < len(tensors):
             tensors[layer].append((spec.name.split(f".{layer}.", 1)[1], spec.dtype, spec.shape))
-    types = text_config(checkpoint.config).get("layer_types") or itertools.repeat(None)
-    return [(hash(tuple(sorted(found))), kind) for found, kind in zip(tensors, types)]
+    types = text_config(checkpoint.config).get("layer_types")
+    types = types if isinstance(types, list) else []
+    return [(hash(tuple(sorted(found))), *map(str, types[at : at + 1])) for at, found in enumerate(tensors)]
 
 
 def distinct(stages: list[list[tuple]]) -> list[int]:

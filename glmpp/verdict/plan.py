@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.partition import PARTITION_VARIABLE, balance, layer_list, owned, stage_bytes
+from glmpp.partition import PARTITION_VARIABLE, balance, dealt, layer_list, stage_bytes
 from glmpp.verdict.deployment import Deployment
 
 
@@ -18,7 +18,7 @@ def plan_text(checkpoint: Checkpoint, deployment: Deployment, gpu_gb: float | No
     """
     layers = layer_list(checkpoint)
     stages = deployment.stages(checkpoint.config, layer_list=layers)
-    held = [owned(checkpoint, stage) for stage in stages]
+    held = dealt(checkpoint, stages)
     sizes = [sum(spec.nbytes for spec in specs) for specs in held]
     lines = [
         f"{checkpoint.source}: {len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB",

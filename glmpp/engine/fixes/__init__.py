@@ -21,7 +21,7 @@ _applied: set[str] = set()
 
 def named(names: str | Sequence[str]) -> list[str]:
     """One name or several as a list. Raises GlmppError for what is neither the name of a fix nor KNOWN."""
-    names = [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
     if unknown := [name for name in names if name != KNOWN and name not in NAMES]:
         raise GlmppError(f"fix {unknown[0]!r} is unknown; there are {', '.join(NAMES)}, and {KNOWN!r} for all that fit")
     return names
