@@ -19,13 +19,21 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.ending import ended, versions
 from glmpp.engine import fixes
 from glmpp.errors import GlmppError, positive, whole
-from glmpp.formats.files import exists, list_folder, printable
+from glmpp.formats.files import exists, list_folder
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
 from glmpp.formats.index import INDEX_FILE
 from glmpp.gpus import GPUS, REPORTED
 from glmpp.partition import MAX_GPUS, PARTITION_VARIABLE, parse_counts
 from glmpp.synthetic import MAX_SHARD_BYTES, write_checkpoint
-from glmpp.verdict.advice import fixed_in, nearest_in_record, nearest_line, serve_line, try_fixes, try_load_format
+from glmpp.verdict.advice import (
+    PLUGINS_VARIABLE,
+    fixed_in,
+    nearest_in_record,
+    nearest_line,
+    serve_line,
+    try_fixes,
+    try_load_format,
+)
 from glmpp.verdict.deployment import GUARDS, Deployment
 from glmpp.verdict.dry_run import MAX_CONTEXT, dry_run
 from glmpp.verdict.layouts import CONTEXT, layouts
@@ -34,6 +42,7 @@ from glmpp.verdict.plan import plan_text
 from glmpp.verdict.report import DryRunReport
 from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
 from glmpp.verdict.text import as_json, as_text, evidence_lines, label, overall
+from glmpp.words import joined, printable
 
 NO_RELEASE = "no release of vLLM is known here to load it"
 EXIT_CODES = {LOADS: 0, DIES: 1, INCOMPLETE: 1, CANNOT_TELL: 2}  # what else ends with 2 or more, `glmpp.ending` says
@@ -215,11 +224,9 @@ def _check(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(as_json(checkpoint, report, again, options.gpu_memory_utilization, fixed), indent=1))
     else:
-        lines = [
-            as_text(checkpoint, report, options.each, options.gpu_memory_utilization),
-            *what_to_do(options, checkpoint, report, again, fixed),
-        ]
-        print("\n".join(printable(line) for line in lines))
+        print(as_text(checkpoint, report, options.each, options.gpu_memory_utilization))
+        if lines := what_to_do(options, checkpoint, report, again, fixed):
+            print(joined(lines))
     return EXIT_CODES[overall(report)]
 
 
@@ -254,7 +261,7 @@ def cure_lines(options: argparse.Namespace, again: DryRunReport, what: str) -> l
     if left := [stage for stage in again.all if not stage.loads]:
         return [f"{what} does not cure it: {label(left[:1])} {left[0].verdict}", *evidence_lines(left[0])]
     loads = f"{label(again.stages)} load{'s' * (len(again.stages) == 1)}"
-    line = serve_line(pasted(options.model), again.deployment)
+    line = serve_line(pasted(options.model), again.deployment, os.environ.get(PLUGINS_VARIABLE))
     return [f"with {what} {loads} (glmpp has to be installed where vLLM runs):", f"    {line}"]
 
 
@@ -263,11 +270,8 @@ def _layouts(options: argparse.Namespace) -> int:
         print(f"glmpp: {PARTITION_VARIABLE} is ignored, sizes vary here; unset it where vLLM is to run", file=sys.stderr)
     checkpoint = open_checkpoint(options.model, options.revision)
     found = layouts(checkpoint, options.gpus, options.gpu, options.context, options.gpu_memory_utilization)
-    model = pasted(options.model)
-    if options.json:
-        print(json.dumps(layouts_json(model, checkpoint, found), indent=1))
-    else:
-        print("\n".join(printable(line) for line in layouts_text(model, checkpoint, found).splitlines()))
+    told = pasted(options.model), checkpoint, found, os.environ.get(PLUGINS_VARIABLE)
+    print(json.dumps(layouts_json(*told), indent=1) if options.json else layouts_text(*told))
     return EXIT_CODES[found.verdict]
 
 
@@ -275,13 +279,13 @@ def pasted(model: str) -> str:
     """What a command for a server says in the place of the model."""
     path = Path(model)
     no_shards = path.is_file() or (path.is_dir() and not any(path.glob("*.safetensors")))
-    return "MODEL" if no_shards else model
+    return "MODEL" if no_shards or printable(model) != model else model
 
 
 def _plan(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model, options.revision)
     deployment = Deployment(options.pp, layer_counts=_partition(options), drafter=options.drafter)
-    print(printable(plan_text(checkpoint, deployment, options.gpu_gb, options.tp)))
+    print(plan_text(checkpoint, deployment, options.gpu_gb, options.tp))
     return 0
 
 
@@ -289,5 +293,5 @@ def _make(options: argparse.Namespace) -> int:
     config = reduced_config(options.config, **(ALL_NAMES if options.all_names else {}))
     shard_bytes = int(options.shard_mb * 1e6)
     checkpoint = write_checkpoint(config, options.directory, options.seed, shard_bytes, options.overwrite)
-    print(f"{options.directory}: {checkpoint}")
+    print(printable(f"{options.directory}: {checkpoint}"))
     return 0

@@ -5,13 +5,29 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
+from collections.abc import Iterable
+
+from glmpp.words import printable, shown
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
+LONGEST = 2000  # characters of a line
 
 
 class GlmppError(Exception):
-    """Something the reader can act on: the message says what is wrong, where (file, tensor, stage) and what to do."""
+    """Something the reader can act on: the message says what is wrong, where (file, tensor, stage) and what to do.
+
+    Args:
+        said: one line, whatever is put into it: what is not printable is escaped, and the middle of a long one left out.
+        details: lines that the kit adds, such as the end of a process's log; `str()` has them below, indented.
+    """
+
+    def __init__(self, said: object = "", details: Iterable[str] = ()):
+        super().__init__(shown(str(said), LONGEST))
+        self.details = [printable(line[:LONGEST])[:LONGEST] for line in details]
+
+    def __str__(self) -> str:
+        return "\n    ".join([self.args[0], *self.details])
 
 
 class KitError(GlmppError):

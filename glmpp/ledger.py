@@ -12,6 +12,7 @@ import torch
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.partition import EXPERT, OTHER_STAGE, OWN, SPECULATIVE, Stage
+from glmpp.words import MESSAGE, shown
 
 LOADED, UNEXPECTED, NOT_REACHED = "loaded", "unexpected", "not reached"
 IGNORED, OTHER_RANK = "ignored by the model", "another rank's expert"
@@ -41,7 +42,7 @@ class Left:
     def __str__(self) -> str:
         values = "" if self.in_model is None else f"; in the model {self.in_model}"
         values = values if self.in_file is None else f"; {self.in_file} in the file, {self.in_model} in the model"
-        return f"{self.kind}: {self.why}{values}"
+        return shown(f"{self.kind}: {self.why}{values}", MESSAGE)
 
 
 @dataclass

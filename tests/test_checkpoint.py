@@ -14,7 +14,6 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import dequantize, quantize
 from glmpp.errors import GlmppError
 from glmpp.formats.config import layer_count
-from glmpp.formats.files import printable
 from glmpp.formats.glm5 import reduced_config
 from glmpp.formats.index import INDEX_FILE
 from glmpp.partition import make_stages
@@ -278,7 +277,3 @@ def test_a_shard_that_is_broken_after_the_headers_were_read(folder):
     shard.write_bytes(b"")
     with pytest.raises(GlmppError, match=shard.name):
         list(checkpoint.read())
-
-
-def test_control_characters_are_escaped_and_nothing_else():
-    assert printable("a\x1b[31mb\x00\u202ec\nd é <b>") == "a\\x1b[31mb\\x00\\u202ec\nd é <b>"

@@ -23,7 +23,7 @@ FILES = {
 ROOMS = ["formats", "core", "engine", "verdict", "lab"]
 ENGINE_FOR_ALL = {"glmpp.engine.contract", "glmpp.engine.fixes"}
 # On the ground beside them: imported by every room.
-GROUND = {"glmpp.errors", "glmpp.progress"}
+GROUND = {"glmpp.errors", "glmpp.progress", "glmpp.words"}
 # What an import inside a function is for: packages that may be missing, or that are slow and rarely needed.
 OPTIONAL = {
     "vllm", "transformers", "pandas", "huggingface_hub", "triton", "fastsafetensors", "xgrammar", "platform", "importlib",

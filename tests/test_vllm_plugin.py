@@ -763,6 +763,24 @@ def test_halves_of_a_pair_that_came_alone_are_named_with_what_is_missing(plugin,
     ]
 
 
+def test_words_of_a_checkpoint_forge_no_line_of_a_servers_log(plugin, stage_of, monkeypatch):
+    name, said = "a\nINFO all is well" + "\x1b[2J" * 1000, []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(plugin.logger, level, lambda form, *values: said.append(form % values))
+    loader = loader_of(plugin, model_loader_extra_config={"fixes": "known"})
+    loader.selection = selection = plugin.Selection(model_with([], ["a"]), config_of())
+    codes, scale = torch.zeros(2, dtype=torch.float8_e4m3fn), torch.zeros(1)
+    list(selection.counted([*[(f"{name}.weight", codes)] * 2, (f"{name}2.weight_scale", scale)]))
+    config = config_of()
+    config.architectures = [name]
+    loader.fix(config)
+    with pytest.raises(GlmppError) as error:
+        loader.check({f"{name}.weight": Left(ABSENT, name), f"{name}.bias": Left(EXPECTED, name)}, config)
+    said += [str(selection), *selection.unpaired(), str(error.value)]
+    assert len(said) == 8 and all(line.isprintable() for line in said)
+    assert max(len(line) for line in said if "as expected" not in line) <= 2000
+
+
 @pytest.mark.parametrize("lost", ["weight", "weight_scale_inv"])
 def test_the_error_at_the_end_names_both_halves(tiny, lost):
     stem = "model.layers.4.self_attn.indexer.wk"

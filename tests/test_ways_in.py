@@ -238,7 +238,7 @@ def test_the_config_of_every_model_passes():
 def test_far_more_layers_or_experts_than_names_are_refused_before_anything_is_built(folder, said):
     with pytest.raises(
         GlmppError, match=r"config\.json: \S+ is \d[\d,]+, and the longest list .* has 13: expected at most "
-    ) as error:
+    ):
         Checkpoint.from_directory(with_config(folder, said))
 
 

@@ -25,7 +25,7 @@ from glmpp.engine.clients import Clients
 from glmpp.engine.failures import frames, is_kits, without_paths
 from glmpp.engine.packages import what_to_install
 from glmpp.engine.stand_ins import expert_map_on_cpu, inspect_in_process, install_platform
-from glmpp.errors import GlmppError
+from glmpp.errors import GlmppError, KitError
 from glmpp.gpus import CPU
 from glmpp.scratch import remove_scratch
 
@@ -101,9 +101,11 @@ def load_plugins() -> None:
         except (Exception, SystemExit) as error:
             points = (point for point in entry_points(group=PLUGINS) if point.name == name and point.dist)
             whose = ", ".join(f"{point.dist.name} {point.dist.version}" for point in points) or "unknown"
+            line, where = line_and_traceback(error)
             raise GlmppError(
-                f"the vLLM plugin {name!r} (package {whose}) fails, as it would in vllm serve: {told(error)}\n"
-                "Uninstall it, or name the plugins that are wanted in VLLM_PLUGINS"
+                f"the vLLM plugin {name!r} (package {whose}) fails, as it would in vllm serve: {line}. "
+                "Uninstall it, or name the plugins that are wanted in VLLM_PLUGINS",
+                where,
             ) from None
     plugins.plugins_loaded = True
 
@@ -146,27 +148,27 @@ def answer(names: dict, pipe: int, turns: int) -> None:
         except BaseException as error:
             traceback.print_exc()  # before the pipe closes: the parent reads the log then
             sys.stderr.flush()
-            if isinstance(error, GlmppError):
-                send({"kind": "refused", "message": str(error)})
-            elif is_kits(error):
-                send({"kind": "fault", "message": told(error)})
+            if isinstance(error, GlmppError) or is_kits(error):
+                send(message_of(error))
             raise
 
 
-def told(error: BaseException) -> str:
-    """An exception in a line, its traceback behind it."""
-    return "\n".join([f"{type(error).__name__}: {without_paths(str(error))}", *map(str, frames(error))])
+def line_and_traceback(error: BaseException) -> tuple[str, list[str]]:
+    where = [line for frame in frames(error) for line in str(frame).splitlines()]
+    return f"{type(error).__name__}: {without_paths(str(error))}", where
 
 
-def why_not(error: BaseException) -> dict:
-    """The message of a process that cannot import vLLM, and so answers nothing else."""
-    if isinstance(error, GlmppError):
-        return {"kind": "refused", "message": str(error)}
-    if is_kits(error):
-        return {"kind": "fault", "message": told(error)}
-    advice = f"; {what_to_install(error)}" if isinstance(error, ImportError) and error.name else ""
-    said = f"vLLM {contract.vllm_version()} cannot be imported here{advice}: {told(error)}"
-    return {"kind": "refused", "message": said}
+def message_of(error: BaseException) -> dict:
+    """What is sent of an error that ends all: what the kit says, a fault of its own, or of what keeps vLLM from starting."""
+    if not isinstance(error, GlmppError):
+        line, where = line_and_traceback(error)
+        if is_kits(error):
+            error = KitError(line, where)
+        else:
+            advice = f"; {what_to_install(error)}" if isinstance(error, ImportError) and error.name else ""
+            error = GlmppError(f"vLLM {contract.vllm_version()} cannot be imported here{advice}: {line}", where)
+    kind = "fault" if isinstance(error, KitError) else "refused"
+    return {"kind": kind, "message": error.args[0], "details": error.details}
 
 
 def main(descriptor: int, target: str, folder: str, turn: int | None = None) -> None:
@@ -195,7 +197,7 @@ def main(descriptor: int, target: str, folder: str, turn: int | None = None) -> 
             preload(target)
         except (Exception, SystemExit) as error:
             traceback.print_exc()
-            failure = why_not(error)
+            failure = message_of(error)
         if turn is not None:
             os.close(turn)  # and unlocks it, as the end of the process would
     gc.freeze()  # what the forks inherit is not theirs to look through, and stays shared

@@ -45,6 +45,7 @@ from glmpp.errors import GlmppError, short
 from glmpp.formats.index import INDEX_FILE, load_index, natural_key, shard_path
 from glmpp.formats.shard import READERS, read_shard
 from glmpp.ledger import EXPECTED, Left
+from glmpp.words import shown
 
 LOAD_FORMAT = "glmpp"
 INCOMPLETE = ("refuse", "warn")
@@ -110,7 +111,8 @@ class StageModelLoader(DefaultModelLoader):
         for name in active:
             logger.info("%s: fix %s: %s", stage_name(model_config), name, fixes.about(name))
         if wanted and not active:
-            logger.info("%s: no fix is known for %s in vLLM %s", stage_name(model_config), ", ".join(architectures), release)
+            of = ", ".join(map(shown, architectures))
+            logger.info("%s: no fix is known for %s in vLLM %s", stage_name(model_config), of, release)
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
         """Load this stage and check that every parameter was written."""
@@ -133,7 +135,7 @@ class StageModelLoader(DefaultModelLoader):
         """Account for the parameters that were not written.
 
         Raises:
-            GlmppError: for those that neither vLLM nor `may_stay_at_init` account for; all of them are named.
+            GlmppError: for those that neither vLLM nor `may_stay_at_init` account for; all of them are named in the log.
         """
         known = {name: one.why for name, one in left.items() if one.kind == EXPECTED}
         known |= {name: "may_stay_at_init" for name in left if any(fnmatch(name, p) for p in self.may_stay_at_init)}
@@ -145,11 +147,13 @@ class StageModelLoader(DefaultModelLoader):
         if not unknown:
             return
         count = sum(map(len, unknown.values()))
-        names = "; ".join(f"{', '.join(sorted(names, key=natural_key))} ({why})" for why, names in sorted(unknown.items()))
+        names = "; ".join(
+            f"{', '.join(map(shown, sorted(names, key=natural_key)))} ({why})" for why, names in sorted(unknown.items())
+        )
         halves = "".join(f" {pair}." for pair in self.selection.unpaired()) if self.selection else ""
         what = f"{stage_name(model_config)}: {count} parameters were left at init, or partly: {names}.{halves}"
+        logger.warning("%s", what)  # all of them: an error has room for some
         if self.incomplete == "warn":
-            logger.warning("%s", what)
             return
         raise GlmppError(
             f"{what} If that is as it should be, pass "

@@ -140,8 +140,3 @@ def parse_json(raw: bytes, label: str, once: Collection[str] | None = ()) -> dic
     if level:
         raise GlmppError(f"{label}: expected at most {_DEPTH} objects and lists in each other")
     return value
-
-
-def printable(text: str) -> str:
-    """Text from a checkpoint for a terminal or a page: its control characters escaped."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)

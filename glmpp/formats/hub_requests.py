@@ -21,7 +21,7 @@ from urllib.parse import unquote
 from urllib.request import getproxies, proxy_bypass
 
 from glmpp.errors import GlmppError
-from glmpp.formats.files import printable
+from glmpp.words import printable
 
 CONNECTIONS = 8
 PAUSES = (0.5, 1.0)  # seconds before the second and the third attempt

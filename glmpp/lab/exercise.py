@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from glmpp.dequant import FP8
 from glmpp.lab.figures import ORANGE, PALE, RED, STYLE, ink, stage_colour, stage_ticks
 from glmpp.partition import partition_layers
+from glmpp.words import printable
 
 STORED, DROPPED, KEPT, LEFT = "stored", "dropped", "kept in the buffer", "left to the other branches"
 NUM_LAYERS, PP_SIZE, HIDDEN = 12, 4, 256  # of the small model that the cases are about
@@ -68,7 +69,8 @@ def _tensor(part: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 def shorten(text: str, limit: int = 30) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    """A text in one line, cut after so many characters."""
+    return printable(text) if len(text) <= limit else f"{printable(text[:limit])}…"
 
 
 class ToyStage:
@@ -102,7 +104,7 @@ class ToyStage:
                 return f"{type(error).__name__}: {shorten(str(error))}"
             handled.append(answer)
         if not all(isinstance(answer, bool) for answer in handled):
-            return f"returned {next(answer for answer in handled if not isinstance(answer, bool))!r}"
+            return f"returned {shorten(repr(next(answer for answer in handled if not isinstance(answer, bool))))}"
         if _fused(layer) in self.written:
             return STORED if _fused(layer) in self.loaded else "stored, but not added to `loaded`"
         if any(str(layer) in str(key).split(".") for key, parts in self.pending.items() if parts):

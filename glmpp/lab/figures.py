@@ -61,7 +61,7 @@ def layers_and_stages(stages: list[Stage], report: DryRunReport | None = None) -
     """
     deaths, handed = {}, {}
     for one in report.stages if report else ():
-        if one.verdict == DIES and (match := re.search(r"layers\.(\d+)\.", one.key or "")):
+        if one.verdict == DIES and (match := re.search(r"layers\.(\d{1,6})\.", one.key or "")):
             deaths[one.stage.rank] = int(match[1])
         if one.ledger:
             unseen = {NOT_REACHED, OTHER_STAGE} if report.guard == "loader" else {NOT_REACHED}

@@ -92,7 +92,7 @@ class Server:
                 self.seconds = time.perf_counter() - started
                 return up
             time.sleep(0.5)
-        raise GlmppError(f"{self.command}: neither up nor ended after {timeout:.0f} s; it said last:\n{self.log[-2000:]}")
+        raise self._broken(f"neither up nor ended after {timeout:.0f} s")
 
     def __enter__(self) -> Server:
         self.up = self.start()
@@ -100,6 +100,9 @@ class Server:
 
     def __exit__(self, *_) -> None:
         self.code = self.stop()
+
+    def _broken(self, why: object) -> GlmppError:
+        return GlmppError(f"{self.command}: {why}; it said last:", self.log[-2000:].splitlines())
 
     def _answers(self) -> bool:
         with contextlib.suppress(OSError):
@@ -125,7 +128,7 @@ class Server:
         try:
             choices = json.load(self._open("/v1/completions", body))["choices"]
         except OSError as error:
-            raise GlmppError(f"{self.command}: {error}; it said last:\n{self.log[-2000:]}") from error
+            raise self._broken(error) from error
         return [as_answer(choice["logprobs"]) for choice in sorted(choices, key=lambda choice: choice["index"])]
 
     def stop(self) -> int:

@@ -16,6 +16,8 @@ from glmpp.verdict.releases import nearest_release
 from glmpp.verdict.report import DryRunReport
 from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS, StageReport
 
+PLUGINS_VARIABLE = "VLLM_PLUGINS"  # names of those that vLLM loads, with commas between them
+
 
 @dataclass(frozen=True)
 class KnownFault:
@@ -109,13 +111,25 @@ def try_fixes(checkpoint: Checkpoint, report: DryRunReport, strict: bool = False
     return dry_run(checkpoint, deployment, ranks=failing, control=report.control is not None, strict=strict)
 
 
-def serve_line(model: str, deployment: Deployment) -> str:
-    """The command that starts the server with the load format, and with the deployment's fixes."""
-    split = f"{PARTITION_VARIABLE}={deployment.partition} " if deployment.partition and deployment.pp > 1 else ""
+def serve_line(model: str, deployment: Deployment, plugins: str | None = None) -> str:
+    """The command that starts the server with the load format, and with the deployment's fixes. Args: as in `command`."""
     sizes = {"tensor": deployment.tp, "pipeline": deployment.pp, "data": deployment.dp}
     words = [f"--{name}-parallel-size {size}" for name, size in sizes.items() if size > 1]
     words += ["--enable-expert-parallel"] if deployment.ep else []
     words += ["--load-format glmpp"]
     if deployment.fixes:
         words += ["--model-loader-extra-config", shlex.quote(json.dumps({"fixes": list(deployment.fixes)}))]
-    return " ".join([f"{split}vllm serve", shlex.quote(model), *words])
+    return command(model, deployment, words, plugins)
+
+
+def command(model: str, deployment: Deployment, words: list[str], plugins: str | None) -> str:
+    """`vllm serve` with what it needs in its environment: the split of the layers, and the kit among vLLM's plugins.
+
+    Args:
+        words: what follows the model, quoted for a shell where they have to be.
+        plugins: VLLM_PLUGINS as it is set where the line is pasted; None: it is not, and vLLM takes all that are installed.
+    """
+    variables = [f"{PARTITION_VARIABLE}={deployment.partition}"] if deployment.partition and deployment.pp > 1 else []
+    if plugins is not None and "--load-format glmpp" in words and "glmpp" not in plugins.split(","):
+        variables.append(f"{PLUGINS_VARIABLE}={shlex.quote(','.join(filter(None, [plugins, 'glmpp'])))}")
+    return " ".join([*variables, "vllm serve", shlex.quote(model), *words])

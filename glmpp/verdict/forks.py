@@ -83,17 +83,17 @@ class Fork:
             return
         for message in self.messages:
             if message["kind"] in ("refused", "fault"):
-                raise (GlmppError if message["kind"] == "refused" else KitError)(message["message"])
+                raise (GlmppError if message["kind"] == "refused" else KitError)(message["message"], message["details"])
         words = self.last_words()
-        how, hint = ("broke off", "") if words else ("was killed", ", by the system if memory ran out")
-        raise GlmppError(f"the vLLM child process {how} at {self.at}{hint}:\n{words}")
+        how, hint = ("broke off", ":") if words else ("was killed", ", by the system if memory ran out")
+        raise GlmppError(f"the vLLM child process {how} at {self.at}{hint}", words)
 
-    def last_words(self, lines: int = 15) -> str:
-        """The end of the fork's traceback, "" if it wrote none; of a fork that never began, what the server said."""
+    def last_words(self, lines: int = 15) -> list[str]:
+        """The end of the fork's traceback, [] if it wrote none; of a fork that never began, what the server said."""
         if self.log.exists():
             said = self.log.read_text(errors="replace")
-            return "\n".join(said[said.rfind("Traceback") :].splitlines()[-lines:] if "Traceback" in said else [])
-        return self.server.last_words(lines) if self.server.ended() else ""
+            return said[said.rfind("Traceback") :].splitlines()[-lines:] if "Traceback" in said else []
+        return self.server.last_words(lines) if self.server.ended() else []
 
 
 def collect(forks: Sequence[Fork], bar: tqdm | None = None, timeout: float = TIMEOUT) -> list[dict]:

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import shlex
-
 from glmpp.checkpoint import Checkpoint
 from glmpp.partition import PARTITION_VARIABLE
+from glmpp.verdict.advice import command
 from glmpp.verdict.fit import LEFT_OUT
 from glmpp.verdict.layout import CRITERION, Layout, Layouts
+from glmpp.verdict.text import headline
+from glmpp.words import MESSAGE, joined, shown
 
 
-def serve_line(model: str, layout: Layout, context: int, utilization: float | None) -> str:
-    """The command to paste."""
+def serve_line(model: str, layout: Layout, context: int, utilization: float | None, plugins: str | None = None) -> str:
+    """The command to paste. Args: plugins: as in `glmpp.verdict.advice.command`."""
     one = layout.deployment
-    split = f"{PARTITION_VARIABLE}={one.partition} " if one.partition and one.pp > 1 else ""
     words = [f"--tensor-parallel-size {one.tp}", f"--pipeline-parallel-size {one.pp}"]
     words += ["--enable-expert-parallel"] if one.ep else []
     words += [f"--max-model-len {context}", *([f"--gpu-memory-utilization {utilization}"] if utilization else [])]
     words += ["--load-format glmpp"] if one.guard == "loader" else []
-    return f"{split}vllm serve {shlex.quote(model)} {' '.join(words)}"
+    return command(model, one, words, plugins)
 
 
-def layouts_text(model: str, checkpoint: Checkpoint, found: Layouts) -> str:
+def layouts_text(model: str, checkpoint: Checkpoint, found: Layouts, plugins: str | None = None) -> str:
     """For a terminal: a line for each layout, best first, and the commands of those that serve."""
     gpus, context = found.asked
     share = next((one.fit.share for one in found.layouts if one.fit), found.utilization or 0)
-    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    versions = shown(", ".join(f"{name} {version}" for name, version in found.versions.items()), MESSAGE)
     lines = [
-        f"{checkpoint.source}: {len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB",
+        headline(checkpoint),
         f"{gpus} x {found.gpu.name}, {share:.0%} of {found.gpu.memory / 1e9:.1f} GB each; requests of {context:,} tokens",
         versions,
         "",
@@ -41,19 +41,19 @@ def layouts_text(model: str, checkpoint: Checkpoint, found: Layouts) -> str:
                 f"{'':<15}with {PARTITION_VARIABLE}={one.deployment.partition}; {one.even:,} tokens with vLLM's split"
             )
         if one.why:
-            lines.append(f"{'':<15}{one.why}")
+            lines.append(f"{'':<15}{shown(one.why, MESSAGE)}")
     lines += [f"{sizes:<14} not tried: {why}" for sizes, why in found.left.items()]
     lines += ["", f"best first: {CRITERION}", f"left out of the memory: {LEFT_OUT}", ""]
     serving = [one for one in found.layouts if one.serves]
-    lines += [serve_line(model, one, context, found.utilization) for one in serving]
+    lines += [serve_line(model, one, context, found.utilization, plugins) for one in serving]
     if any(one.deployment.guard == "loader" for one in serving):
         lines.append("(--load-format glmpp where vLLM's own load dies; glmpp has to be installed where vLLM runs)")
     ran = sum(one.ran for one in found.layouts)
     lines += ["", f"run: {ran} ranks, of stages with the same kinds of layers one, its first shard"]
-    return "\n".join(lines)
+    return joined(lines)
 
 
-def layouts_json(model: str, checkpoint: Checkpoint, found: Layouts) -> dict:
+def layouts_json(model: str, checkpoint: Checkpoint, found: Layouts, plugins: str | None = None) -> dict:
     """The same as plain values."""
     gpus, context = found.asked
     return {
@@ -65,11 +65,11 @@ def layouts_json(model: str, checkpoint: Checkpoint, found: Layouts) -> dict:
         "context": context,
         "criterion": CRITERION,
         "not_tried": found.left,
-        "layouts": [_as_json(model, one, found) for one in found.layouts],
+        "layouts": [_as_json(model, one, found, plugins) for one in found.layouts],
     }
 
 
-def _as_json(model: str, one: Layout, found: Layouts) -> dict:
+def _as_json(model: str, one: Layout, found: Layouts, plugins: str | None) -> dict:
     return {
         "tp": one.deployment.tp,
         "pp": one.deployment.pp,
@@ -82,5 +82,5 @@ def _as_json(model: str, one: Layout, found: Layouts) -> dict:
         "tokens": one.fit and one.fit.tokens,
         "tokens_with_even_split": one.even,
         "requests": one.fit and one.fit.requests,
-        "command": serve_line(model, one, found.asked[1], found.utilization) if one.serves else None,
+        "command": serve_line(model, one, found.asked[1], found.utilization, plugins) if one.serves else None,
     }

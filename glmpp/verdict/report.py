@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.formats.config import layer_count
-from glmpp.formats.files import printable
 from glmpp.gpus import CPU, gpu_of
 from glmpp.partition import Stage
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.fit import Fit
 from glmpp.verdict.record import check_record, digest
 from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, CONTROL, DRAFTER, STAGE, StageReport, stage_report
+from glmpp.words import MESSAGE, shown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -108,8 +108,8 @@ class DryRunReport:
                 "stage": [r.stage.rank if r.role == STAGE and self.deployment.tp == 1 else r.label for r in reports],
                 "layers": ["MTP" if r.role == DRAFTER else r.stage.span for r in reports],
                 "verdict": [r.verdict for r in reports],
-                "died at": [printable(str(r.key or r.message or "").split("\n")[0]) for r in reports],
-                "in": [r.place or "" for r in reports],
+                "died at": [shown(r.key or (r.message or "").partition("\n")[0], MESSAGE) for r in reports],
+                "in": [shown(r.place or "") for r in reports],
                 "tensors handed over": [r.handed_over for r in reports],
             }
         ).set_index("stage")

@@ -195,10 +195,10 @@ class Server:
         except OSError:
             return True
 
-    def last_words(self, lines: int) -> str:
+    def last_words(self, lines: int) -> list[str]:
         """The end of what it said, complete once it has ended."""
         if self.process is None:
-            return "the process that imports vLLM, which another process had started, has ended"
+            return ["the process that imports vLLM, which another process had started, has ended"]
         self.process.wait()
         self.log.seek(0)
-        return "".join(self.log.readlines()[-lines:])
+        return self.log.read().splitlines()[-lines:]

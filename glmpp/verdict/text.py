@@ -21,6 +21,7 @@ from glmpp.verdict.stage_report import (
     STAGE,
     StageReport,
 )
+from glmpp.words import MESSAGE, joined, shown
 
 SCHEMA_VERSION = 6
 SHOWN = 4  # names on a line; --json has all of them
@@ -117,35 +118,40 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, ut
         each: a paragraph for each rank; otherwise those that end alike share one.
         utilization: share of a GPU's memory that vLLM may take; default what it takes by default.
     """
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    versions = shown(", ".join(f"{name} {version}" for name, version in report.versions.items()), MESSAGE)
     lines = [
-        f"{checkpoint.source}: {len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB",
+        headline(checkpoint),
         f"{versions}; guard: {report.guard}; GPU: {report.deployment.gpu}"
         + (f"; fixes: {', '.join(report.deployment.fixes)}" if report.deployment.fixes else ""),
         *chosen(report),
         "",
     ]
-    ends: dict[object, list[StageReport]] = {}
+    ends: dict[tuple, list[StageReport]] = {}
     for stage in report.all:
         alone = each or stage.role != STAGE
-        ends.setdefault(id(stage) if alone else "\n".join([stage.verdict, *evidence_lines(stage)]), []).append(stage)
+        ends.setdefault((id(stage) if alone else 0, stage.verdict, *evidence_lines(stage)), []).append(stage)
     width = max(13, *(len(label(alike)) for alike in ends.values()))
     for alike in ends.values():
         lines += [f"{label(alike):<{width}} layers {_layers(alike):<8} {alike[0].verdict}", *evidence_lines(alike[0])]
     lines += ["", *lines_of_memory] if (lines_of_memory := memory_lines(report, utilization)) else []
-    lines += ["", "stand-ins: " + ", ".join(report.stand_ins)]
+    lines += ["", "stand-ins: " + ", ".join(map(shown, report.stand_ins))]
     if data := sorted({stage.data for stage in report.all if stage.data != NO_DATA and not stage.deaths}):
         lines.append(f"failed without data, and was tried again on the CPU with values: {', '.join(data)}")
-    return "\n".join([*lines, "", f"{report.deployment.layout}: {conclusion(report)}"])
+    return joined([*lines, "", f"{report.deployment.layout}: {conclusion(report)}"])
+
+
+def headline(checkpoint: Checkpoint) -> str:
+    """Which checkpoint, and how large it is."""
+    return f"{shown(str(checkpoint.source), MESSAGE)}: {len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB"
 
 
 def chosen(report: DryRunReport) -> list[str]:
     """What vLLM built and chose, from all stages: the model's class, attention backends, kernels."""
     classes = sorted({stage.model_class for stage in report.all if stage.model_class})
-    lines = [f"model: {', '.join(classes)}"] if classes else []
+    lines = [f"model: {', '.join(map(shown, classes))}"] if classes else []
     for kind in ("attention", "linear", "moe"):
         names = sorted({name for stage in report.all for name in stage.backends.get(kind, ())})
-        lines += [f"{kind}: {', '.join(names)}"] if names else []
+        lines += [f"{kind}: {', '.join(map(shown, names))}"] if names else []
     return lines
 
 
@@ -153,16 +159,17 @@ def evidence_lines(stage: StageReport) -> list[str]:
     """What a stage's verdict rests on, indented; [] for one that loads and leaves nothing to say."""
     lines = []
     for death in stage.deaths:
-        said = " ".join(death.message.split())
-        lines.append(f"    KeyError: {death.key!r}" if death.key else f"    {death.exception}: {said[:500]}")
-        lines.append(f"        in {death.place} {death.function}" + (f", handed {death.tensor}" if death.tensor else ""))
+        said = shown(" ".join(death.message.split()), MESSAGE)
+        lines.append(f"    KeyError: {shown(repr(death.key))}" if death.key else f"    {shown(death.exception)}: {said}")
+        handed = f", handed {shown(death.tensor)}" if death.tensor else ""
+        lines.append(f"        in {shown(death.place)} {shown(death.function)}{handed}")
     if stage.verdict == INCOMPLETE:
         lines += _left_lines(stage)
     if stage.verdict == CANNOT_TELL and stage.evidence.unplaced:
         lines.append(f"    written at places that only data would tell: {_some([*stage.evidence.unplaced])}")
     if stage.verdict in (LOADS, INCOMPLETE) and stage.dropped:
         lines.append(f"    dropped without a trace: {_some(stage.dropped)}")
-    return lines + [f"    held to the end, though another stage's: {name}" for name in stage.held]
+    return lines + [f"    held to the end, though another stage's: {shown(name)}" for name in stage.held]
 
 
 def _left_lines(stage: StageReport) -> list[str]:
@@ -170,12 +177,12 @@ def _left_lines(stage: StageReport) -> list[str]:
     why: dict[str, list[str]] = {}
     for name in stage.unaccounted:
         why.setdefault(str(stage.left[name]), []).append(name)
-    return [f"    left at init: {_some(names)}\n        {reason}" for reason, names in why.items()]
+    return [line for reason, names in why.items() for line in (f"    left at init: {_some(names)}", f"        {reason}")]
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:SHOWN])
-    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN:,} more"
+    some = ", ".join(map(shown, names[:SHOWN]))
+    return some if len(names) <= SHOWN else f"{some} and {len(names) - SHOWN:,} more"
 
 
 def memory_lines(report: DryRunReport, utilization: float | None = None) -> list[str]:
@@ -190,7 +197,7 @@ def memory_lines(report: DryRunReport, utilization: float | None = None) -> list
         alike.setdefault(memory.figures, []).append((stage, memory))
     for same in alike.values():
         memory, where = same[0][1], label([stage for stage, _ in same])
-        cache = f"KV cache not counted: {memory.why}" if memory.why else "no KV cache"
+        cache = f"KV cache not counted: {shown(memory.why, MESSAGE)}" if memory.why else "no KV cache"
         if memory.kv_cache:
             tokens = found.tokens_of(memory)
             room = f"{tokens:>12,} tokens fit" if memory.room(found.gpu, utilization) > 0 else f"{'does not fit':>24}"
