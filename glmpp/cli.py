@@ -36,6 +36,7 @@ from glmpp.verdict.advice import (
 )
 from glmpp.verdict.deployment import GUARDS, Deployment
 from glmpp.verdict.dry_run import MAX_CONTEXT, dry_run
+from glmpp.verdict.forks import TIMEOUT
 from glmpp.verdict.layouts import CONTEXT, layouts
 from glmpp.verdict.layouts_text import layouts_json, layouts_text
 from glmpp.verdict.plan import plan_text
@@ -94,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         added.add_argument("--context", type=tokens, metavar="TOKENS", help="of the longest request")
 
+    def patience(added: argparse.ArgumentParser) -> None:
+        what = f"for each rank, and for the import of vLLM before the first (default {TIMEOUT:.0f})"
+        added.add_argument("--timeout", type=_number(float, positive, 10**6), default=TIMEOUT, metavar="SECONDS", help=what)
+
     gpus, default_gpu = f"{', '.join(GPUS)}, sm90 …, with memory l4:12 (GB)", f"default: the one here, or {REPORTED}"
     check = command(
         "check", _check, "Build and load the ranks of a layout with the installed vLLM's own classes, without a GPU."
@@ -113,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--each", action="store_true", help="a line for each rank, also where they end alike")
     check.add_argument("--strict", action="store_true", help="no stand-ins for parts that a CPU lacks")
     check.add_argument("--json", action="store_true", help="the report as JSON")
+    patience(check)
 
     choose = command("layouts", _layouts, "Every TP x PP (x EP) that takes all GPUs: does it load, and what fits beside it?")
     source(choose)
@@ -121,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     memory(choose)
     choose.set_defaults(context=CONTEXT)
     choose.add_argument("--json", action="store_true", help="the layouts as JSON")
+    patience(choose)
 
     plan = command("plan", _plan, "Layers, tensors and bytes of every stage, and the split with the smallest largest stage.")
     model(plan)
@@ -217,10 +224,10 @@ def _check(options: argparse.Namespace) -> int:
         gpu=options.gpu,
         fixes=options.fixes,
     )
-    asked = {"ranks": options.ranks, "all_deaths": options.all, "strict": options.strict, "context": options.context}
-    report = dry_run(checkpoint, deployment, **asked)
-    again = try_load_format(checkpoint, report, options.strict)
-    fixed = try_fixes(checkpoint, report, options.strict)
+    how = {"strict": options.strict, "timeout": options.timeout}
+    asked = {"ranks": options.ranks, "all_deaths": options.all, "context": options.context}
+    report = dry_run(checkpoint, deployment, **asked, **how)
+    again, fixed = try_load_format(checkpoint, report, **how), try_fixes(checkpoint, report, **how)
     if options.json:
         print(json.dumps(as_json(checkpoint, report, again, options.gpu_memory_utilization, fixed), indent=1))
     else:
@@ -269,7 +276,8 @@ def _layouts(options: argparse.Namespace) -> int:
     if PARTITION_VARIABLE in os.environ:
         print(f"glmpp: {PARTITION_VARIABLE} is ignored, sizes vary here; unset it where vLLM is to run", file=sys.stderr)
     checkpoint = open_checkpoint(options.model, options.revision)
-    found = layouts(checkpoint, options.gpus, options.gpu, options.context, options.gpu_memory_utilization)
+    how = {"utilization": options.gpu_memory_utilization, "timeout": options.timeout}
+    found = layouts(checkpoint, options.gpus, options.gpu, options.context, **how)
     told = pasted(options.model), checkpoint, found, os.environ.get(PLUGINS_VARIABLE)
     print(json.dumps(layouts_json(*told), indent=1) if options.json else layouts_text(*told))
     return EXIT_CODES[found.verdict]

@@ -1066,7 +1066,7 @@ MUTATIONS = {
         "test_vllm_child.py::test_those_that_are_started_together_import_one_after_another",
     ),
     "a distribution of another name": (
-        "engine/contract.py::vllm_version",
+        "engine/contract.py::_installed",
         'packages_distributions().get("vllm", ())',
         "()",
         "test_vllm_child.py::test_a_distribution_of_another_name_that_provides_the_module_counts",

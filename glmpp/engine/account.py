@@ -12,6 +12,7 @@ from glmpp.engine.losses import confirmed, dropped, left
 from glmpp.engine.padding import padding
 from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
 from glmpp.engine.stage_load import StageLoad
+from glmpp.engine.writes import parameters
 from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, Prefixes
 
@@ -64,7 +65,7 @@ class Account:
             folder: of the checkpoint, if its bytes were loaded: what was left at init is compared with them.
         """
         load, recorder, model = self.load, self.load.recorder, self.load.built.model
-        sizes, added = {name: p.numel() for name, p in model.named_parameters()}, padding(model)
+        sizes, added = {name: p.numel() for name, p in parameters(model).items()}, padding(model)
         written, filled = recorder.written, recorder.filled
         columns = {name: self.column(name) for name in self.shapes}
         lacking = left(recorder, model, load.built.model_config)

@@ -25,7 +25,7 @@ FAULT, REFUSAL, KIT, PACKAGE, RANKS, NO_ANSWER = "fault", "refusal", "glmpp", "p
 NO_VERDICT = {
     PACKAGE: "no verdict on the checkpoint",
     RANKS: "no verdict: this rank waits for others, and runs alone",
-    NO_ANSWER: "no verdict: torch cannot do this without data, or without the GPU",
+    NO_ANSWER: "no verdict: torch cannot do this without data, without the GPU, or without more memory",
 }
 
 # What vLLM refuses with, and where it does. A KeyError, or an error elsewhere, may come of the pretence.
@@ -40,6 +40,7 @@ OF_THE_HARDWARE = re.compile(r"cuda|device")
 OF_A_PLACE = re.compile(r"\bis_(cuda|meta)\b(?!\()|\.device\b(\.type)?\s*(==|!=|in)")
 # What this machine lacks: memory, a GPU.
 OF_THIS_MACHINE = ("OutOfMemoryError", "AcceleratorError")
+NO_MEMORY = "DefaultCPUAllocator: "  # in what torch says of the CPU's
 
 # Packages that models call: an exception in one of them is the caller's.
 LIBRARIES = {
@@ -204,7 +205,7 @@ def _is_pydantics(error: BaseException) -> bool:
 def _is_of_the_pretence(error: BaseException) -> bool:
     """Whether it comes of what is not here: the GPU, its memory and operators. On the GPU itself it might not rise."""
     every = frames(error)
-    if isinstance(error, (NotHere, MemoryError)) or type(error).__name__ in OF_THIS_MACHINE:
+    if isinstance(error, (NotHere, MemoryError)) or type(error).__name__ in OF_THIS_MACHINE or NO_MEMORY in str(error):
         return True
     if not every:
         return False

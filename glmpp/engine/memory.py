@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch.nn.parameter import is_lazy
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import PPMissingLayer
@@ -15,6 +16,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from glmpp.engine import contract
 from glmpp.engine.build import Built, ModelBuilder, Place
+from glmpp.engine.failures import is_kits
 from glmpp.engine.left_at_init import SHARED_BY_DRAFTER
 from glmpp.engine.targets import tensors_on
 
@@ -47,7 +49,8 @@ def memory(builder: ModelBuilder, place: Place, built: Built, device: str, conte
         message["utilization"] = config.cache_config.gpu_memory_utilization
         message["kv_cache"] = kv_cache(config, list(layers))
     except Exception as error:  # no verdict on the checkpoint depends on it
-        message["why"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        whose = "a fault of glmpp, please report it: " if is_kits(error) else ""
+        message["why"] = f"{whose}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return message
 
 
@@ -88,4 +91,6 @@ def _others(part: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 def _of(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     """Bytes of each storage: one counts once, however many tensors or layers share it."""
-    return {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return {
+        storage._cdata: storage.nbytes() for storage in (each.untyped_storage() for each in tensors if not is_lazy(each))
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import torch
+from torch.nn.parameter import is_lazy
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 
@@ -19,7 +20,7 @@ def padding(model: torch.nn.Module) -> dict[str, int]:
     for path, module in model.named_modules():
         parent = model.get_submodule(path.rpartition(".")[0])
         for name, param in module.named_parameters(recurse=False):
-            if added := param.numel() - _filled(module, param, getattr(parent, "pad_size", 0)):
+            if not is_lazy(param) and (added := param.numel() - _filled(module, param, getattr(parent, "pad_size", 0))):
                 found[f"{path}.{name}" if path else name] = added
     return found
 

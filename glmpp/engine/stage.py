@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn.parameter import is_lazy
 from vllm.model_executor.model_loader import get_model_loader
 
 from glmpp.engine.account import Account
@@ -23,11 +25,20 @@ from glmpp.engine.source import Source, answer_for_headers
 from glmpp.engine.stage_load import StageLoad
 from glmpp.engine.targets import tensors_on
 from glmpp.engine.unanswered import UnansweredOnMeta
+from glmpp.engine.writes import parameters
 from glmpp.gpus import CPU
 from glmpp.ledger import EXPECTED, digest
 
 SMALL_ENOUGH = 2_000_000_000  # bytes of a checkpoint that is tried again with data, on the CPU
 NO_DATA, MADE_UP, REAL = "none", "made up", "the checkpoint's"  # what the tensors that are handed over hold
+
+
+def limit_memory(nbytes: int) -> None:
+    """Let this process have so many bytes more than it has: a config may ask for any number of them, on the CPU too."""
+    (said,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
+    most = int(said.split()[1]) * 1024 + nbytes
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def is_complete(result: dict) -> bool:
@@ -44,6 +55,9 @@ class Stages:
         self.guard = Guard(request["guard"], request["helper"], request["callers"])
         self.builder = ModelBuilder(request)
         register()  # VLLM_PLUGINS may leave the kit's plugin out, and decides nothing here
+        self.nbytes = sum(self.source.nbytes.values())
+        if request["weights"] != "real":
+            limit_memory(1_000_000_000 + 5 * min(self.nbytes, SMALL_ENOUGH))
         self.has_files = any(Path(request["model"]).glob("*.safetensors"))
         if not self.has_files:
             answer_for_headers(request["tensors"])
@@ -87,7 +101,7 @@ class Stages:
         result = self.attempt(place, NO_DATA)
         if is_complete(result):
             return result
-        if sum(self.source.nbytes.values()) <= SMALL_ENOUGH:
+        if self.nbytes <= SMALL_ENOUGH:
             again = self.attempt(place, REAL if self.has_files else MADE_UP, moves=True)
             if self.has_files or is_complete(again):
                 return again
@@ -135,6 +149,7 @@ class Stages:
     def load(self, place: Place, built: Built, result: dict, moves: bool) -> Exception | None:
         """Load a stage that has been built, and put down what is seen; returns the first exception on the way."""
         device, data = result["device"], result["data"]
+        lazy = [name for name, parameter in built.model.named_parameters() if is_lazy(parameter)]
         result["backends"] = choices(built.model)
         result["patched"] = self.guard.install()
         places = tensors_on(device) if moves else contextlib.nullcontext()
@@ -150,9 +165,12 @@ class Stages:
         result.update(account.message(self.request["model"] if data == REAL else None))
         if not load.deaths and result["unplaced"]:
             result["verdict"] = "cannot tell"
+        if not load.deaths and lazy:
+            said = f"{len(lazy)} parameters take their shape from what is loaded, and are not looked at, e.g. {lazy[0]}"
+            result.update(verdict="cannot tell", message=said)
         if self.request["weights"] == "real":
             # What belongs to a tower that this stage has no use for, vLLM itself leaves without data.
-            held = {name: p for name, p in built.model.named_parameters() if not p.is_meta}
+            held = {name: p for name, p in parameters(built.model).items() if not p.is_meta}
             result["digests"] = {name: digest(p) for name, p in held.items()}
             self.keep(place, built.model)
         result["memory"] = memory(self.builder, place, built, device, self.request["context"])

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 
 from glmpp.engine.failures import on_behalf
 
@@ -160,7 +161,12 @@ def loadable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
     }
-    return {name: tensor for name, tensor in (buffers | dict(model.named_parameters())).items() if tensor.numel()}
+    return {name: tensor for name, tensor in (buffers | parameters(model)).items() if tensor.numel()}
+
+
+def parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Those that have a shape. GGUF's have none before they are loaded, and cannot be looked at."""
+    return {name: parameter for name, parameter in model.named_parameters() if not is_lazy(parameter)}
 
 
 @dataclass

@@ -83,8 +83,11 @@ def nearest_line(nearest: dict) -> str:
     )
 
 
-def try_load_format(checkpoint: Checkpoint, report: DryRunReport, strict: bool = False) -> DryRunReport | None:
+def try_load_format(checkpoint: Checkpoint, report: DryRunReport, **how) -> DryRunReport | None:
     """The stages that fail, once more with `--load-format glmpp`.
+
+    Args:
+        how: of `dry_run`: strict, timeout.
 
     Returns:
         None where that could change nothing: vLLM was not run as it is installed, no stage fails, or PP=1 fails, too.
@@ -93,11 +96,14 @@ def try_load_format(checkpoint: Checkpoint, report: DryRunReport, strict: bool =
     sound = report.control is not None and report.control.loads
     if report.guard != "installed" or not failing or not sound:
         return None
-    return dry_run(checkpoint, replace(report.deployment, guard="loader"), ranks=failing, control=False, strict=strict)
+    return dry_run(checkpoint, replace(report.deployment, guard="loader"), ranks=failing, control=False, **how)
 
 
-def try_fixes(checkpoint: Checkpoint, report: DryRunReport, strict: bool = False) -> DryRunReport | None:
+def try_fixes(checkpoint: Checkpoint, report: DryRunReport, **how) -> DryRunReport | None:
     """The ranks that fail, once more with the load format and with the fixes that are known for this release and model.
+
+    Args:
+        how: as for `try_load_format`.
 
     Returns:
         None where there are none, no rank fails or what fails cannot be told, or vLLM was not run as it is installed.
@@ -108,7 +114,7 @@ def try_fixes(checkpoint: Checkpoint, report: DryRunReport, strict: bool = False
         return None
     failing = [stage.rank for stage in report.stages if not stage.loads] or [report.stages[0].rank]
     deployment = replace(report.deployment, guard="loader", fixes=names)
-    return dry_run(checkpoint, deployment, ranks=failing, control=report.control is not None, strict=strict)
+    return dry_run(checkpoint, deployment, ranks=failing, control=report.control is not None, **how)
 
 
 def serve_line(model: str, deployment: Deployment, plugins: str | None = None) -> str:

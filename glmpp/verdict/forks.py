@@ -114,9 +114,7 @@ def collect(forks: Sequence[Fork], bar: tqdm | None = None, timeout: float = TIM
                 slowest: Fork = min((key.data for key in watched.values()), key=lambda fork: fork.since)
                 ready = at_work.select(max(0.0, slowest.since + timeout - time.monotonic()))
                 if not ready:
-                    raise GlmppError(
-                        f"{slowest.at} was not done after {timeout:.0f} s, and was ended; --timeout allows more"
-                    )
+                    raise GlmppError(f"{slowest.at} was not done after {timeout:g} s, and was ended; --timeout allows more")
                 for key, _ in ready:
                     fork: Fork = key.data
                     came = fork.read()

@@ -17,7 +17,7 @@ from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import MAX_CONTEXT, run_of, stage_request
 from glmpp.verdict.fit import Fit, Memory
-from glmpp.verdict.forks import run_stages
+from glmpp.verdict.forks import TIMEOUT, run_stages
 from glmpp.verdict.installed import NO_VLLM, vllm_version
 from glmpp.verdict.layout import Layout, Layouts
 from glmpp.verdict.record import digest
@@ -35,6 +35,7 @@ def layouts(
     gpu: str | None = None,
     context: int = CONTEXT,
     utilization: float | None = None,
+    timeout: float = TIMEOUT,
     progress: bool | None = None,
     recorded: str | Path | None = None,
 ) -> Layouts:
@@ -49,6 +50,7 @@ def layouts(
         gpu: which, see `Deployment`.
         context: tokens of the longest request.
         utilization: share of a GPU's memory that vLLM may take; default what it takes by default.
+        timeout: seconds that each rank may take, and the import of vLLM before the first.
         recorded: where to save to with GLMPP_RECORD=1, and what to return where vLLM is not installed.
 
     Raises:
@@ -63,7 +65,7 @@ def layouts(
     gpus, context = whole("gpus", gpus, 1, MAX_GPUS), whole("context", context, 1, MAX_CONTEXT)
     if utilization is not None:
         positive("utilization", utilization, 1)
-    search = Search(checkpoint, gpus, Deployment(gpu=gpu), context, utilization, progress)
+    search = Search(checkpoint, gpus, Deployment(gpu=gpu), context, utilization, timeout, progress)
     even = search.run(search.deployments, "loader")
     split = {one.deployment: counts for one in even if (counts := search.better(one))}
     balanced = search.run([replace(one, layer_counts=counts) for one, counts in split.items()], "loader")
@@ -114,12 +116,13 @@ class Search:
         base: Deployment,
         context: int,
         utilization: float | None,
+        timeout: float,
         progress: bool | None,
     ):
         if base.gpu == CPU:
             raise GlmppError(f"--gpu {base.gpu}: whether a model fits is asked of a GPU: {', '.join(GPUS)}")
         self.checkpoint, self.base, self.context, self.utilization = checkpoint, base, context, utilization
-        self.progress, self.versions, self.left = progress, {}, {}
+        self.timeout, self.progress, self.versions, self.left = timeout, progress, {}, {}
         self.kinds = layer_kinds(checkpoint)
         self.deployments = []
         experts = any(text_config(checkpoint.config).get(name) for name in EXPERTS)
@@ -151,7 +154,7 @@ class Search:
             return []
         request = stage_request(self.checkpoint, replace(self.base, guard=guard), context=self.context)
         with progress_bar(what=f"{len(deployments)} layouts, {guard}", total=len(runs), show=self.progress) as bar:
-            messages = run_stages(self.checkpoint, request, runs, bar)
+            messages = run_stages(self.checkpoint, request, runs, bar, timeout=self.timeout)
         found = []
         for at, (deployment, stages) in enumerate(zip(deployments, chosen)):
             mine = [message for message in messages if message.get("layout", at) == at]
