@@ -149,10 +149,24 @@ def test_control_characters_in_a_name_are_escaped_in_errors(folder):
     assert "\x1b" not in str(error.value) and r"a\x1b[2J" in str(error.value)
 
 
-def test_mutated_folders_are_read_or_refused_and_nothing_else():
+WITHOUT_VLLM = [kind for kind in fuzz.KINDS if kind not in fuzz.WITH_VLLM]
+
+
+@pytest.mark.parametrize("kind", WITHOUT_VLLM)
+@pytest.mark.usefixtures("no_partition_variable")
+def test_input_by_every_way_in_works_or_is_refused_and_nothing_else(kind):
     """A short run of `make fuzz`, with another seed each time it is changed here."""
-    outcomes = fuzz.run(1500, seed=1, progress=False)
-    assert outcomes["refused"] > 1000 and outcomes["reads"] > 50
+    outcomes = fuzz.run(1500 if kind == "folder" else 100, seed=2, progress=False, kinds=[kind])
+    assert set(outcomes) <= {(kind, "refused"), (kind, "works")} and outcomes[kind, "refused"] > 20
+    assert outcomes[kind, "works"] > (kind != "no files")
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("kind", "runs"), [("load format", 100), ("check", 8)])
+def test_hostile_input_to_vllm_is_told_or_refused_and_nothing_else(kind, runs):
+    pytest.importorskip("vllm")
+    outcomes = fuzz.run(runs, seed=2, progress=False, kinds=[kind])
+    assert len(outcomes) > 1
 
 
 def test_a_dtype_that_is_not_a_string_is_refused(tmp_path):
