@@ -196,25 +196,18 @@ class Requests:
         way, variable = _proxy(url.scheme, url.host) if url else ("", "")
         answer = getattr(error, "response", None)
         if answer is None:
-            why = f"{type(error).__name__}: {error}".removesuffix(": ")[:300]
+            why = self.without_secrets(f"{type(error).__name__}: {error}".removesuffix(": "))[:300]
             host = f"{url.scheme}://{url.netloc.decode()}" if url else self.endpoint
             check = f"{variable} and NO_PROXY" if way else "the connection, HF_ENDPOINT"
-            return (
-                (
-                    f"no usable answer from {host}{way} ({why}); "
-                    f"check {check} and HF_HUB_DOWNLOAD_TIMEOUT (now {self.timeout} s)"
-                ),
-                True,
-                0,
-            )
+            check += f" and HF_HUB_DOWNLOAD_TIMEOUT (now {self.timeout} s)"
+            return f"no usable answer from {host}{way} ({why}); check {check}", True, 0
         status, asked = answer.status_code, _seconds(answer.headers.get("Retry-After", ""))
-        said = " ".join((getattr(error, "server_message", None) or "").split())[:200]
+        said = " ".join(self.without_secrets(getattr(error, "server_message", None) or "").split())[:200]
+        advice = f"it asks to wait {asked:.0f} s; try again then" if asked else "try again later"
         if status in (401, 403):
             advice = f"access refused; {log_in}"
         elif status == 407:
             advice = f"give user and password in {variable or 'the address of the proxy'}"
-        else:
-            advice = f"it asks to wait {asked:.0f} s; try again then" if asked else "try again later"
         why = f"the server answers HTTP {status}{way} {said}".rstrip() + f"; {advice}"
         return why, status in (408, 429) or status >= 500, asked
 
