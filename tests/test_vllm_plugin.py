@@ -778,7 +778,7 @@ def test_words_of_a_checkpoint_forge_no_line_of_a_servers_log(plugin, stage_of, 
         loader.check({f"{name}.weight": Left(ABSENT, name), f"{name}.bias": Left(EXPECTED, name)}, config)
     said += [str(selection), *selection.unpaired(), str(error.value)]
     assert len(said) == 8 and all(line.isprintable() for line in said)
-    assert max(len(line) for line in said if "as expected" not in line) <= 2000
+    assert max(len(line) for line in said if "as expected" not in line) < 3000
 
 
 @pytest.mark.parametrize("lost", ["weight", "weight_scale_inv"])
