@@ -12,7 +12,7 @@
 # make sweep        every architecture of the newest vLLM, as notebook 06 shows it
 # make same-bytes   what counts there, by stock and by the load format: the same bytes, or a refusal that they confirm
 # make releases     what counts there, on ten releases of vLLM; renews glmpp/verdict/releases.json
-# make fuzz         20,000 mutated checkpoint folders
+# make fuzz         20,000 hostile or broken inputs, by every way in
 # make bench        measure against the peers
 #
 # make test PYTHON=python3.13                     makes .venv anew of that Python, if it is of another

@@ -163,7 +163,7 @@ def test_layouts_ends_with_2_only_where_a_layout_might_serve_and_nobody_can_tell
     one = lambda room: Fit([Memory(1, 1, (), cache[room])], GPUS["h200"], 0.9)  # noqa: E731
     all_of_them = [Layout(Deployment(gpu="h200"), verdict, "", one(room), None, 1) for verdict, room in found]
     told = Layouts(all_of_them, (2, 100), GPUS["h200"], None, {}, {"vllm": "0"}, 1.0)
-    monkeypatch.setattr(cli, "layouts", lambda *_: told)
+    monkeypatch.setattr(cli, "layouts", lambda *_, **__: told)
     ended, _, err = command(capsys, "layouts", CONFIG, "--gpus", 2)
     assert ended == code
     assert "VLLM_PP_LAYER_PARTITION is ignored" in err

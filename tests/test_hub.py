@@ -930,7 +930,8 @@ def test_files_of_any_name_are_only_looked_up(hub, folder, tiny, file):
     hub.faults["tiny"] = listing
     assert equal(Checkpoint.from_hub(REPO, progress=False), tiny)
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": file, "b": f"{file}/other"}}))
-    refused(f"{REPO}@{SHA.upper()}/{file}/other: the shard is missing")
+    message = refused(f"{REPO}@{SHA.upper()}/", "other: the shard is missing")
+    assert message.isprintable() and len(message) < 3000
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": file, "b": names[0]}}))
     refused()
 

@@ -227,7 +227,7 @@ def test_the_line_to_paste_lets_vllm_load_the_kits_plugin(plugins, before, tmp_p
     if plugins is not None:
         monkeypatch.setenv(cli.PLUGINS_VARIABLE, plugins)
     monkeypatch.setattr(cli, "open_checkpoint", lambda *_: checkpoint_of("x"))
-    monkeypatch.setattr(cli, "layouts", lambda *_: layouts_of("x"))
+    monkeypatch.setattr(cli, "layouts", lambda *_, **__: layouts_of("x"))
     (tmp_path / "a $(b)").mkdir()
     (tmp_path / "a $(b)" / "model.safetensors").touch()
     monkeypatch.chdir(tmp_path)
