@@ -75,12 +75,13 @@ def check_fields(config: dict, rules: Rules, label: str) -> None:
             raise GlmppError(f"{label}: {name} {said}, expected {expected}")
 
 
-def check_config(config: dict, label: str) -> None:
+def check_config(config: dict, label: str, rules: Rules = READ) -> None:
     """Check what the kit reads of a config. Raises GlmppError, in which it is called `label`."""
-    check_fields(config, READ, label)
+    check_fields(config, rules, label)
+    within = {name: rule for name, rule in rules.items() if name != "architectures"}  # those of the whole are read
     for key in TEXT_CONFIGS:
         if isinstance(config.get(key), dict):
-            check_config(config[key], f"{label}: {key}")
+            check_config(config[key], f"{label}: {key}", within)
 
 
 def counts(config: dict) -> Iterator[tuple[str, int, int]]:
