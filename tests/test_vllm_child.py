@@ -105,7 +105,7 @@ def test_a_vllm_that_cannot_be_imported_is_named_every_time(tiny, tmp_path, monk
     monkeypatch.delenv("GLMPP_WITHOUT_VLLM", raising=False)
     monkeypatch.setattr(contract, "vllm_version", lambda: "broken")
     for _ in range(3):
-        with pytest.raises(GlmppError, match=r"vLLM broken cannot be imported here(.|\n)*ImportError: libcudart\.so\.13"):
+        with pytest.raises(GlmppError, match=r"vLLM \S+ cannot be imported here: ImportError: libcudart\.so\.13"):
             dry_run(tiny, 2, progress=False)
 
 
@@ -117,7 +117,7 @@ def test_a_process_that_breaks_off_while_it_imports_is_asked_for_its_last_words(
     monkeypatch.setattr(contract, "vllm_version", lambda: "broken")
     running = server.Server.running(CPU)
     running.process.wait()
-    with pytest.raises(GlmppError, match=r"broke off at the import of vLLM:\ndouble free"):
+    with pytest.raises(GlmppError, match=r"broke off at the import of vLLM:\n    double free"):
         forks.collect([fork(running, tiny)])
 
 
@@ -311,7 +311,8 @@ def test_the_child_has_what_a_verdict_needs_and_no_more(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "here")
     given = server.surroundings(tmp_path)
     assert {name for name in (*SECRET, *DECIDES) if name in given} == {*DECIDES}
-    assert {name: given[name] for name in DOES_NO_HARM if name in given} == {"HOME": str(tmp_path), "USER": "here"}
+    there = {name: given[name] for name in DOES_NO_HARM if name in given}
+    assert there == {"HOME": str(tmp_path), "USER": "here"}
     assert given["TMPDIR"] == str(tmp_path)
 
 
@@ -334,9 +335,7 @@ def test_another_package_that_vllm_cannot_work_with_is_named(tiny, tmp_path, own
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
     monkeypatch.delenv("GLMPP_WITHOUT_VLLM", raising=False)
     monkeypatch.setattr(contract, "vllm_version", lambda: "0.22.1")
-    with pytest.raises(
-        GlmppError, match=r"vLLM .* cannot be imported here; .*tokenizers(.|\n)*transformers/__init__\.py:1"
-    ) as raised:
+    with pytest.raises(GlmppError, match=r"cannot be imported here; .*tokenizers(.|\n)*import transformers") as raised:
         dry_run(tiny, Deployment(1, gpu=CPU), progress=False)
     assert "has no" not in str(raised.value).splitlines()[0]
 

@@ -29,7 +29,8 @@ from glmpp.engine.writes import parameters
 from glmpp.gpus import CPU
 from glmpp.ledger import EXPECTED, digest
 
-SMALL_ENOUGH = 2_000_000_000  # bytes of a checkpoint that is tried again with data, on the CPU
+SMALL_ENOUGH = 2_000_000_000  # bytes of a checkpoint and of a model that are tried again with data, on the CPU
+ROOM = 3_000_000_000  # bytes that a stage may take, and five times those that are tried; of GLM-5.1's on meta one has 1 GB
 NO_DATA, MADE_UP, REAL = "none", "made up", "the checkpoint's"  # what the tensors that are handed over hold
 
 
@@ -57,7 +58,7 @@ class Stages:
         register()  # VLLM_PLUGINS may leave the kit's plugin out, and decides nothing here
         self.nbytes = sum(self.source.nbytes.values())
         if request["weights"] != "real":
-            limit_memory(1_000_000_000 + 5 * min(self.nbytes, SMALL_ENOUGH))
+            limit_memory(ROOM + 5 * min(self.nbytes, SMALL_ENOUGH))
         self.has_files = any(Path(request["model"]).glob("*.safetensors"))
         if not self.has_files:
             answer_for_headers(request["tensors"])
@@ -101,7 +102,7 @@ class Stages:
         result = self.attempt(place, NO_DATA)
         if is_complete(result):
             return result
-        if self.nbytes <= SMALL_ENOUGH:
+        if max(self.nbytes, result.get("memory", {}).get("parameters", 0)) <= SMALL_ENOUGH:
             again = self.attempt(place, REAL if self.has_files else MADE_UP, moves=True)
             if self.has_files or is_complete(again):
                 return again

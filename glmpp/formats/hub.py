@@ -14,6 +14,7 @@ from urllib.parse import quote
 import msgspec
 
 from glmpp.errors import GlmppError
+from glmpp.formats.config import ONCE
 from glmpp.formats.files import parse_json
 from glmpp.formats.header import MAX_HEADER_BYTES, read_header
 from glmpp.formats.hub_requests import SECONDS, NoAnswer, Requests, theirs
@@ -67,7 +68,7 @@ def read_repository(
 
 
 def _read(repo: _Repository, progress: bool | None) -> tuple[list[TensorSpec], dict, str]:
-    config = parse_json(repo.get("config.json"), f"{repo.source}/config.json")
+    config = parse_json(repo.get("config.json"), f"{repo.source}/config.json", ONCE)
     listed: dict[str, set[str]] = {}  # shard -> the tensors that the index places in it
     if INDEX_FILE in repo.files:
         weight_map = parse_index(repo.get(INDEX_FILE), f"{repo.source}/{INDEX_FILE}")
