@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=versions())
     count, tokens = _number(int, whole, 1, MAX_GPUS), _number(int, whole, 1, MAX_CONTEXT)
     share, gigabytes = _number(float, positive, 1), _number(float, positive, 1_000_000)
+    seconds = _number(float, positive, 1_000_000)
     megabytes, any_number = _number(float, positive, MAX_SHARD_BYTES // 10**6), _number(int, whole, -(2**63), 2**63 - 1)
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -75,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     def source(added: argparse.ArgumentParser) -> None:
         added.add_argument("model", metavar="MODEL", help="folder, Hub repository (org/name), or a GLM-5 config.json")
         added.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+        what = f"for each rank, for the import of vLLM before the first, and for the Hub (default {TIMEOUT:.0f})"
+        added.add_argument("--timeout", type=seconds, default=TIMEOUT, metavar="SECONDS", help=what)
 
     def model(added: argparse.ArgumentParser) -> None:
         source(added)
@@ -95,10 +98,6 @@ def _parser() -> argparse.ArgumentParser:
         )
         added.add_argument("--context", type=tokens, metavar="TOKENS", help="of the longest request")
 
-    def patience(added: argparse.ArgumentParser) -> None:
-        what = f"for each rank, and for the import of vLLM before the first (default {TIMEOUT:.0f})"
-        added.add_argument("--timeout", type=_number(float, positive, 10**6), default=TIMEOUT, metavar="SECONDS", help=what)
-
     gpus, default_gpu = f"{', '.join(GPUS)}, sm90 …, with memory l4:12 (GB)", f"default: the one here, or {REPORTED}"
     check = command(
         "check", _check, "Build and load the ranks of a layout with the installed vLLM's own classes, without a GPU."
@@ -118,7 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--each", action="store_true", help="a line for each rank, also where they end alike")
     check.add_argument("--strict", action="store_true", help="no stand-ins for parts that a CPU lacks")
     check.add_argument("--json", action="store_true", help="the report as JSON")
-    patience(check)
 
     choose = command("layouts", _layouts, "Every TP x PP (x EP) that takes all GPUs: does it load, and what fits beside it?")
     source(choose)
@@ -127,7 +125,6 @@ def _parser() -> argparse.ArgumentParser:
     memory(choose)
     choose.set_defaults(context=CONTEXT)
     choose.add_argument("--json", action="store_true", help="the layouts as JSON")
-    patience(choose)
 
     plan = command("plan", _plan, "Layers, tensors and bytes of every stage, and the split with the smallest largest stage.")
     model(plan)
@@ -177,8 +174,11 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str, revision: str | None = None, seconds: float = TIMEOUT) -> Checkpoint:
     """A checkpoint from what a user calls a model: a folder, a config.json, or a Hub repository.
+
+    Args:
+        seconds: that the Hub may take.
 
     Raises:
         GlmppError: none of these, or it cannot be read.
@@ -192,7 +192,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         checkpoint.source = f"{path} (names and shapes from the config alone)"
         return checkpoint
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return Checkpoint.from_hub(model, revision)
+        return Checkpoint.from_hub(model, revision, seconds=seconds)
     raise GlmppError(f"{model}: no such folder or file, and not the name of a Hub repository (org/name)")
 
 
@@ -213,7 +213,7 @@ def _partition(options: argparse.Namespace) -> str | None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    checkpoint = open_checkpoint(options.model, options.revision)
+    checkpoint = open_checkpoint(options.model, options.revision, options.timeout)
     deployment = Deployment(
         options.pp,
         options.tp,
@@ -275,7 +275,7 @@ def cure_lines(options: argparse.Namespace, again: DryRunReport, what: str) -> l
 def _layouts(options: argparse.Namespace) -> int:
     if PARTITION_VARIABLE in os.environ:
         print(f"glmpp: {PARTITION_VARIABLE} is ignored, sizes vary here; unset it where vLLM is to run", file=sys.stderr)
-    checkpoint = open_checkpoint(options.model, options.revision)
+    checkpoint = open_checkpoint(options.model, options.revision, options.timeout)
     how = {"utilization": options.gpu_memory_utilization, "timeout": options.timeout}
     found = layouts(checkpoint, options.gpus, options.gpu, options.context, **how)
     told = pasted(options.model), checkpoint, found, os.environ.get(PLUGINS_VARIABLE)
@@ -291,7 +291,7 @@ def pasted(model: str) -> str:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    checkpoint = open_checkpoint(options.model, options.revision)
+    checkpoint = open_checkpoint(options.model, options.revision, options.timeout)
     deployment = Deployment(options.pp, layer_counts=_partition(options), drafter=options.drafter)
     print(plan_text(checkpoint, deployment, options.gpu_gb, options.tp))
     return 0

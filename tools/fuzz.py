@@ -370,6 +370,9 @@ LLAMA = {
 }  # fmt: skip
 
 
+MORE = ("text_config", "dtype", "quantization_config", "auto_map", "num_experts")
+
+
 def llama() -> dict[str, torch.Tensor]:
     """A checkpoint that vLLM loads."""
     shapes = {"model.embed_tokens": (64, 64), "lm_head": (64, 64), "model.norm": (64,)}
@@ -395,16 +398,9 @@ def check(rng: random.Random, place: Path) -> str:
         broken = True
     else:
         for _ in range(rng.choice([1, 1, 2])):
-            config = (
-                change(config, rng)
-                if rng.random() < 0.9
-                else {
-                    **config,
-                    rng.choice(["text_config", "dtype", "quantization_config", "auto_map", "num_experts"]): rng.choice(
-                        VALUES
-                    ),
-                }
-            )
+            config = change(config, rng) if rng.random() < 0.9 else {**config, rng.choice(MORE): rng.choice(VALUES)}
+            if not isinstance(config, dict):
+                break
     (place / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
     (place / "config.json").write_bytes(json.dumps(config).encode("utf-8", "surrogatepass"))
     arguments = ["check", str(place), f"--pp={rng.choice([1, 2])}", "--gpu", "cpu", "--json", "--timeout", str(SECONDS * 6)]
