@@ -279,6 +279,18 @@ def test_a_fork_ends_when_the_connection_of_its_own_is_closed_and_no_other_does(
 
 
 @linux
+def test_a_fork_ends_with_the_process_that_it_came_from(served):
+    server = served()
+    _connection, pid = server.fork()
+    try:
+        server.process.kill()
+        assert gone(pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@linux
 def test_a_fork_that_has_ended_by_itself_is_let_go_of_and_its_number_is_not_killed(served):
     server = served()
     connections = [server.fork(b"ends") for _ in range(3)]

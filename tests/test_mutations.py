@@ -477,12 +477,6 @@ MUTATIONS = {
         "if True:",
         "test_vllm_plugin.py::test_a_filter_one_layer_too_wide_is_caught_by_the_books",
     ),
-    "a loader that cannot be made": (
-        "engine/stage_load.py::StageLoad.__init__",
-        "self.loader = None",
-        "pass",
-        "test_vllm_child.py::test_where_vllm_may_not_load_the_kits_plugin_the_verdict_is_the_same",
-    ),
     "the check is made": (
         "engine/load_format.py::StageModelLoader.load_weights",
         "self.check(left(self.written, model, model_config), model_config)",
@@ -1147,7 +1141,7 @@ MUTATIONS = {
         "engine/clients.py::end_with_parent",
         "ctypes.CDLL(None).prctl(1, signal.SIGKILL)",
         "pass",
-        "test_faults.py::test_no_process_stays_when_the_kernel_is_killed",
+        "test_faults.py::test_a_fork_ends_with_the_process_that_it_came_from",
     ),
     "stages that end alike": (
         "verdict/text.py::as_text",
