@@ -13,11 +13,16 @@ def run() -> int:
     return run(sys.argv[1:])
 
 
+def run_and_leave() -> int:
+    try:
+        return run()
+    finally:
+        if server := sys.modules.get("glmpp.verdict.server"):
+            server.Server.close_all()
+
+
 def main() -> None:
-    code = ended(run)
-    if server := sys.modules.get("glmpp.verdict.server"):
-        server.Server.close_all()
-    sys.exit(code)
+    sys.exit(ended(run_and_leave))
 
 
 if __name__ == "__main__":

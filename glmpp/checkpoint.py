@@ -24,6 +24,8 @@ from glmpp.formats.index import INDEX_FILE, check_index, load_index, longest_lis
 from glmpp.formats.shard import read_shard
 from glmpp.formats.tensor import TensorSpec
 
+MAX_LAYERS = 2_000  # the published model with the most has 126
+
 
 class Checkpoint(Mapping[str, TensorSpec]):
     """An ordered mapping name -> TensorSpec, in the order in which vLLM's default loader would meet the tensors.
@@ -45,20 +47,19 @@ class Checkpoint(Mapping[str, TensorSpec]):
         self.source = source or (directory and str(directory))
         label = f"{self.source}/config.json" if self.source else "config.json"
         check_config(config, label)
-        for field, number, most in counts(config):
-            if number > most:
-                self._check_count(f"{label}: {field}", number, most)
+        if found := [one for one in counts(config) if one[1] > one[2]]:
+            self._check_counts(found, label)
 
-    def _check_count(self, field: str, number: int, most: int) -> None:
-        """Compare a number of layers or experts with the names, and with the shapes of experts that are stored as one."""
-        longest, largest = longest_list(self), 0
-        if "experts" in field:
-            largest = max((size for spec in self.values() for size in spec.shape), default=0)
-        if number > max(most, 4 * longest, largest):
-            raise GlmppError(
-                f"{field} is {number:,}, and the longest list of modules in the tensors' names has {longest:,}: "
-                f"expected at most {max(most, 4 * longest, largest):,}"
-            )
+    def _check_counts(self, found: list[tuple[str, int, int]], label: str) -> None:
+        """Compare numbers of layers or experts with the names, and with the shapes of experts that are stored as one."""
+        longest, largest = longest_list(self), max((size for spec in self.values() for size in spec.shape), default=0)
+        for field, number, most in found:
+            most = max(most, 4 * longest, largest) if "experts" in field else min(max(most, 4 * longest), MAX_LAYERS)
+            if number > most:
+                raise GlmppError(
+                    f"{label}: {field} is {number:,}, and the longest list of modules in the tensors' names has "
+                    f"{longest:,}: expected at most {most:,}"
+                )
 
     def __getitem__(self, name: str) -> TensorSpec:
         return self._specs[name]

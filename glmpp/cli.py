@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.ending import ended, versions
@@ -22,7 +23,7 @@ from glmpp.errors import GlmppError, positive, whole
 from glmpp.formats.files import exists, list_folder
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
 from glmpp.formats.index import INDEX_FILE
-from glmpp.gpus import GPUS, REPORTED
+from glmpp.gpus import CPU, GPUS, REPORTED
 from glmpp.partition import MAX_GPUS, PARTITION_VARIABLE, parse_counts
 from glmpp.synthetic import MAX_SHARD_BYTES, write_checkpoint
 from glmpp.verdict.advice import (
@@ -59,8 +60,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     return options.run(options)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="glmpp", description="Loading FP8 checkpoints under pipeline parallelism in vLLM.")
+    parser = Parser(prog="glmpp", description="Loading FP8 checkpoints under pipeline parallelism in vLLM.")
     parser.add_argument("--version", action="version", version=versions())
     count, tokens = _number(int, whole, 1, MAX_GPUS), _number(int, whole, 1, MAX_CONTEXT)
     share, gigabytes = _number(float, positive, 1), _number(float, positive, 1_000_000)
@@ -287,12 +293,14 @@ def pasted(model: str) -> str:
     """What a command for a server says in the place of the model."""
     path = Path(model)
     no_shards = path.is_file() or (path.is_dir() and not any(path.glob("*.safetensors")))
-    return "MODEL" if no_shards or printable(model) != model else model
+    return "MODEL" if no_shards or model.startswith("-") or printable(model) != model else model
 
 
 def _plan(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model, options.revision, options.timeout)
-    deployment = Deployment(options.pp, layer_counts=_partition(options), drafter=options.drafter)
+    deployment = Deployment(
+        options.pp, layer_counts=_partition(options), drafter=options.drafter, gpu=CPU
+    )  # none has a part
     print(plan_text(checkpoint, deployment, options.gpu_gb, options.tp))
     return 0
 

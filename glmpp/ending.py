@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from glmpp.engine.contract import vllm_version
 from glmpp.errors import GlmppError, KitError
+from glmpp.words import printable
 
 CANNOT_TELL, FAULT, NO_READER = 2, 3, 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 141
 SAID = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the terminal has gone"}
@@ -98,19 +99,23 @@ def _told(error: BaseException, came: list[int]) -> int:
         return _fault(str(error))
     if isinstance(error, GlmppError):
         return _say(str(error), CANNOT_TELL)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # torch's
         return _say("this machine's memory ran out", CANNOT_TELL)
     if isinstance(error, OSError) and _is_of_this_machine(error):
         _drop(sys.stdout)
-        return _say(f"{error.filename or 'what is to be said cannot be written'}: {error.strerror}", CANNOT_TELL)
+        if error.errno == errno.ENOENT:
+            return _say(printable(f"{error.strerror}: TMPDIR says where"), CANNOT_TELL)
+        what = printable(str(error.filename or "what is to be said cannot be written"))
+        return _say(f"{what}: {error.strerror}", CANNOT_TELL)
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in ("", "glmpp"):
         return _say(f"{error.name} cannot be imported ({error}): install glmpp again", CANNOT_TELL)
     return _fault("".join(traceback.format_exception(error)))
 
 
 def _is_of_this_machine(error: OSError) -> bool:
-    """Whether a call failed for what the machine is like."""
-    return error.errno in OF_THIS_MACHINE
+    """Whether a call failed for what the machine is like. Of no file at all ENOENT is said for want of a temporary folder,
+    or of the working directory."""
+    return error.errno in OF_THIS_MACHINE or (error.errno == errno.ENOENT and error.filename is None)
 
 
 def _drop(stream) -> None:
@@ -139,7 +144,7 @@ def _fault(said: str) -> int:
             file.write(f"{report}\n")
         where = f"please report it with {file.name}"
     except OSError:
-        where = f"please report it with this:\n{report}"
+        where = f"please report it with this: {printable(said.strip().splitlines()[-1])}"
     return _say(f"a fault of glmpp, and no verdict; {where}", FAULT)
 
 

@@ -120,6 +120,8 @@ def parse_counts(layer_counts: Sequence[int] | str, pp_size: int) -> list[int]:
         raise GlmppError(f"{said}: expected {pp_size} numbers like '10,10,…'") from None
     if len(counts) != pp_size:
         raise GlmppError(f"{said} names {len(counts)} stages, there are {pp_size}")
+    if max(counts, default=0) > 2**31:
+        raise GlmppError(f"{said}: expected {pp_size} numbers like '10,10,…'")
     if (least := min(counts, default=0)) < 0:
         raise GlmppError(f"{said} gives stage {counts.index(least)} {least} layers: a stage has 0 or more")
     return counts
@@ -225,11 +227,12 @@ class Stage:
     def _beside(self, name: str) -> str | None:
         """The prefix of the embedding, final norm or head that a tensor belongs to: they lie beside the list of layers, or
         beside what holds it ("lm_head." and "model.norm." for "model.layers"). None for what is none of these."""
-        place, parts = self.layer_list.split(".")[:-1], name.split(".")
-        for depth in range(len(place), -1, -1):
-            if parts[:depth] == place[:depth] and len(parts) > depth and parts[depth] in _ENDS:
-                return ".".join([*parts[: depth + 1], ""])
-        return None
+        place = self.layer_list.split(".")[:-1]
+        parts = name.split(".", len(place) + 1)
+        common = next((at for at, (one, other) in enumerate(zip(place, parts)) if one != other), min(len(place), len(parts)))
+        ends = (depth for depth in range(min(common, len(parts) - 1), -1, -1) if parts[depth] in _ENDS)
+        depth = next(ends, None)
+        return None if depth is None else ".".join([*parts[: depth + 1], ""])
 
     def owns(self, name: str) -> bool:
         """Whether this stage loads the checkpoint tensor `name`."""

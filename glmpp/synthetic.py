@@ -25,6 +25,7 @@ from glmpp.formats.shard import read_shard
 from glmpp.formats.tensor import TensorSpec
 from glmpp.progress import progress_bar
 
+OLD = ".replaced"  # what a folder holds for a moment, of the one whose place it takes
 MAX_SHARD_BYTES = 10**15
 
 
@@ -99,8 +100,15 @@ def write_checkpoint(
         partial.chmod(0o755)
         if overwrite:
             _check_replaceable(directory)  # still
-            shutil.rmtree(directory, ignore_errors=True)
-        os.rename(partial, directory)  # fails if somebody else's checkpoint has appeared there
+            if directory.exists():
+                os.rename(directory, partial / OLD)  # fails where it is a mount point, and then it stays as it is
+        try:
+            os.rename(partial, directory)  # fails if somebody else's checkpoint has appeared there
+        except OSError:
+            if (partial / OLD).exists() and not directory.exists():
+                os.rename(partial / OLD, directory)
+            raise
+        shutil.rmtree(directory / OLD, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):

@@ -845,12 +845,12 @@ MUTATIONS = {
     ),
     "a name with two values": (
         "formats/files.py::parse_json",
-        "if any(value != values[0] for value in values):",
+        "if first.setdefault(name, value) != value and (once is None or name in once):",
         "if False:",
         "test_ways_in.py::test_a_name_that_is_read_has_one_value",
     ),
     "layers and experts that no name speaks of": (
-        "checkpoint.py::Checkpoint.__init__",
+        "checkpoint.py::Checkpoint._check_counts",
         "if number > most:",
         "if False:",
         "test_ways_in.py::test_far_more_layers_or_experts_than_names_are_refused_before_anything_is_built",
@@ -869,7 +869,7 @@ MUTATIONS = {
     ),
     "a config of any size": (
         "formats/files.py::_check_size",
-        "if size > MAX_JSON_BYTES:",
+        "if size > most:",
         "if False:",
         "test_ways_in.py::test_a_json_file_has_a_limit_before_it_is_read",
     ),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +25,13 @@ from safetensors.torch import save_file
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError, positive, short, whole
-from glmpp.formats.files import MAX_JSON_BYTES, parse_json
+from glmpp.formats.files import MAX_CONFIG_BYTES, MAX_JSON_BYTES, parse_json
 from glmpp.formats.glm5 import FIELDS, QUANTIZATION, reduced_config
+from glmpp.formats.header import read_header
 from glmpp.formats.index import INDEX_FILE, unlisted
 from glmpp.formats.shard import read_shard
 from glmpp.formats.tensor import TensorSpec
-from glmpp.partition import MAX_GPUS, balance, dealt, make_stages, owned, partition_layers
+from glmpp.partition import MAX_GPUS, balance, dealt, make_stages, owned, parse_counts, partition_layers
 from glmpp.synthetic import write_checkpoint
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import chosen_ranks, dry_run
@@ -315,10 +320,73 @@ def test_what_is_no_file_is_told_in_a_sentence(folder, place, make, said):
 def test_a_json_file_has_a_limit_before_it_is_read(folder, place):
     (folder / place).touch()
     os.truncate(folder / place, 60 * 10**9)  # a hole
-    with pytest.raises(
-        GlmppError, match=f"{place}: has 60,000,000,000 bytes, expected a JSON file of at most {MAX_JSON_BYTES:,}"
-    ):
+    most = MAX_CONFIG_BYTES if place == "config.json" else MAX_JSON_BYTES
+    with pytest.raises(GlmppError, match=f"{place}: has 60,000,000,000 bytes, expected a JSON file of at most {most:,}"):
         Checkpoint.from_directory(folder)
+
+
+def test_what_takes_time_with_its_square_does_not(tmp_path):
+    """Each took more than ten seconds, or does at ten times the size."""
+    started = time.process_time()
+    twice = ",".join(f'"k{at}":1,"k{at}":1' for at in range(30_000))
+    config = CONFIG.read_text().rstrip()[:-1] + f",{twice}}}"
+    assert Checkpoint.from_config(written(tmp_path / "twice.json", config))
+    with pytest.raises(GlmppError, match="'a' is a number of 2,000,000 digits"):
+        Checkpoint.from_config(written(tmp_path / "long.json", '{"a":' + "1" * 2_000_000 + "}"))
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2] * 300_000, "data_offsets": [0, 1]}}).encode()
+    with pytest.raises(GlmppError, match="has 300,000 dimensions"):
+        read_header(io.BytesIO(len(header).to_bytes(8, "little") + header + b"x"), 9 + len(header), "it")
+    with pytest.raises(GlmppError, match="expected at most 2,000"):
+        names = [TensorSpec(f"model.layers.{at}.a.weight", "F32", (1,)) for at in range(5_000)]
+        Checkpoint(names, {"num_hidden_layers": 5_000})
+    names = [TensorSpec(f"a.{at % 300}.w{at}", "F32", (1,)) for at in range(20_000)]
+    assert Checkpoint(names, {f"a{at}_layers": 1001 for at in range(20_000)} | {"num_hidden_layers": 300})
+    deep = "a." * 5_000
+    (stage,) = make_stages({"num_hidden_layers": 30}, 1, layer_list=f"{deep}layers")
+    assert all(stage.owns(f"{deep}norm.weight{at}") for at in range(200))
+    assert time.process_time() - started < 30
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_a_folder_within_a_snapshot_of_the_hubs_cache_is_read(folder, tmp_path):
+    """As `hf download` makes it: each file a link to its blob."""
+    cache = tmp_path / "models--org--name"
+    held = cache / "snapshots" / "0123" / "llm" / "text"
+    (cache / "blobs").mkdir(parents=True)
+    held.mkdir(parents=True)
+    for at, file in enumerate(sorted(folder.iterdir())):
+        shutil.copy(file, cache / "blobs" / str(at))
+        (held / file.name).symlink_to(Path("../../../../blobs") / str(at))
+    assert dict(Checkpoint.from_directory(held)) == dict(Checkpoint.from_directory(folder))
+
+
+@pytest.mark.usefixtures("no_partition_variable")
+def test_a_plan_asks_for_no_gpu(folder, monkeypatch, capsys):
+    monkeypatch.setattr("glmpp.gpus._nvidia_smi", lambda *_: pytest.fail("it has no part in it"))
+    assert cli.main(["plan", str(folder)]) == 0
+
+
+@pytest.mark.usefixtures("no_partition_variable")
+def test_words_that_are_no_options_are_shown_escaped(capsys):
+    assert cli.main(["plan", "x", "--foo\nglmpp: loads\x1b[2J"]) == 2
+    assert r"--foo\nglmpp: loads\x1b[2J" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_numbers_of_layers_of_thousands_of_digits_are_refused():
+    digits = "9" * 4300
+    with pytest.raises(GlmppError, match="expected 2 numbers"):
+        parse_counts(f"{digits},{digits}", 2)
+
+
+def test_a_hub_variable_that_is_no_number_is_named():
+    program = "import sys; from glmpp import cli; sys.exit(cli.main(['plan', 'org/name']))"
+    environment = {**os.environ, "HF_HUB_DOWNLOAD_TIMEOUT": "abc"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "a variable HF_HUB_… is no number" in done.stderr, done.stderr
 
 
 def test_a_shard_of_nothing_but_a_hole_is_told_at_once(folder):

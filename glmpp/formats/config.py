@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from glmpp.errors import GlmppError, short
-from glmpp.formats.files import exists, parse_json, read_bytes
+from glmpp.formats.files import MAX_CONFIG_BYTES, exists, parse_json, read_bytes
 
 # Where a config says how many layers it has, as a number or by naming the kind of each (Nemotron-H: a letter each).
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -50,7 +50,7 @@ def load_config(source: dict | str | Path, once: set[str] | None = frozenset(ONC
     """
     if isinstance(source, dict):
         return source
-    return parse_json(read_bytes(config_path(source)), str(config_path(source)), once)
+    return parse_json(read_bytes(config_path(source), MAX_CONFIG_BYTES), str(config_path(source)), once)
 
 
 def config_path(source: str | Path) -> Path:

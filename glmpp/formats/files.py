@@ -7,13 +7,13 @@ import json
 import os
 import re
 import stat
-from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
 
 from glmpp.errors import GlmppError, short
 
+MAX_CONFIG_BYTES = 10_000_000  # of a config.json; its values take thirty times as much
 MAX_JSON_BYTES = 100_000_000  # the safetensors library's limit of a header; a config or an index is no longer either
 _DIGITS = 1000  # of a number in JSON; Python makes no int of more than 4,300
 _DEPTH = 100  # of lists and objects in each other
@@ -38,22 +38,22 @@ def opened(path: str | Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """All of a JSON file. Raises GlmppError if it cannot be read, or has more than MAX_JSON_BYTES."""
+def read_bytes(path: str | Path, most: int = MAX_JSON_BYTES) -> bytes:
+    """All of a JSON file. Raises GlmppError if it cannot be read, or has more bytes than that."""
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
-        _check_size(path, size)
+        _check_size(path, size, most)
         try:
-            raw = io.BufferedReader(file).read(MAX_JSON_BYTES + 1) or b""
+            raw = io.BufferedReader(file).read(most + 1) or b""
         except OSError as error:
             raise GlmppError(f"{path}: cannot be read: {error.strerror}") from None
-    _check_size(path, len(raw))
+    _check_size(path, len(raw), most)
     return raw
 
 
-def _check_size(path: str | Path, size: int) -> None:
-    if size > MAX_JSON_BYTES:
-        raise GlmppError(f"{path}: has {size:,} bytes, expected a JSON file of at most {MAX_JSON_BYTES:,}")
+def _check_size(path: str | Path, size: int, most: int) -> None:
+    if size > most:
+        raise GlmppError(f"{path}: has {size:,} bytes, expected a JSON file of at most {most:,}")
 
 
 def exists(path: str | Path) -> bool:
@@ -93,7 +93,7 @@ def _check_entry(entry: os.DirEntry) -> None:
     except OSError:  # a link that leads nowhere: whoever opens it is told
         return
     if entry.name.endswith("config.json"):
-        _check_size(entry.path, found.st_size)
+        _check_size(entry.path, found.st_size, MAX_CONFIG_BYTES if entry.name == "config.json" else MAX_JSON_BYTES)
     if (kind := stat.S_IFMT(found.st_mode)) in _WAITS:
         raise GlmppError(f"{entry.path}: is {_KINDS.get(kind, 'a device')}; a model's folder holds files, take it away")
 
@@ -111,7 +111,8 @@ def parse_json(raw: bytes, label: str, once: Collection[str] | None = ()) -> dic
 
     def number(digits: str) -> int:
         if len(digits) > _DIGITS:
-            found = re.search(rb'"([^"]{1,60})"\s*:[\s\[]*' + digits.encode(), raw)
+            before = raw[: max(raw.find(digits.encode()), 0)][-100:]
+            found = re.search(rb'"([^"]{1,60})"\s*:[\s\[]*$', before)
             field = repr(found[1].decode(errors="replace")) if found else "one value"
             raise ValueError(f"{field} is a number of {len(digits):,} digits, expected at most {_DIGITS:,}")
         return int(digits)
@@ -119,11 +120,10 @@ def parse_json(raw: bytes, label: str, once: Collection[str] | None = ()) -> dic
     def members(pairs: list[tuple[str, object]]) -> dict:
         found = dict(pairs)
         if len(found) < len(pairs):
-            twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
-            for name in twice if once is None else filter(once.__contains__, twice):
-                values = [value for key, value in pairs if key == name]
-                if any(value != values[0] for value in values):
-                    said = " and ".join(map(short, values[:2]))
+            first: dict[str, object] = {}
+            for name, value in pairs:
+                if first.setdefault(name, value) != value and (once is None or name in once):
+                    said = f"{short(first[name])} and {short(value)}"
                     raise ValueError(f"{name} occurs twice, as {said}: expected one value")
         return found
 

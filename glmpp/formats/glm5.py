@@ -29,7 +29,7 @@ FIELDS: Rules = {
     "num_nextn_predict_layers": _whole(0, _LAYERS, optional=True),
     "first_k_dense_replace": _whole(0, 1 << 30),
     "n_routed_experts": _whole(1, _EXPERTS),
-    "n_shared_experts": _whole(0, _EXPERTS),
+    "n_shared_experts": _whole(0, 64),
     "vocab_size": _whole(1, 1 << 24),
     "hidden_size": _whole(1, _WIDTH),
     "intermediate_size": _whole(1, _WIDTH),

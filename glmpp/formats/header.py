@@ -9,10 +9,11 @@ from typing import Annotated, BinaryIO
 
 import msgspec
 
-from glmpp.errors import GlmppError
+from glmpp.errors import GlmppError, short
 from glmpp.formats.files import MAX_JSON_BYTES as MAX_HEADER_BYTES
 from glmpp.formats.tensor import bits
 
+MAX_DIMENSIONS = 64  # torch has no tensor of more
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
@@ -81,8 +82,10 @@ def read_header(file: BinaryIO, size: int, label: str) -> Header:
         if kind not in nbits:
             if (width := bits(info.dtype)) is None:
                 raise GlmppError(f"{label}: tensor {name!r} has dtype {info.dtype!r}, which the safetensors library rejects")
+            if len(info.shape) > MAX_DIMENSIONS:
+                raise fail(f"tensor {name!r}: has {len(info.shape):,} dimensions, expected at most {MAX_DIMENSIONS}")
             if math.prod(filter(None, info.shape)) >= 2**63:  # strides are 64-bit, of an empty tensor too
-                raise fail(f"tensor {name!r}: the shape {info.shape} is too large")
+                raise fail(f"tensor {name!r}: the shape {short(info.shape)} is too large")
             nbits[kind] = math.prod(info.shape) * width
         if (end - start) * 8 != nbits[kind]:
             raise fail(f"tensor {name!r}: {info.dtype} of shape {info.shape} does not have {end - start} bytes")

@@ -59,6 +59,8 @@ class Requests:
             from huggingface_hub import constants
         except ImportError:
             raise GlmppError("reading from the Hub needs huggingface_hub: pip install 'huggingface_hub>=1.0'") from None
+        except ValueError as error:  # it reads HF_HUB_… when it is imported
+            raise GlmppError(f"a variable HF_HUB_… is no number: {error}") from None
         self.endpoint, self.stopped = constants.ENDPOINT, threading.Event()
         self.seconds, self.until = seconds, time.monotonic() + seconds
         self.timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # seconds; of its own the library's session waits for ever

@@ -66,7 +66,8 @@ def shard_path(directory: str | Path, file: str) -> Path:
     path = directory / name
     if not leads_out and (os.path.islink(path) or len(name.parts) > 1):
         home, place = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
-        leads_out = not place.is_relative_to(home.parent.parent if home.parent.name == "snapshots" else home)
+        snapshots = next((folder for folder in home.parents if folder.name == "snapshots"), None)
+        leads_out = not place.is_relative_to(snapshots.parent if snapshots else home)
     if leads_out:
         raise GlmppError(f"{directory}: the index names the shard {file!r}, which is not a file of this folder")
     return path

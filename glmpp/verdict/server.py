@@ -106,6 +106,7 @@ class Server:
         except OSError as error:
             raise GlmppError(f"no temporary file can be made ({error.strerror}): TMPDIR says where") from None
         folder, lock = make_scratch()  # the child's, and locked for as long as it lives
+        self.folder = folder
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
                 listening.bind("")  # Linux chooses a name that no file stands for
@@ -182,8 +183,12 @@ class Server:
         for server in cls.current.values():
             server.socket.close()
             if server.process is not None and server.owner == os.getpid():
-                with contextlib.suppress(subprocess.TimeoutExpired):
+                try:
                     server.process.wait(5)
+                except subprocess.TimeoutExpired:
+                    if SHARED not in os.environ:  # something in it keeps it from looking: a plugin
+                        server.process.kill()
+                        remove_scratch(server.folder)
         cls.current.clear()
 
     def ended(self) -> bool:
