@@ -240,7 +240,7 @@ def test_a_files_tests_stay_on_one_worker(tmp_path):
         "import os, pytest, time\n"
         "@pytest.mark.parametrize('n', range(20))\n"
         "def test_one(n):\n"
-        "    time.sleep(0.01)\n"
+        "    time.sleep(0.05)\n"
         "    with open(__file__ + '.said', 'a') as file:\n"
         "        file.write(os.environ['PYTEST_XDIST_WORKER'] + chr(10))\n"
     )
