@@ -189,6 +189,8 @@ def open_checkpoint(model: str, revision: str | None = None, seconds: float = TI
     Raises:
         GlmppError: none of these, or it cannot be read.
     """
+    if not model:
+        raise GlmppError("the name of the model is empty")
     path = Path(model)
     found = exists(path)
     if found and path.is_dir() and any(name == INDEX_FILE or name.endswith(".safetensors") for name in list_folder(path)):
@@ -298,9 +300,8 @@ def pasted(model: str) -> str:
 
 def _plan(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model, options.revision, options.timeout)
-    deployment = Deployment(
-        options.pp, layer_counts=_partition(options), drafter=options.drafter, gpu=CPU
-    )  # none has a part
+    # No GPU has a part in it, and so none is looked for.
+    deployment = Deployment(options.pp, layer_counts=_partition(options), drafter=options.drafter, gpu=CPU)
     print(plan_text(checkpoint, deployment, options.gpu_gb, options.tp))
     return 0
 

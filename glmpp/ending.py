@@ -31,14 +31,6 @@ _NAMES = ("EACCES", "EAGAIN", "EDQUOT", "EFBIG", "EIO", "ELOOP", "EMFILE", "ENAM
 OF_THIS_MACHINE = {getattr(errno, name, None) for name in (*_NAMES, "EPERM", "EROFS", "ESTALE")} - {None}
 
 
-class Ended(KeyboardInterrupt):
-    """A signal that ends the command. What it had begun is cleaned up on the way."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
-
-
 def ended(work: Callable[[], int]) -> int:
     """Do the work; returns its exit code, or the one for how it ended."""
     came: list[int] = []
@@ -64,7 +56,7 @@ def _code(work: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def _signals(came: list[int]) -> Iterator[None]:
-    """Let the signals that end a process raise `Ended` instead, but for those that are ignored, as under nohup.
+    """Let the signals that end a process interrupt it, so that it cleans up; not those that are ignored, as by nohup.
 
     Args:
         came: takes their numbers: a library may make another exception of it.
@@ -72,7 +64,7 @@ def _signals(came: list[int]) -> Iterator[None]:
 
     def raise_it(number: int, _frame: object) -> None:
         came.append(number)
-        raise Ended(number)
+        raise KeyboardInterrupt
 
     kept = {}
     if threading.current_thread() is threading.main_thread():

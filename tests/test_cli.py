@@ -173,6 +173,7 @@ def test_layouts_ends_with_2_only_where_a_layout_might_serve_and_nobody_can_tell
     ("arguments", "message"),
     [
         (("plan", "no-such-folder", "--pp", 2), "no such folder or file"),
+        (("plan", ""), "the name of the model is empty"),
         (("plan", CONFIG, "--pp", 79), "79 stages for 78 layers"),
         (("plan", CONFIG, "--pp", 2, "--layer-partition", "1,2"), "adds up to 3 layers"),
         (("check", CONFIG, "--pp", 200, "--tp", 100), "takes 20,000 GPUs: expected at most 16,384"),

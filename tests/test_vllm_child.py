@@ -98,23 +98,30 @@ def test_the_hostile_modules_would_show(tmp_path):
 # --- a child that cannot begin ------------------------------------------------------------------------------------
 
 
-def test_a_vllm_that_cannot_be_imported_is_named_every_time(tiny, tmp_path, monkeypatch, own_server):
-    (tmp_path / "vllm").mkdir()
-    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+@pytest.fixture
+def instead(tmp_path, monkeypatch, own_server):
+    """Let the process import other packages: name -> content."""
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
     monkeypatch.delenv("GLMPP_WITHOUT_VLLM", raising=False)
     monkeypatch.setattr(contract, "vllm_version", lambda: "broken")
+
+    def write(**packages: str) -> None:
+        for package, content in packages.items():
+            (tmp_path / package).mkdir()
+            (tmp_path / package / "__init__.py").write_text(content)
+
+    return write
+
+
+def test_a_vllm_that_cannot_be_imported_is_named_every_time(tiny, instead):
+    instead(vllm="raise ImportError('libcudart.so.13: cannot open shared object file')")
     for _ in range(3):
         with pytest.raises(GlmppError, match=r"vLLM \S+ cannot be imported here: ImportError: libcudart\.so\.13"):
             dry_run(tiny, 2, progress=False)
 
 
-def test_a_process_that_breaks_off_while_it_imports_is_asked_for_its_last_words(tiny, tmp_path, monkeypatch, own_server):
-    (tmp_path / "vllm").mkdir()
-    (tmp_path / "vllm" / "__init__.py").write_text("import os; os.write(2, b'double free'); os._exit(9)")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
-    monkeypatch.delenv("GLMPP_WITHOUT_VLLM", raising=False)
-    monkeypatch.setattr(contract, "vllm_version", lambda: "broken")
+def test_a_process_that_breaks_off_while_it_imports_is_asked_for_its_last_words(tiny, instead):
+    instead(vllm="import os; os.write(2, b'double free'); os._exit(9)")
     running = server.Server.running(CPU)
     running.process.wait()
     with pytest.raises(GlmppError, match=r"broke off at the import of vLLM:\n    double free"):
@@ -324,17 +331,9 @@ def test_a_verdict_is_the_same_in_surroundings_that_would_keep_vllm_from_startin
     assert stage.verdict == LOADS, stage.message
 
 
-def test_another_package_that_vllm_cannot_work_with_is_named(tiny, tmp_path, own_server, monkeypatch):
+def test_another_package_that_vllm_cannot_work_with_is_named(tiny, instead):
     """And not vLLM, which has all its names."""
-    for package, content in {
-        "vllm": "import transformers",
-        "transformers": "raise ImportError('cannot import', name='tokenizers')",
-    }.items():
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").write_text(content)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
-    monkeypatch.delenv("GLMPP_WITHOUT_VLLM", raising=False)
-    monkeypatch.setattr(contract, "vllm_version", lambda: "0.22.1")
+    instead(vllm="import transformers", transformers="raise ImportError('cannot import', name='tokenizers')")
     with pytest.raises(GlmppError, match=r"cannot be imported here; .*tokenizers(.|\n)*import transformers") as raised:
         dry_run(tiny, Deployment(1, gpu=CPU), progress=False)
     assert "has no" not in str(raised.value).splitlines()[0]
@@ -351,9 +350,7 @@ def test_a_plugin_that_fails_is_named_with_its_package_and_no_stage_is_told_of(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: boom-for-vllm\nVersion: 1.5\n")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\nbooms = boom:run\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
-    said = (
-        r"plugin 'booms' \(package boom-for-vllm 1\.5\) fails, as it would in vllm serve: (RuntimeError: boom|SystemExit: 0)"
-    )
+    said = r"'booms' \(package boom-for-vllm 1\.5\) fails, with the few variables that it has here: \w+: (boom|0)"
     for _ in range(2):
         with pytest.raises(GlmppError, match=said):
             dry_run(tiny, Deployment(2, gpu=CPU), progress=False)

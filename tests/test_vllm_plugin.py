@@ -404,6 +404,8 @@ def test_an_unknown_reader_and_an_unknown_option_are_refused(plugin):
         *(({"fixes": wrong}, "fix .* is unknown; there are") for wrong in (None, 5, [1], "", ["known", None], [["known"]])),
         *(({"reader": wrong}, "reader .* is unknown") for wrong in (3, None, ["safetensors"], "")),
         *(({"incomplete": wrong}, "incomplete: .* is unknown") for wrong in (None, False, ["warn"], "")),
+        *(({"enable_multithread_load": wrong}, "_load is .*, expected true or false") for wrong in ("false", 0, None, [])),
+        *(({"num_threads": wrong}, "num_threads=.*: expected a whole number from 1") for wrong in ("8", 0, -3, True, 1e3)),
     ],
     ids=str,
 )

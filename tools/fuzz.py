@@ -347,7 +347,14 @@ def load_format(rng: random.Random, place: Path) -> str:
 
     from glmpp.engine.load_format import StageModelLoader
 
-    own = {"may_stay_at_init": PATTERNS, "fixes": NAMED, "reader": ["safetensors", *VALUES], "incomplete": ["warn", *VALUES]}
+    own = {
+        "num_threads": VALUES,
+        "enable_multithread_load": [True, *VALUES],
+        "may_stay_at_init": PATTERNS,
+        "fixes": NAMED,
+        "reader": ["safetensors", *VALUES],
+        "incomplete": ["warn", *VALUES],
+    }
     extra = {name: rng.choice(own[name]) for name in rng.sample(sorted(own), rng.randrange(1, 4))}
     extra = rng.choice([extra] * 9 + [[extra], "x", 5, True, [], None])
     try:
@@ -358,6 +365,7 @@ def load_format(rng: random.Random, place: Path) -> str:
         return "refused"
     extra = extra or {}
     assert extra.get("may_stay_at_init", []) == list(loader.may_stay_at_init) and "" not in loader.may_stay_at_init
+    assert type(extra.get("num_threads", 1)) is int and type(extra.get("enable_multithread_load", True)) is bool
     assert extra.get("incomplete", "refuse") == loader.incomplete in ("refuse", "warn")
     return "works"
 

@@ -91,7 +91,7 @@ def load_plugins() -> None:
     """vLLM's general plugins, those of VLLM_PLUGINS if it is set, once and for all requests. What one raises is its own.
 
     Raises:
-        GlmppError: one of them fails, as it would in `vllm serve`.
+        GlmppError: one of them fails. In `vllm serve` it has all variables of the environment, and may not.
     """
     from vllm import plugins
 
@@ -103,7 +103,7 @@ def load_plugins() -> None:
             whose = ", ".join(f"{point.dist.name} {point.dist.version}" for point in points) or "unknown"
             line, where = line_and_traceback(error)
             raise GlmppError(
-                f"the vLLM plugin {name!r} (package {whose}) fails, as it would in vllm serve: {line}. "
+                f"the vLLM plugin {name!r} (package {whose}) fails, with the few variables that it has here: {line}. "
                 "Uninstall it, or name the plugins that are wanted in VLLM_PLUGINS",
                 where,
             ) from None

@@ -41,7 +41,7 @@ from glmpp.engine.left_at_init import quantises_online
 from glmpp.engine.losses import left
 from glmpp.engine.selection import Selection, is_drafter
 from glmpp.engine.writes import WriteRecorder
-from glmpp.errors import GlmppError, short
+from glmpp.errors import GlmppError, short, whole
 from glmpp.formats.index import INDEX_FILE, load_index, natural_key, shard_path
 from glmpp.formats.shard import READERS, read_shard
 from glmpp.ledger import EXPECTED, Left
@@ -92,6 +92,11 @@ class StageModelLoader(DefaultModelLoader):
             raise GlmppError(f"reader {self.reader!r} is unknown; choose one of {', '.join(READERS)}")
         if self.incomplete not in INCOMPLETE:
             raise GlmppError(f"incomplete: {self.incomplete!r} is unknown; choose one of {', '.join(INCOMPLETE)}")
+        for name in ("enable_multithread_load", "enable_weights_track"):  # vLLM's own; before 0.33 "false" is true to it
+            if not isinstance(extra.get(name, False), bool):
+                raise GlmppError(f"{name} is {short(extra[name])}, expected true or false")
+        if "num_threads" in extra:
+            whole("num_threads", extra["num_threads"], 1, 1024)
         super().__init__(replace(load_config, load_format="auto", model_loader_extra_config=extra))
         self.selection: Selection | None = None
         self.written: WriteRecorder | None = None

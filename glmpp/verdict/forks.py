@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.errors import GlmppError, KitError
+from glmpp.errors import GlmppError, KitError, positive
 from glmpp.scratch import scratch
 from glmpp.verdict.server import Server
 
@@ -106,6 +106,7 @@ def collect(forks: Sequence[Fork], bar: tqdm | None = None, timeout: float = TIM
     Raises:
         GlmppError: one of them broke down, was killed, or took too long. The others are ended then.
     """
+    positive("timeout", timeout, 10**6)
     with selectors.DefaultSelector() as at_work:
         for fork in forks:
             at_work.register(fork.pipe, selectors.EVENT_READ, fork)
