@@ -104,6 +104,24 @@ def test_a_signal_ends_it_and_its_handler_is_put_back(name, capfd):
     assert capfd.readouterr().err.count("\n") == 1
 
 
+def test_a_second_signal_while_it_cleans_up_changes_nothing(capfd):
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+
+        def work() -> int:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+
+        assert ended(work) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capfd.readouterr().err == "glmpp: terminated\n"
+
+
 def test_a_signal_that_is_ignored_stays_ignored(capfd):
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

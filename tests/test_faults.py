@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -84,6 +85,26 @@ def test_of_two_runs_that_write_the_same_folder_one_wins_and_the_other_is_told(t
     found = dict(Checkpoint.from_directory(made).read())
     whole = dict(write_checkpoint(tiny_config, tmp_path / "whole", seed=2).read())
     assert all(torch.equal(found[name].view(torch.uint8), whole[name].view(torch.uint8)) for name in whole)
+
+
+@pytest.mark.parametrize("fails", ["the old one", "the new one"])
+def test_a_checkpoint_whose_place_cannot_be_taken_stays(tiny_config, tmp_path, monkeypatch, fails):
+    """As a mount point's."""
+    made, rename = tmp_path / "made", os.rename
+    held = dict(write_checkpoint(tiny_config, made, seed=1).read())
+
+    def refuses(source, target):
+        if Path(source if fails == "the old one" else target) == made and (fails == "the old one" or not made.exists()):
+            monkeypatch.setattr(os, "rename", rename)
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuses)
+    with pytest.raises(GlmppError, match="not written, nothing is left of it"):
+        write_checkpoint(tiny_config, made, seed=2, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    found = dict(Checkpoint.from_directory(made).read())
+    assert all(torch.equal(found[name].view(torch.uint8), held[name].view(torch.uint8)) for name in held)
 
 
 # --- the dry run's child ------------------------------------------------------------------------------------------

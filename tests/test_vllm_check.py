@@ -361,3 +361,12 @@ def test_a_tensor_that_the_checkpoint_lacks_is_not_called_a_pipeline_fault(tiny,
     code, out, _ = command(capsys, "check", "partial", "--pp", 2, "--guard", "loader")
     assert code == 1 and out.count(f"    left at init: {lost}\n") == 2  # on its stage and at PP=1
     assert out.endswith("PP=2: loads, and is not complete, nor is PP=1: 1 absent\n")
+
+
+def test_a_way_of_quantising_whose_parameters_have_no_shape_yet_dies_in_vllms_words(tiny, tmp_path):
+    """GGUF's, asked for of safetensors: they cannot be looked at, and hide nothing."""
+    shutil.copytree(tiny.directory, tmp_path / "gguf")
+    config = {**tiny.config, "quantization_config": {**tiny.config["quantization_config"], "quant_method": "gguf"}}
+    (tmp_path / "gguf" / "config.json").write_text(json.dumps(config))
+    (stage,) = dry_run(Checkpoint.from_directory(tmp_path / "gguf"), 1, progress=False).stages
+    assert stage.verdict != LOADS and "glmpp" not in (stage.place or ""), stage.message
