@@ -23,6 +23,7 @@ from glmpp.formats.hub_requests import SECONDS
 from glmpp.formats.index import INDEX_FILE, check_index, load_index, longest_list, natural_key, shard_path, unlisted
 from glmpp.formats.shard import read_shard
 from glmpp.formats.tensor import TensorSpec
+from glmpp.words import quoted
 
 MAX_LAYERS = 2_000  # the published model with the most has 126
 
@@ -132,7 +133,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
             if not exists(path):
                 raise GlmppError(
                     f"{path}: the shard is missing; the index places {len(listed[file])} tensors in it, "
-                    f"e.g. {min(listed[file])!r}. Download it again"
+                    f"e.g. {quoted(min(listed[file]))}. Download it again"
                 )
             with opened(path) as shard:
                 held = read_header(shard, os.fstat(shard.fileno()).st_size, str(path))

@@ -12,7 +12,7 @@ import torch
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.partition import EXPERT, OTHER_STAGE, OWN, SPECULATIVE, Stage
-from glmpp.words import MESSAGE, shown
+from glmpp.words import MESSAGE, quoted, shown
 
 LOADED, UNEXPECTED, NOT_REACHED = "loaded", "unexpected", "not reached"
 IGNORED, OTHER_RANK = "ignored by the model", "another rank's expert"
@@ -107,17 +107,18 @@ class Ledger:
             raise GlmppError(f"{stage}: {came!r} came and {missing!r} never did, so neither is loaded")
         if self.tensors.keys() != checkpoint.keys():
             stray = sorted(self.tensors.keys() ^ checkpoint.keys())
-            raise GlmppError(f"{stage}: {len(stray)} tensors are in the checkpoint or the ledger only, e.g. {stray[0]!r}")
+            example = quoted(stray[0])
+            raise GlmppError(f"{stage}: {len(stray)} tensors are in the checkpoint or the ledger only, e.g. {example}")
         for name, column in self.tensors.items():
             expected = {OWN: LOADED}.get(stage.column(name), stage.column(name))
             if expected == LOADED and experts is not None and (found := EXPERT.search(name)):
                 expected = LOADED if int(found[1]) in experts else OTHER_RANK
             if column != expected:
-                raise GlmppError(f"{stage}: tensor {name!r} is {column!r}, expected {expected!r}")
+                raise GlmppError(f"{stage}: tensor {quoted(name)} is {column!r}, expected {expected!r}")
         if left := sorted(set(self.left_at_init) - set(may_stay_at_init)):
-            raise GlmppError(f"{stage}: {len(left)} parameters are left at init, e.g. {left[0]!r}")
+            raise GlmppError(f"{stage}: {len(left)} parameters are left at init, e.g. {quoted(left[0])}")
         if self.written_twice:
-            raise GlmppError(f"{stage}: parameter {self.written_twice[0]!r} was written more than once")
+            raise GlmppError(f"{stage}: parameter {quoted(self.written_twice[0])} was written more than once")
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -19,6 +19,7 @@ from glmpp.dequant import FP8, dequantize
 from glmpp.errors import GlmppError
 from glmpp.ledger import COLUMNS, LOADED, UNEXPECTED, Ledger
 from glmpp.partition import OTHER_STAGE, OWN, SPECULATIVE, Stage
+from glmpp.words import quoted
 
 Pending = dict[str, dict[str, torch.Tensor]]
 
@@ -280,7 +281,7 @@ def load_stage(
         try:
             param.weight_loader(param, tensor, where.shard, where.expert)
         except GlmppError as error:
-            raise GlmppError(f"{stage}: {name!r}: {error}") from None
+            raise GlmppError(f"{stage}: {quoted(name)}: {error}") from None
         loaded.add(where.parameter)
         ledger.tensors[name] = LOADED
     for layer, parts in pending.items():  # held back and never stored: not loaded after all

@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterable
 
 # What Unicode calls printable and shows as nothing or as a blank: fillers, selectors of a variant, Braille's blank.
-BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U00016fe4\U0001bc9d\U0001d159\U000e0100-\U000e01ef]"
+)
 
 MESSAGE = 500  # characters of a message or a path
 
@@ -33,6 +36,11 @@ def shown(text: str, limit: int = 200) -> str:
     left_out = f" … ({len(text):,} characters) … "
     end = (limit - len(left_out)) // 4
     return line(text[:limit])[: limit - len(left_out) - end] + left_out + line(text[-limit:])[-end:]
+
+
+def quoted(name: str) -> str:
+    """A name in an error's sentence: its repr, cut as `shown` does."""
+    return shown(repr(name))
 
 
 def joined(lines: Iterable[str]) -> str:

@@ -278,3 +278,16 @@ def test_nothing_stays_when_a_signal_ends_it(tmp_path, tiny, name, when):
         time.sleep(0.05)
     left = list(temporary.iterdir())
     assert len(left) <= (name == "SIGKILL") and not any((folder / "request.json").exists() for folder in left[1:])
+
+
+def test_too_little_memory_for_an_import_is_told_as_that(tiny):
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (400_000_000,) * 2)\n"
+    program = f"{limited}from glmpp.__main__ import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", program, "plan", tiny.directory], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "glmpp: this machine's memory ran out\n")
+
+
+def test_no_file_is_left_open(tiny):
+    command = [sys.executable, "-W", "error::ResourceWarning", "-m", "glmpp", "plan", tiny.directory, "--pp", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

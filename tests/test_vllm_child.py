@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -354,3 +355,23 @@ def test_a_plugin_that_fails_is_named_with_its_package_and_no_stage_is_told_of(
     for _ in range(2):
         with pytest.raises(GlmppError, match=said):
             dry_run(tiny, Deployment(2, gpu=CPU), progress=False)
+
+
+@pytest.mark.parametrize("says", [b"hello", b"5", b"[]", b'{"kind": 3}', b"\xff"])
+def test_a_process_of_the_same_user_that_answers_nonsense_is_no_fault_of_the_kit(says, tmp_path, monkeypatch):
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listening.bind("")
+    listening.listen()
+
+    def answer() -> None:
+        connections = [listening.accept()[0] for _ in range(2)]  # the parent's own, and a fork's
+        _, (pipe, turns), _, _ = socket.recv_fds(connections[1], 1 << 20, 2)
+        os.write(pipe, says + b"\n")
+        os.close(pipe)
+        os.close(turns)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    monkeypatch.setattr(server.Server, "current", {"cpu": server.Server("cpu", listening.getsockname())})
+    with listening, pytest.raises(GlmppError, match="what is no message"):
+        ask({"kind": "contract", "gpu": "cpu"})

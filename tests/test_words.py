@@ -31,7 +31,7 @@ from glmpp.verdict.plan import plan_text
 from glmpp.verdict.report import DryRunReport
 from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS, Death, Evidence, StageReport
 from glmpp.verdict.text import as_text
-from glmpp.words import joined, printable, shown
+from glmpp.words import joined, printable, quoted, shown
 
 # Surrogates, controls, bidi, separators and all, a few of them often; short or thousands of characters long.
 CHARACTERS = st.characters() | st.sampled_from("\n\r\t\x1b\x00\x85\u2028\u2029\u202e\u200b\ufe0f\ud800\u00a0 .0'$")
@@ -140,6 +140,12 @@ def test_what_is_printable_stays_as_it_is(text):
 def test_control_characters_are_escaped_and_nothing_else():
     assert printable("a\x1b[31mb\x00\u202ec\nd é <b>\t\u200b\ud800") == "a\\x1b[31mb\\x00\\u202ec\\nd é <b>\\t\\u200b\\ud800"
     assert printable("\u2028\xa0\ufe0f\u3164\U000e0100") == "\\u2028\\xa0\\ufe0f\\u3164\\U000e0100"
+    assert printable("\U00016fe4\U0001bc9d\U0001d159") == "\\U00016fe4\\U0001bc9d\\U0001d159"
+
+
+def test_a_name_in_an_error_is_cut():
+    assert quoted("a\nb") == r"'a\nb'"
+    assert len(quoted("x" * 5_000)) <= 200 and "(5,002 characters)" in quoted("x" * 5_000)
 
 
 def test_a_name_that_came_into_a_line_as_it_was_ends_no_line():

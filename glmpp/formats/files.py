@@ -40,11 +40,11 @@ def opened(path: str | Path) -> BinaryIO:
 
 def read_bytes(path: str | Path, most: int = MAX_JSON_BYTES) -> bytes:
     """All of a JSON file. Raises GlmppError if it cannot be read, or has more bytes than that."""
-    with opened(path) as file:
+    with io.BufferedReader(opened(path)) as file:
         size = os.fstat(file.fileno()).st_size
         _check_size(path, size, most)
         try:
-            raw = io.BufferedReader(file).read(most + 1) or b""
+            raw = file.read(most + 1)
         except OSError as error:
             raise GlmppError(f"{path}: cannot be read: {error.strerror}") from None
     _check_size(path, len(raw), most)

@@ -12,6 +12,7 @@ import msgspec
 from glmpp.errors import GlmppError, short
 from glmpp.formats.files import MAX_JSON_BYTES as MAX_HEADER_BYTES
 from glmpp.formats.tensor import bits
+from glmpp.words import quoted
 
 MAX_DIMENSIONS = 64  # torch has no tensor of more
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -69,7 +70,7 @@ def read_header(file: BinaryIO, size: int, label: str) -> Header:
         except (ValueError, RecursionError) as error:  # stricter than the decoder: numbers of thousands of digits
             raise fail(f"header is not JSON: {error}") from None
         if twin is not None:
-            raise fail(f"the header lists {twin!r} twice")
+            raise fail(f"the header lists {quoted(twin)} twice")
 
     found, base = {}, 8 + length
     nbits: dict[tuple[str, tuple[int, ...]], int] = {}
@@ -77,23 +78,24 @@ def read_header(file: BinaryIO, size: int, label: str) -> Header:
         try:
             info = _ENTRY.decode(entry)
         except (ValueError, msgspec.DecodeError, RecursionError) as error:
-            raise fail(f"tensor {name!r} is not described by dtype, shape and data_offsets: {error}") from None
+            raise fail(f"tensor {quoted(name)} is not described by dtype, shape and data_offsets: {error}") from None
         (start, end), kind = info.data_offsets, (info.dtype, info.shape)
         if kind not in nbits:
             if (width := bits(info.dtype)) is None:
-                raise GlmppError(f"{label}: tensor {name!r} has dtype {info.dtype!r}, which the safetensors library rejects")
+                said = f"tensor {quoted(name)} has dtype {quoted(info.dtype)}"
+                raise GlmppError(f"{label}: {said}, which the safetensors library rejects")
             if len(info.shape) > MAX_DIMENSIONS:
-                raise fail(f"tensor {name!r}: has {len(info.shape):,} dimensions, expected at most {MAX_DIMENSIONS}")
+                raise fail(f"tensor {quoted(name)}: has {len(info.shape):,} dimensions, expected at most {MAX_DIMENSIONS}")
             if math.prod(filter(None, info.shape)) >= 2**63:  # strides are 64-bit, of an empty tensor too
-                raise fail(f"tensor {name!r}: the shape {short(info.shape)} is too large")
+                raise fail(f"tensor {quoted(name)}: the shape {short(info.shape)} is too large")
             nbits[kind] = math.prod(info.shape) * width
         if (end - start) * 8 != nbits[kind]:
-            raise fail(f"tensor {name!r}: {info.dtype} of shape {info.shape} does not have {end - start} bytes")
+            raise fail(f"tensor {quoted(name)}: {info.dtype} of shape {info.shape} does not have {end - start} bytes")
         found[name] = (info.dtype, info.shape, base + start, base + end)
     at = base
     for start, end, name in sorted((start, end, name) for name, (_, _, start, end) in found.items()):
         if start != at:
-            raise fail(f"tensor {name!r} begins at byte {start}, the one before it ends at {at}")
+            raise fail(f"tensor {quoted(name)} begins at byte {start}, the one before it ends at {at}")
         at = end
     if at != size:
         raise fail(f"{size} bytes, the tensors end at {at}")

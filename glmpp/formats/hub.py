@@ -21,6 +21,7 @@ from glmpp.formats.hub_requests import SECONDS, NoAnswer, Requests, theirs
 from glmpp.formats.index import INDEX_FILE, check_index, natural_key, parse_index
 from glmpp.formats.tensor import TensorSpec
 from glmpp.progress import progress_bar
+from glmpp.words import quoted
 
 FIRST_BYTES = 150_000  # of each shard; of GLM-5.1-FP8's 119,000 tensors a 142nd makes a header of 111 kB
 COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.IGNORECASE)
@@ -80,7 +81,7 @@ def _read(repo: _Repository, progress: bool | None) -> tuple[list[TensorSpec], d
         if file not in repo.files:
             raise GlmppError(
                 f"{repo.source}/{file}: the shard is missing; the index places {len(names)} tensors in it, "
-                f"e.g. {min(names)!r}. Choose another revision"
+                f"e.g. {quoted(min(names))}. Choose another revision"
             )
 
     files = sorted(listed, key=natural_key) or ["model.safetensors"]
@@ -133,7 +134,7 @@ class _Repository:
             return said.sha, {file.rfilename for file in said.siblings}
 
         if revision in ("", ".", ".."):  # in an address they would lead to another one
-            raise GlmppError(f"{self.source}: {revision!r} is no branch, tag or commit")
+            raise GlmppError(f"{self.source}: {quoted(revision)} is no branch, tag or commit")
         return self.hub.ask(self.source, get)
 
     def read(self, file: str) -> bytes:

@@ -12,6 +12,7 @@ import msgspec
 
 from glmpp.errors import GlmppError, short
 from glmpp.formats.files import read_bytes
+from glmpp.words import quoted
 
 INDEX_FILE = "model.safetensors.index.json"
 _LONGEST = 1000  # characters of the name of a file in the folder
@@ -47,10 +48,10 @@ def check_index(path: Path | str, listed: set[str], held: Set[str]) -> None:
     """
     if missing := sorted(listed - held):
         raise GlmppError(
-            f"{path}: the index places {missing[0]!r} here ({len(missing)} such), but the shard does not hold it"
+            f"{path}: the index places {quoted(missing[0])} here ({len(missing)} such), but the shard does not hold it"
         )
     if extra := sorted(held - listed):
-        raise GlmppError(f"{path}: holds {extra[0]!r} ({len(extra)} such), which the index does not place here")
+        raise GlmppError(f"{path}: holds {quoted(extra[0])} ({len(extra)} such), which the index does not place here")
 
 
 def shard_path(directory: str | Path, file: str) -> Path:
@@ -69,7 +70,7 @@ def shard_path(directory: str | Path, file: str) -> Path:
         snapshots = next((folder for folder in home.parents if folder.name == "snapshots"), None)
         leads_out = not place.is_relative_to(snapshots.parent if snapshots else home)
     if leads_out:
-        raise GlmppError(f"{directory}: the index names the shard {file!r}, which is not a file of this folder")
+        raise GlmppError(f"{directory}: the index names the shard {quoted(file)}, which is not a file of this folder")
     return path
 
 

@@ -14,6 +14,7 @@ from glmpp.errors import GlmppError
 from glmpp.formats.files import opened
 from glmpp.formats.header import Header, read_header
 from glmpp.formats.tensor import in_torch
+from glmpp.words import quoted
 
 _BATCH = 256  # views made in one go: interleaved with what a model does with them each takes half as long again
 
@@ -97,7 +98,7 @@ def _by_library(path: Path, name: str, dtype: str) -> torch.Tensor:
             return shard.get_tensor(name)
     except Exception as error:  # any: of a type that torch lacks the library makes AttributeError too
         raise GlmppError(
-            f"{path}: tensor {name!r} of dtype {dtype!r} cannot be read by safetensors either: {error}"
+            f"{path}: tensor {quoted(name)} of dtype {quoted(dtype)} cannot be read by safetensors either: {error}"
         ) from None
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, deserialize
 
 from glmpp.errors import GlmppError
+from glmpp.words import quoted
 
 # safetensors' dtype name -> bits of an element, torch's name for it. https://github.com/huggingface/safetensors, `Dtype`
 # in tensor.rs.
@@ -87,7 +88,7 @@ class TensorSpec:
         """torch's dtype and shape for it. Raises GlmppError if torch has no type for it."""
         if (found := in_torch(self.dtype, self.shape)) is None:
             raise GlmppError(
-                f"{f'{self.file}: ' if self.file else ''}tensor {self.name!r}: torch {torch.__version__} has no type "
+                f"{f'{self.file}: ' if self.file else ''}tensor {quoted(self.name)}: torch {torch.__version__} has no type "
                 f"for {self.dtype} of shape {list(self.shape)}"
             )
         return found

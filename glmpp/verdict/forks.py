@@ -15,9 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.errors import GlmppError, KitError, positive
+from glmpp.errors import GlmppError, KitError, positive, short
 from glmpp.scratch import scratch
-from glmpp.verdict.server import Server
+from glmpp.verdict.server import SHARED, Server
 
 # Seconds that a stage may take, and vLLM's import before the first: generous, for a stage takes some on a busy machine.
 TIMEOUT = 1800.0
@@ -63,13 +63,23 @@ class Fork:
             if not data:
                 break
             *lines, self.rest = (self.rest + data).split(b"\n")
-            came = [json.loads(line) for line in lines]
+            came = [self._message(line) for line in lines]
         self.since = time.monotonic()
         for message in came:
             self.at = message["what"] if message["kind"] == "begins" else self.at
             self.ended = self.ended or message["kind"] == "end"
         self.messages += [message for message in came if message["kind"] != "begins"]
         return came
+
+    def _message(self, line: bytes) -> dict:
+        """A message from its line; of a server that another process has started it may be anything."""
+        try:
+            message = json.loads(line)
+            if not isinstance(message["kind"], str):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            raise GlmppError(f"the process at {SHARED} answers with what is no message: {short(line[:60])}") from None
+        return message
 
     def close(self) -> None:
         """End it if it is still at work."""
