@@ -20,9 +20,10 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.ending import ended, versions
 from glmpp.engine import fixes
 from glmpp.errors import GlmppError, positive, whole
+from glmpp.formats.config import load_config
 from glmpp.formats.files import exists, list_folder
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
-from glmpp.formats.index import INDEX_FILE
+from glmpp.formats.weights import ADAPTER, MISTRALS, adapter_line, check_serves_alone, weight_files
 from glmpp.gpus import CPU, GPUS, REPORTED
 from glmpp.partition import MAX_GPUS, PARTITION_VARIABLE, parse_counts
 from glmpp.synthetic import MAX_SHARD_BYTES, write_checkpoint
@@ -180,28 +181,52 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def open_checkpoint(model: str, revision: str | None = None, seconds: float = TIMEOUT) -> Checkpoint:
+def open_checkpoint(model: str, revision: str | None = None, seconds: float = TIMEOUT, judged: bool = False) -> Checkpoint:
     """A checkpoint from what a user calls a model: a folder, a config.json, or a Hub repository.
 
     Args:
         seconds: that the Hub may take.
+        judged: as of `Checkpoint.from_directory`.
 
     Raises:
-        GlmppError: none of these, or it cannot be read.
+        GlmppError: none of these, no model of its own (an adapter, a drafter), or it cannot be read.
     """
     if not model:
         raise GlmppError("the name of the model is empty")
     path = Path(model)
-    found = exists(path)
-    if found and path.is_dir() and any(name == INDEX_FILE or name.endswith(".safetensors") for name in list_folder(path)):
-        return Checkpoint.from_directory(path)
-    if found:
-        checkpoint = Checkpoint.from_config(path)
-        checkpoint.source = f"{path} (names and shapes from the config alone)"
-        return checkpoint
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return Checkpoint.from_hub(model, revision, seconds=seconds)
-    raise GlmppError(f"{model}: no such folder or file, and not the name of a Hub repository (org/name)")
+    if exists(path):
+        checkpoint = _open_folder(path, judged) if path.is_dir() else _from_config(path)
+    elif model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        checkpoint = Checkpoint.from_hub(model, revision, seconds=seconds)
+    else:
+        raise GlmppError(f"{model}: no such folder or file, and not the name of a Hub repository (org/name)")
+    check_serves_alone(checkpoint.config, model)
+    return checkpoint
+
+
+def _open_folder(path: Path, judged: bool) -> Checkpoint:
+    names = list_folder(path)
+    if "config.json" not in names:
+        if ADAPTER in names:
+            raise GlmppError(adapter_line(str(path), load_config(path / ADAPTER)))
+        if "params.json" in names:
+            raise GlmppError(
+                f"{path}: holds params.json and no config.json, Mistral's own format, in which vLLM opens {MISTRALS}; "
+                "glmpp reads models with a config.json"
+            )
+    found = weight_files(names)
+    if found.files or found.index or any(name.endswith(".gguf") for name in names):
+        return Checkpoint.from_directory(path, judged)
+    try:
+        return _from_config(path)
+    except GlmppError as error:
+        raise GlmppError(f"{error} ({path} holds no weights that vLLM opens, and so its config alone is read)") from None
+
+
+def _from_config(path: Path) -> Checkpoint:
+    checkpoint = Checkpoint.from_config(path)
+    checkpoint.source = f"{path} (names and shapes from the config alone)"
+    return checkpoint
 
 
 def _partition(options: argparse.Namespace) -> str | None:
@@ -221,7 +246,7 @@ def _partition(options: argparse.Namespace) -> str | None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    checkpoint = open_checkpoint(options.model, options.revision, options.timeout)
+    checkpoint = open_checkpoint(options.model, options.revision, options.timeout, judged=True)
     deployment = Deployment(
         options.pp,
         options.tp,

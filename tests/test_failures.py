@@ -201,6 +201,25 @@ def test_what_an_exception_tells(module, source, kind, tmp_path):
     assert kind_of(caught((module, str(tmp_path / "vllm" / "code.py"), source))) == kind
 
 
+def test_of_what_pydantic_wraps_the_sentence_is_told():
+    class Config(pydantic.BaseModel):
+        heads: int
+        layers: int = 1
+
+        @pydantic.model_validator(mode="after")
+        def check(self):
+            raise ValueError("Total number of attention heads (2) must be divisible by tensor parallel size (3).")
+
+    with pytest.raises(pydantic.ValidationError) as wrapped:
+        Config(heads=2)
+    said = "Total number of attention heads (2) must be divisible by tensor parallel size (3)."
+    assert describe(wrapped.value)["message"] == said
+    with pytest.raises(pydantic.ValidationError) as own:
+        Config(heads="many", layers=[])
+    fields = failures.words_of(own.value).split("; ")
+    assert [one.partition(": ")[0] for one in fields] == ["heads", "layers"] and "pydantic.dev" not in str(fields)
+
+
 def test_what_pydantic_wraps_is_vllms_refusal_unless_a_package_is_missing(tmp_path):
     source = f"""
 import pydantic

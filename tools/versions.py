@@ -45,6 +45,7 @@ SUITES = [
     "tests/test_vllm_memory.py",
     "tests/test_vllm_layouts.py",
     "tests/test_vllm_fixes.py",
+    "tests/test_vllm_files.py",
 ]
 FINDINGS = "tests/findings/test_findings.py"
 UPSTREAM = "tests/upstream/test_pp_weight_loading.py"

@@ -120,12 +120,20 @@ def describe(error: BaseException) -> dict:
     last = (shown or every)[-1]
     return {
         "exception": type(error).__name__,
-        "message": without_paths(str(error))[:2000],
+        "message": without_paths(words_of(error))[:2000],
         "key": str(error.args[0]) if isinstance(error, KeyError) and error.args else None,
         "place": f"{last.file}:{last.line}",
         "function": last.function,
         "traceback": [str(frame) for frame in shown],
     }
+
+
+def words_of(error: BaseException) -> str:
+    """What an exception says; of pydantic's, the sentences of vLLM's own checks without what pydantic puts around them."""
+    if not _is_pydantics(error):
+        return str(error)
+    own = [(one.get("ctx", {}).get("error"), ".".join(map(str, one["loc"])), one["msg"]) for one in error.errors()]
+    return "; ".join(str(said) if said else f"{where}: {what}" if where else what for said, where, what in own)
 
 
 def without_paths(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path, PurePath
 
@@ -39,20 +39,6 @@ def parse_index(raw: bytes, label: str) -> dict[str, str]:
     return weight_map
 
 
-def check_index(path: Path | str, listed: set[str], held: Set[str]) -> None:
-    """Whether a shard holds what the index places in it, no more and no less.
-
-    Raises:
-        GlmppError: it does not; the message names the shard and a tensor.
-    """
-    if missing := sorted(listed - held):
-        raise GlmppError(
-            f"{path}: the index places {missing[0]!r} here ({len(missing)} such), but the shard does not hold it"
-        )
-    if extra := sorted(held - listed):
-        raise GlmppError(f"{path}: holds {extra[0]!r} ({len(extra)} such), which the index does not place here")
-
-
 def shard_path(directory: str | Path, file: str) -> Path:
     """Where a shard that an index names lies: in the folder, or, for a snapshot of the Hub's cache, among its blobs.
 
@@ -71,17 +57,6 @@ def shard_path(directory: str | Path, file: str) -> Path:
     if leads_out:
         raise GlmppError(f"{directory}: the index names the shard {file!r}, which is not a file of this folder")
     return path
-
-
-def unlisted(files: Iterable[str], listed: Iterable[str]) -> list[str]:
-    """Files that an index does not name, although they are called like shards that it does name."""
-
-    def stem(file: str) -> str:
-        return re.sub(r"-\d+-of-\d+\.safetensors$", "", file)
-
-    listed = set(listed)
-    stems = {stem(file) for file in listed}
-    return sorted(file for file in files if file not in listed and stem(file) != file and stem(file) in stems)
 
 
 def natural_key(file: str) -> list[str | int]:

@@ -178,7 +178,8 @@ def stage_request(
     return {
         "kind": "dry_run",
         "config": checkpoint.config,
-        "tensors": [(spec.name, spec.dtype, spec.shape) for spec in checkpoint.values()],
+        "tensors": [(spec.name, spec.dtype, spec.shape) for spec in (*checkpoint.twins, *checkpoint.values())],
+        "files": None if checkpoint.directory is None else checkpoint.files,
         "guard": str(deployment.guard),
         "helper": helper.absolute,
         "callers": helper.callers,

@@ -52,7 +52,12 @@ def as_json(
     known, found = fixed_in(report), report.fit(utilization)
     return {
         "schema": SCHEMA_VERSION,
-        "checkpoint": {"source": checkpoint.source, "tensors": len(checkpoint), "bytes": checkpoint.nbytes},
+        "checkpoint": {
+            "source": checkpoint.source,
+            "tensors": len(checkpoint),
+            "bytes": checkpoint.nbytes,
+            "notes": checkpoint.notes,
+        },
         "versions": report.versions,
         "guard": report.guard,
         "fixes": list(report.deployment.fixes),
@@ -141,8 +146,9 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, ut
 
 
 def headline(checkpoint: Checkpoint) -> str:
-    """Which checkpoint, and how large it is."""
-    return f"{shown(str(checkpoint.source), MESSAGE)}: {len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB"
+    """Which checkpoint, how large it is, and what is to be told of the choice of its files."""
+    size = f"{len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB"
+    return "\n    ".join([f"{shown(str(checkpoint.source), MESSAGE)}: {size}", *checkpoint.notes])
 
 
 def chosen(report: DryRunReport) -> list[str]:
