@@ -143,7 +143,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         for file in found.opened(listed):
             place = shard_path(directory, file)
             if not exists(place):
-                unread[file] = missing_line(place, listed.get(file) or ["all"])
+                unread[file] = missing_line(place, listed[file]) if listed else f"{place}: is a link that leads nowhere"
                 continue
             try:
                 with opened(place) as shard:

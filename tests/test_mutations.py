@@ -718,9 +718,9 @@ MUTATIONS = {
         "test_hub.py::test_two_faults_of_the_connection_are_survived_and_three_are_not",
     ),
     "a folder without shards": (
-        "cli.py::open_checkpoint",
-        ' or name.endswith(".safetensors")',
-        "",
+        "cli.py::_open_folder",
+        "if found.files or found.index or any(",
+        "if any(",
         "test_cli.py::test_a_folder_without_shards_is_read_as_a_config_and_says_so",
     ),
     "control characters in the output": (

@@ -49,7 +49,7 @@ class Folder:
 
     def older(self) -> None:
         for file in [*self.path.glob("model-*")]:
-            shutil.copy(file, str(file).replace("-of-", "-of-9"))
+            shutil.copy(file, file.with_name(file.name.replace("-of-", "-of-9")))
 
     def all_in(self, name: str) -> None:
         every = {key: one for file in self.path.glob("model-*.safetensors") for key, one in load_file(file).items()}

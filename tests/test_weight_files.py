@@ -1,4 +1,4 @@
-"""Which files of a folder are read: those that vLLM opens. What `_prepare_weights` of 0.22.1 and 0.33.0 listed is the table."""
+"""Which files of a folder are read: those that vLLM opens. The table is what 0.22.1 and 0.33.0 listed of such folders."""
 
 from __future__ import annotations
 
@@ -80,6 +80,12 @@ def test_a_shard_that_cannot_be_read_is_an_error_unless_vllm_is_to_judge(folder,
         Checkpoint.from_directory(folder)
     checkpoint = Checkpoint.from_directory(folder, judged=True)
     assert list(checkpoint) == ["a"] and said in checkpoint.notes[0]
+
+
+def test_a_link_that_leads_nowhere_is_told_without_an_index(folder):
+    (folder / "z.safetensors").symlink_to("nowhere")
+    with pytest.raises(GlmppError, match=r"z\.safetensors: is a link that leads nowhere"):
+        Checkpoint.from_directory(folder)
 
 
 def test_an_adapter_is_told_with_its_base_model(tmp_path, capsys):

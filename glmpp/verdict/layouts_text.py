@@ -27,7 +27,7 @@ def layouts_text(model: str, checkpoint: Checkpoint, found: Layouts, plugins: st
     share = next((one.fit.share for one in found.layouts if one.fit), found.utilization or 0)
     versions = shown(", ".join(f"{name} {version}" for name, version in found.versions.items()), MESSAGE)
     lines = [
-        headline(checkpoint),
+        *headline(checkpoint),
         f"{gpus} x {found.gpu.name}, {share:.0%} of {found.gpu.memory / 1e9:.1f} GB each; requests of {context:,} tokens",
         versions,
         "",

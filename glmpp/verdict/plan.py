@@ -23,7 +23,7 @@ def plan_text(checkpoint: Checkpoint, deployment: Deployment, gpu_gb: float | No
     held = dealt(checkpoint, stages)
     sizes = [sum(spec.nbytes for spec in specs) for specs in held]
     lines = [
-        headline(checkpoint),
+        *headline(checkpoint),
         "",
         f"{'stage':<6} {'layers':<9} {'tensors':>9} {'GB':>9}" + (f"{'left of a GPU':>16}" if gpu_gb else ""),
     ]

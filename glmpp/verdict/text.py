@@ -125,7 +125,7 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, ut
     """
     versions = shown(", ".join(f"{name} {version}" for name, version in report.versions.items()), MESSAGE)
     lines = [
-        headline(checkpoint),
+        *headline(checkpoint),
         f"{versions}; guard: {report.guard}; GPU: {report.deployment.gpu}"
         + (f"; fixes: {', '.join(report.deployment.fixes)}" if report.deployment.fixes else ""),
         *chosen(report),
@@ -145,10 +145,10 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, ut
     return joined([*lines, "", f"{report.deployment.layout}: {conclusion(report)}"])
 
 
-def headline(checkpoint: Checkpoint) -> str:
+def headline(checkpoint: Checkpoint) -> list[str]:
     """Which checkpoint, how large it is, and what is to be told of the choice of its files."""
     size = f"{len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB"
-    return "\n    ".join([f"{shown(str(checkpoint.source), MESSAGE)}: {size}", *checkpoint.notes])
+    return [f"{shown(str(checkpoint.source), MESSAGE)}: {size}", *(f"    {note}" for note in checkpoint.notes)]
 
 
 def chosen(report: DryRunReport) -> list[str]:
