@@ -101,7 +101,7 @@ def test_a_shard_that_the_index_does_not_name_is_left_out_and_told(folder):
 
 
 def test_a_name_in_two_shards_is_told(folder):
-    name = next(name for name, spec in Checkpoint.from_directory(folder).items() if "00002" in spec.file)
+    name = next(name for name, spec in Checkpoint.from_directory(folder).items() if "00002-of" in spec.file)
     save_file({name: torch.zeros(3, 5, 7)}, folder / "model-00001-of-00002.safetensors")
     checkpoint = Checkpoint.from_directory(folder)
     (twin,) = checkpoint.twins  # of another shape: vLLM is handed both
