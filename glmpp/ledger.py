@@ -17,6 +17,7 @@ from glmpp.words import MESSAGE, shown
 LOADED, UNEXPECTED, NOT_REACHED = "loaded", "unexpected", "not reached"
 IGNORED, OTHER_RANK = "ignored by the model", "another rank's expert"
 COLUMNS = (LOADED, OTHER_STAGE, OTHER_RANK, SPECULATIVE, IGNORED, UNEXPECTED, NOT_REACHED)
+UNREAD, WHOLE, UNKNOWN, PARTS = range(4)  # what a rank reads of a tensor; PARTS and up: a kind of parts
 EXPECTED, LOST, UNTIED, ABSENT = "expected", "lost", "untied", "absent"
 
 

@@ -12,7 +12,7 @@ from glmpp.engine.losses import confirmed, dropped, left
 from glmpp.engine.padding import padding
 from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
 from glmpp.engine.stage_load import StageLoad
-from glmpp.engine.writes import parameters
+from glmpp.engine.writes import loadable, parameters
 from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, Prefixes
 
@@ -71,7 +71,11 @@ class Account:
         lacking = left(recorder, model, load.built.model_config)
         if folder is not None:
             lacking = confirmed(lacking, model, folder, self.shapes)
+        reads = None
+        if recorder.reads is not None and not load.deaths:
+            reads = recorder.reads.message(recorder.order, loadable(model).values(), load.nbytes, self._loaded)
         return {
+            "reads": reads,
             "handed_over": len(recorder.order),
             "order": hashlib.sha256("\n".join(recorder.order).encode()).hexdigest(),
             "columns": [[column, len(list(run))] for column, run in groupby(columns.values())],

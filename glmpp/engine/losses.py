@@ -17,7 +17,7 @@ from vllm.config import ModelConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.engine.experts import expert_maps, held_experts, is_elsewhere
+from glmpp.engine.experts import expert_maps, expert_numbers, held_experts, is_elsewhere
 from glmpp.engine.left_at_init import accounted
 from glmpp.engine.padding import padding
 from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
@@ -29,6 +29,7 @@ from glmpp.partition import Prefixes
 
 LAYER = re.compile(r"[^.]+\.\d+(?=\.)")  # "layers.3"
 SCALE = re.compile(r"_scale(_inv)?$")
+SHOWN_EXPERTS = 16
 COMPUTED = "computed while the model is built"
 DROPPED = "{!r}, of the same layer and shape, was handed over and dropped"
 NOT_TIED = "tie_word_embeddings is true, and the model does not tie it to the embedding"
@@ -39,7 +40,26 @@ NOTHING_LIKE_IT = "no tensor that it could be was handed over and dropped"
 def left(recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig) -> dict[str, Left]:
     """What a load left at init, and what became of it, from the writes that were seen."""
     found = recorder.left_at_init(padding(model))
-    return losses(found, model, model_config, dropped(recorder, model), recorder.overwritten) if found else {}
+    if not found:
+        return {}
+    sorted_out = losses(found, model, model_config, dropped(recorder, model), recorder.overwritten)
+    return {name: _partly(name, one, recorder, model) for name, one in sorted_out.items()}
+
+
+def _partly(name: str, one: Left, recorder: WriteRecorder, model: torch.nn.Module) -> Left:
+    """The same, of a parameter that was written in part with how much is lacking, and of stacked experts with which."""
+    tally, path = recorder.tallies()[name], name.rpartition(".")[0]
+    filled = int(tally.filled.sum())
+    if one.kind == EXPECTED or not 0 < filled < tally.size:
+        return one
+    said = f"{tally.size - filled:,} of {tally.size:,} elements were never written"
+    if "experts" in path:
+        rows, count = recorder.unwritten_rows(name), loadable(model)[name].shape[0]
+        numbers = expert_numbers(model.get_submodule(path), count)
+        which = ", ".join(str(numbers[at]) for at in rows[:SHOWN_EXPERTS])
+        more = f" and {len(rows) - SHOWN_EXPERTS:,} more" if len(rows) > SHOWN_EXPERTS else ""
+        said += f", those of {len(rows):,} of {count:,} experts: {which}{more}" if 0 < len(rows) < count else ""
+    return replace(one, why=f"{said}; {one.why}")
 
 
 def dropped(recorder: WriteRecorder, model: torch.nn.Module) -> dict[str, torch.Size]:

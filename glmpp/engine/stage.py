@@ -105,6 +105,7 @@ class Stages:
         if max(self.nbytes, result.get("memory", {}).get("parameters", 0)) <= SMALL_ENOUGH:
             again = self.attempt(place, REAL if self.has_files else MADE_UP, moves=True)
             if self.has_files or is_complete(again):
+                again["reads"] = again.get("reads") or result.get("reads")  # of values made up nothing is seen
                 return again
         with UnansweredOnMeta() as asked:
             result = self.attempt(place, NO_DATA, moves=True)
@@ -155,6 +156,7 @@ class Stages:
         result["patched"] = self.guard.install()
         places = tensors_on(device) if moves else contextlib.nullcontext()
         load = StageLoad(built, self.guard, lambda *how: self.loader(*how, data=data), self.source.nbytes, device)
+        load.reads = data != MADE_UP  # whose elements all are one
         started = time.perf_counter()
         with places:
             load.run(self.request["all_deaths"])

@@ -14,6 +14,7 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.engine import fixes
 from glmpp.errors import GlmppError, short, whole
 from glmpp.progress import progress_bar
+from glmpp.verdict.cut import Readings
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.forks import TIMEOUT, run_group, run_stages
 from glmpp.verdict.installed import NO_VLLM, vllm_version
@@ -70,7 +71,7 @@ def dry_run(
     if keep is not None and weights != "real":
         raise GlmppError("keep: parameters without data are not saved; pass weights='real'")
     stages = deployment.stages(checkpoint.config)  # refuses what cannot be
-    ranks = chosen_ranks(deployment, "all" if real_group else ranks)
+    default, ranks = ranks is None, chosen_ranks(deployment, "all" if real_group else ranks)
     if real_group and deployment.dp > 1:
         raise GlmppError("real_group is for one replica: dp=1")
     runs = [run_of(deployment, *rank) for rank in ranks]
@@ -93,12 +94,33 @@ def dry_run(
             messages = run_group(checkpoint, request, runs, pp, deployment.tp, bar, timeout)
         else:
             messages = run_stages(checkpoint, request, runs, bar, timeout=timeout)
+            if default and (more := other_ranks(messages, checkpoint, deployment)):
+                bar.total += len(more)
+                messages = with_ranks(messages, run_stages(checkpoint, request, more, bar, timeout=timeout))
 
     evidence = {**asked, "seconds": time.perf_counter() - started, "messages": messages}
     report = assemble(evidence, checkpoint, deployment, stages)
     if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
         report.save(recorded)
     return report
+
+
+def other_ranks(messages: list[dict], checkpoint: Checkpoint, deployment: Deployment) -> list[dict]:
+    """Runs of the ranks between the corners, of stages where it cannot be told from the corners what they read."""
+    if len(deployment.corners) == len(deployment.all_ranks):
+        return []
+    stages = [message for message in messages if message["kind"] == "stage"]
+    asked = Readings(stages, checkpoint, (deployment.tp, deployment.dp)).stages_to_run()
+    others = [rank for rank in deployment.all_ranks if rank[0] in asked and rank not in deployment.corners]
+    return [run_of(deployment, *rank) for rank in others]
+
+
+def with_ranks(messages: list[dict], more: list[dict]) -> list[dict]:
+    """The messages of two calls as one: ranks in their order, then drafters and the control."""
+    stages = [message for message in [*messages, *more] if message["kind"] == "stage"]
+    stages.sort(key=lambda m: (m["control"], m["drafter"], m["rank"], m["replica"], m["shard"]))
+    rest = [message for message in [*messages, *more] if message["kind"] != "stage"]
+    return [*rest[:1], *stages, *(message for message in rest[1:] if message["kind"] == "end")]
 
 
 def question(checkpoint: Checkpoint, deployment: Deployment) -> dict:

@@ -15,6 +15,7 @@ from glmpp.errors import GlmppError
 from glmpp.formats.config import layer_count
 from glmpp.gpus import CPU, gpu_of
 from glmpp.partition import Stage
+from glmpp.verdict.cut import Readings, of_rank
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.fit import Fit
 from glmpp.verdict.record import check_record, digest
@@ -183,7 +184,11 @@ def assemble(
     if stages is None or said not in (None, stages[0].num_layers):
         stages = deployment.stages(checkpoint.config, said or layer_count(checkpoint.config))
     ready = next(message for message in messages if message["kind"] == "ready")
-    reports = [stage_report(message, checkpoint, stages) for message in messages if message["kind"] == "stage"]
+    ran = [message for message in messages if message["kind"] == "stage"]
+    reports = [stage_report(message, checkpoint, stages) for message in ran]
+    unread = Readings(ran, checkpoint, (deployment.tp, deployment.dp)).unread()
+    for report, message in zip(reports, ran):
+        report.add_cuts(of_rank(message, checkpoint), unread)
     control = next((report for report in reports if report.role == CONTROL), None)
     if (control and control.verdict == CANNOT_BUILD) or deployment.pp == 1:
         for report in reports:

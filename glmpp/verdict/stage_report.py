@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.ledger import EXPECTED, UNEXPECTED, Ledger, Left
+from glmpp.ledger import EXPECTED, LOADED, UNEXPECTED, Ledger, Left
 from glmpp.partition import Stage
+from glmpp.verdict.cut import Cut
 from glmpp.verdict.fit import Memory
 
 LOADS, DIES, CANNOT_BUILD = "loads", "dies", "cannot be built"
@@ -99,13 +100,15 @@ class StageReport:
         replica, replicas: the same for data parallelism.
         verdict: LOADS; DIES: an exception while loading; CANNOT_BUILD: an exception before that, although PP=1 builds, or
             because vLLM refuses the checkpoint on the GPU that is pretended;
-            INCOMPLETE: the load ends well and parameters that nobody accounts for were not written; CANNOT_TELL:
+            INCOMPLETE: the load ends well and parameters that nobody accounts for were not written, or there are cuts;
+            CANNOT_TELL:
             PP=1 cannot be built here either, or the model asks for the data of tensors that are too large to make up, or
             writes at an index that is one.
         role: STAGE, DRAFTER or CONTROL.
         deaths: all of them, when asked for; otherwise the first. A failed build is one.
         ledger: every tensor and every parameter, from the writes that were observed; None if the model was not built.
         left: what was left at init, or partly -> of which kind it is and why.
+        cuts: tensors of which all ranks together read a part, or this one reads other elements than it has scales of.
         memory: what the rank takes of its GPU; None if the model was not built.
     """
 
@@ -116,6 +119,7 @@ class StageReport:
     evidence: Evidence = field(default_factory=Evidence)
     ledger: Ledger | None = None
     left: dict[str, Left] = field(default_factory=dict)
+    cuts: list[Cut] = field(default_factory=list)
     times: Times = field(default_factory=Times)
     memory: Memory | None = None
     shard: int = 0
@@ -155,6 +159,13 @@ class StageReport:
     def unaccounted(self) -> list[str]:
         """Parameters left at init that nobody accounts for, and buffers that the checkpoint has a value for."""
         return [name for name, one in self.left.items() if one.kind != EXPECTED]
+
+    def add_cuts(self, own: list[Cut], unread: list[Cut]) -> None:
+        """Args: own: of this rank's; unread: by all ranks, of which those count here that are loaded here."""
+        loaded = self.ledger.tensors if self.ledger and self.role == STAGE else {}
+        self.cuts = own + [cut for cut in unread if loaded.get(cut.tensor) == LOADED]
+        if self.cuts and self.verdict == LOADS:
+            self.verdict = INCOMPLETE
 
     @property
     def dropped(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict
 from itertools import groupby
@@ -23,7 +24,7 @@ from glmpp.verdict.stage_report import (
 )
 from glmpp.words import MESSAGE, joined, shown
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 SHOWN = 4  # names on a line; --json has all of them
 
 
@@ -103,7 +104,8 @@ def _stage_json(stage: StageReport, found: Fit | None = None) -> dict:
             {key: getattr(death, key) for key in ("exception", "message", "key", "place", "function", "tensor")}
             for death in stage.deaths
         ],
-        "complete": None if stage.ledger is None or stage.deaths else not stage.unaccounted,
+        "complete": None if stage.ledger is None or stage.deaths else not (stage.unaccounted or stage.cuts),
+        "cut": [asdict(cut) for cut in stage.cuts],
         "left_at_init": {name: asdict(one) for name, one in stage.left.items()},
         "dropped": [] if stage.deaths else stage.dropped,
         "held": stage.held,
@@ -164,7 +166,7 @@ def evidence_lines(stage: StageReport) -> list[str]:
         handed = f", handed {shown(death.tensor)}" if death.tensor else ""
         lines.append(f"        in {shown(death.place)} {shown(death.function)}{handed}")
     if stage.verdict == INCOMPLETE:
-        lines += _left_lines(stage)
+        lines += _left_lines(stage) + _cut_lines(stage)
     if stage.verdict == CANNOT_TELL and stage.evidence.unplaced:
         lines.append(f"    written at places that only data would tell: {_some([*stage.evidence.unplaced])}")
     if stage.verdict in (LOADS, INCOMPLETE) and stage.dropped:
@@ -178,6 +180,18 @@ def _left_lines(stage: StageReport) -> list[str]:
     for name in stage.unaccounted:
         why.setdefault(str(stage.left[name]), []).append(name)
     return [line for reason, names in why.items() for line in (f"    left at init: {_some(names)}", f"        {reason}")]
+
+
+def _cut_lines(stage: StageReport) -> list[str]:
+    """Tensors that are cut, those that are cut alike on one line: what differs in names are numbers."""
+    alike: dict[tuple, list] = {}
+    for cut in stage.cuts:
+        alike.setdefault((re.sub(r"\d+", "", cut.tensor), str(cut)), []).append(cut)
+    lines = []
+    for (_, said), cuts in alike.items():
+        more = f" and {len(cuts) - 1:,} more" if len(cuts) > 1 else ""
+        lines += [f"    cut: {shown(cuts[0].tensor)}{more}", f"        {said}"]
+    return lines
 
 
 def _some(names: list[str]) -> str:
@@ -259,7 +273,8 @@ def conclusion(report: DryRunReport) -> str:
         return "cannot tell: " + ("PP=1 cannot be built here either" if neither else "see above")
     if found == INCOMPLETE:
         kinds = Counter(stage.left[name].kind for stage in report.all for name in stage.unaccounted if stage.role != CONTROL)
-        said = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) or "see PP=1"
+        kinds["cut"] = len({cut.tensor for stage in report.all for cut in stage.cuts})
+        said = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count) or "see PP=1"
         also = ", nor is PP=1" if report.control and not report.control.loads else ""
         return f"loads, and is not complete{also}: {said}"
     if report.control is not None and not report.control.loads:
