@@ -10,8 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from glmpp.errors import GlmppError
 from glmpp.formats.config import check_config, counts, load_config
@@ -23,6 +22,9 @@ from glmpp.formats.hub_requests import SECONDS
 from glmpp.formats.index import INDEX_FILE, check_index, load_index, longest_list, natural_key, shard_path, unlisted
 from glmpp.formats.shard import read_shard
 from glmpp.formats.tensor import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_LAYERS = 2_000  # the published model with the most has 126
 

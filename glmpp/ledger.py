@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-import torch
-
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.partition import EXPERT, OTHER_STAGE, OWN, SPECULATIVE, Stage
@@ -122,6 +120,8 @@ class Ledger:
 
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes, to compare what two loaders stored."""
+    import torch  # here: a plan needs no tensors, and the import takes seconds
+
     head = f"{tensor.dtype} {list(tensor.shape)} ".encode()
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)  # a scalar has no dimension to view as bytes
     return hashlib.sha256(head + flat.view(torch.uint8).numpy().tobytes()).hexdigest()

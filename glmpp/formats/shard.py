@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 
 from glmpp.errors import GlmppError
