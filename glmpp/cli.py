@@ -23,9 +23,9 @@ from glmpp.errors import GlmppError, positive, whole
 from glmpp.formats.files import exists, list_folder
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
 from glmpp.formats.index import INDEX_FILE
+from glmpp.formats.shard import MAX_SHARD_BYTES
 from glmpp.gpus import CPU, GPUS, REPORTED
 from glmpp.partition import MAX_GPUS, PARTITION_VARIABLE, parse_counts
-from glmpp.synthetic import MAX_SHARD_BYTES, write_checkpoint
 from glmpp.verdict.advice import (
     PLUGINS_VARIABLE,
     fixed_in,
@@ -307,6 +307,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _make(options: argparse.Namespace) -> int:
+    from glmpp.synthetic import write_checkpoint  # and torch, which takes seconds
+
     config = reduced_config(options.config, **(ALL_NAMES if options.all_names else {}))
     shard_bytes = int(options.shard_mb * 1e6)
     checkpoint = write_checkpoint(config, options.directory, options.seed, shard_bytes, options.overwrite)

@@ -6,11 +6,15 @@ import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.partition import EXPERT, OTHER_STAGE, OWN, SPECULATIVE, Stage
 from glmpp.words import MESSAGE, shown
+
+if TYPE_CHECKING:
+    import torch
 
 LOADED, UNEXPECTED, NOT_REACHED = "loaded", "unexpected", "not reached"
 IGNORED, OTHER_RANK = "ignored by the model", "another rank's expert"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -41,6 +43,35 @@ def test_plan_adds_up_to_the_checkpoint_and_its_balance_is_the_best_split(full, 
     ]
     assert rows[0][4] == f"{320 - float(rows[0][3]):.1f}"
     assert "balanced: VLLM_PP_LAYER_PARTITION=" in out and "% less than" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["check", "--help"], 0),
+        (["check", CONFIG, "--no-such-option"], 2),
+        (["check", CONFIG, "--pp", "eight"], 2),
+        (["check", CONFIG, "--guard", "none"], 2),
+        (["plan", "no/such/folder"], 2),
+        (["plan", CONFIG, "--pp", 8], 0),
+        (["plan", "FOLDER"], 0),
+    ],
+    ids=str,
+)
+def test_what_needs_no_tensors_does_not_wait_for_torch(arguments, code, tiny):
+    """Counted by what is imported: torch alone takes seconds."""
+    arguments = [str(tiny.directory) if one == "FOLDER" else str(one) for one in arguments]
+    script = f"import sys; from glmpp import cli; code = cli.main({arguments!r}); print('code', code, file=sys.stderr);"
+    script += "print('slow', sorted({'torch', 'pandas', 'vllm', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr.endswith(f"code {code}\nslow []\n"), done.stderr
+    before = os.times()
+    subprocess.run([sys.executable, "-m", "glmpp", *arguments], capture_output=True)
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    assert used < 3  # seconds of processor time; 0.2 to 0.5 alone on a machine
 
 
 def test_plan_takes_a_split_and_shares_a_stage_among_gpus(capsys):

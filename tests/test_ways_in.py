@@ -75,8 +75,17 @@ WRONG = {
     "architectures": ["GlmMoeDsaForCausalLM", [1], 5, {}],
     "tie_word_embeddings": ["no", 5, [True], NAN],
     "quantization_config": [[1], "fp8", 5, True],
+    "indexer_types": ["full", [], ["full", "half"], [1], 5],
+    "index_topk_pattern": ["FSX", ["F"], "", 5],
+    "mlp_layer_types": ["sparse", ["dense", 1], 5],
+    "layer_types": [["linear_attention"] * 78, 5],
+    "topk_method": ["greedy", 5],
+    **{name: [True, 1] for name in ("attention_bias", "mlp_bias")},
 }
 WRONG_WITHIN = {
+    "quant_method": ["compressed-tensors", 5],
+    "activation_scheme": ["static", 5],
+    "fmt": ["e5m2", 5],
     "weight_block_size": [[0, 0], [128], 128, "128", ["a", "b"], [128, -1], [128.0, 128], [True, True], [10**9, 128]],
     "modules_to_not_convert": ["lm_head", [1], {"lm_head": 1}, 5],
 }
