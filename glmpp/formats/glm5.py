@@ -84,9 +84,9 @@ QUANTIZATION: Rules = {
 }
 # Fields that neither add a tensor nor change one: of the family, and those that transformers writes for every model.
 _NO_PART = """
-    model_type auto_map transformers_version use_cache pretraining_tp ep_size initializer_range hidden_act head_dim qk_head_dim
-    rms_norm_eps attention_dropout rope_parameters rope_theta rope_scaling rope_interleave partial_rotary_factor n_group
-    topk_group scoring_func routed_scaling_factor norm_topk_prob moe_router_dtype output_router_logits router_aux_loss_coef
+    model_type auto_map transformers_version use_cache pretraining_tp ep_size initializer_range hidden_act head_dim
+    qk_head_dim rms_norm_eps attention_dropout rope_parameters rope_theta rope_scaling rope_interleave partial_rotary_factor
+    n_group topk_group scoring_func routed_scaling_factor norm_topk_prob moe_router_dtype output_router_logits router_aux_loss_coef
     aux_loss_alpha seq_aux index_topk indexer_rope_interleave index_share_for_mtp_iteration
     return_dict return_dict_in_generate output_hidden_states output_attentions output_scores torchscript use_bfloat16
     tf_legacy_loss pruned_heads chunk_size_feed_forward is_decoder finetuning_task task_specific_params problem_type id2label
