@@ -85,15 +85,16 @@ QUANTIZATION: Rules = {
 # Fields that neither add a tensor nor change one: of the family, and those that transformers writes for every model.
 _NO_PART = """
     model_type auto_map transformers_version use_cache pretraining_tp ep_size initializer_range hidden_act head_dim
-    qk_head_dim rms_norm_eps attention_dropout rope_parameters rope_theta rope_scaling rope_interleave partial_rotary_factor
-    n_group topk_group scoring_func routed_scaling_factor norm_topk_prob moe_router_dtype output_router_logits router_aux_loss_coef
-    aux_loss_alpha seq_aux index_topk indexer_rope_interleave index_share_for_mtp_iteration
-    return_dict return_dict_in_generate output_hidden_states output_attentions output_scores torchscript use_bfloat16
-    tf_legacy_loss pruned_heads chunk_size_feed_forward is_decoder finetuning_task task_specific_params problem_type id2label
-    label2id num_labels tokenizer_class prefix max_length min_length max_new_tokens do_sample early_stopping num_beams
-    num_beam_groups num_return_sequences diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty
-    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    qk_head_dim rms_norm_eps attention_dropout rope_parameters rope_theta rope_scaling rope_interleave
+    partial_rotary_factor n_group topk_group scoring_func routed_scaling_factor norm_topk_prob moe_router_dtype
+    output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux index_topk indexer_rope_interleave
+    index_share_for_mtp_iteration return_dict return_dict_in_generate output_hidden_states output_attentions
+    output_scores torchscript use_bfloat16 tf_legacy_loss pruned_heads chunk_size_feed_forward is_decoder
+    finetuning_task task_specific_params problem_type id2label label2id num_labels tokenizer_class prefix max_length
+    min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups num_return_sequences diversity_penalty
+    temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens
 """
 NO_PART = frozenset(_NO_PART.split())
 
