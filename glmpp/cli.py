@@ -28,26 +28,39 @@ from glmpp.partition import MAX_GPUS, PARTITION_VARIABLE, parse_counts
 from glmpp.synthetic import MAX_SHARD_BYTES, write_checkpoint
 from glmpp.verdict.advice import (
     PLUGINS_VARIABLE,
+    Tried,
+    command,
     fixed_in,
+    is_in_record,
+    layout_words,
     nearest_in_record,
     nearest_line,
     serve_line,
     try_fixes,
+    try_layouts,
     try_load_format,
 )
 from glmpp.verdict.deployment import GUARDS, Deployment
 from glmpp.verdict.dry_run import MAX_CONTEXT, dry_run
+from glmpp.verdict.fit import NO_FIT
 from glmpp.verdict.forks import TIMEOUT
 from glmpp.verdict.layouts import CONTEXT, layouts
 from glmpp.verdict.layouts_text import layouts_json, layouts_text
-from glmpp.verdict.plan import plan_text
+from glmpp.verdict import plan as plans
 from glmpp.verdict.report import DryRunReport
+from glmpp.verdict.room import would_fit
 from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
 from glmpp.verdict.text import as_json, as_text, evidence_lines, label, overall
-from glmpp.words import joined, printable
+from glmpp.words import MESSAGE, joined, printable, shown
 
 NO_RELEASE = "no release of vLLM is known here to load it"
-EXIT_CODES = {LOADS: 0, DIES: 1, INCOMPLETE: 1, CANNOT_TELL: 2}  # what else ends with 2 or more, `glmpp.ending` says
+EXIT_CODES = {
+    LOADS: 0,
+    DIES: 1,
+    INCOMPLETE: 1,
+    NO_FIT: 1,
+    CANNOT_TELL: 2,
+}  # what else ends with 2 or more, `glmpp.ending` says
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -232,17 +245,31 @@ def _check(options: argparse.Namespace) -> int:
         gpu=options.gpu,
         fixes=options.fixes,
     )
-    how = {"strict": options.strict, "timeout": options.timeout}
-    asked = {"ranks": options.ranks, "all_deaths": options.all, "context": options.context}
-    report = dry_run(checkpoint, deployment, **asked, **how)
+    share, how = options.gpu_memory_utilization, {"strict": options.strict, "timeout": options.timeout}
+    how["context"] = options.context
+    report = dry_run(checkpoint, deployment, ranks=options.ranks, all_deaths=options.all, **how)
     again, fixed = try_load_format(checkpoint, report, **how), try_fixes(checkpoint, report, **how)
+    loading = next((one for one in (again, fixed) if one and one.loads), None)
+    others = None if loading else try_layouts(checkpoint, report, share, **how)
+    room = would_fit(checkpoint, loading or report, share, **how)
     if options.json:
-        print(json.dumps(as_json(checkpoint, report, again, options.gpu_memory_utilization, fixed), indent=1))
+        print(json.dumps(as_json(checkpoint, report, again, share, fixed, room, others), indent=1))
     else:
-        print(as_text(checkpoint, report, options.each, options.gpu_memory_utilization))
-        if lines := what_to_do(options, checkpoint, report, again, fixed):
+        print(as_text(checkpoint, report, options.each, share))
+        lines = what_to_do(options, checkpoint, report, again, fixed)
+        if lines := [*lines, *([""] if room or others else []), *room, *other_lines(options, others)]:
             print(joined(lines))
-    return EXIT_CODES[overall(report)]
+    return EXIT_CODES[overall(report, share)]
+
+
+def other_lines(options: argparse.Namespace, others: Tried | None) -> list[str]:
+    """What was tried in place of the layout that was asked for, and the line to paste for the one that loads."""
+    if others is None or not others.tried:
+        return []
+    if others.loads is None:
+        return [f"nor do other layouts of these GPUs load; tried: {', '.join(others.names)}"]
+    line = command(pasted(options.model), others.loads, layout_words(others.loads), os.environ.get(PLUGINS_VARIABLE))
+    return [f"on as many GPUs {others.loads.layout} loads (tried: {', '.join(others.names)}):", f"    {line}"]
 
 
 def what_to_do(
@@ -267,15 +294,17 @@ def what_to_do(
         lines += [f"    {name}: {fixes.about(name)}" for name in fixed.deployment.fixes]
     lines += [f"known to load from vLLM {known.fixed_in} on ({known.source})"] if known else []
     lines += [nearest_line(nearest)] if nearest else []
-    lines += [NO_RELEASE] if lines and not known and not nearest else []
+    lines += [NO_RELEASE] if lines and not known and not nearest and is_in_record(checkpoint, report) else []
     return ["", *lines] if lines else []
 
 
 def cure_lines(options: argparse.Namespace, again: DryRunReport, what: str) -> list[str]:
-    """Whether the ranks that failed load with something, and the line to paste then."""
+    """Whether the ranks that failed load with something, and the line to paste if they also fit."""
     if left := [stage for stage in again.all if not stage.loads]:
         return [f"{what} does not cure it: {label(left[:1])} {left[0].verdict}", *evidence_lines(left[0])]
     loads = f"{label(again.stages)} load{'s' * (len(again.stages) == 1)}"
+    if (found := again.fit(options.gpu_memory_utilization)) and found.fits is False:
+        return [f"with {what} {loads}, and {NO_FIT}: {shown(found.lack, MESSAGE)}"]
     line = serve_line(pasted(options.model), again.deployment, os.environ.get(PLUGINS_VARIABLE))
     return [f"with {what} {loads} (glmpp has to be installed where vLLM runs):", f"    {line}"]
 
@@ -302,8 +331,9 @@ def _plan(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model, options.revision, options.timeout)
     # No GPU has a part in it, and so none is looked for.
     deployment = Deployment(options.pp, layer_counts=_partition(options), drafter=options.drafter, gpu=CPU)
-    print(plan_text(checkpoint, deployment, options.gpu_gb, options.tp))
-    return 0
+    text, fits = plans.plan(checkpoint, deployment, options.gpu_gb, options.tp)
+    print(text)
+    return EXIT_CODES[LOADS if fits else NO_FIT]
 
 
 def _make(options: argparse.Namespace) -> int:

@@ -118,14 +118,22 @@ def describe(error: BaseException) -> dict:
     every = frames(error)
     shown = [frame for frame in every if frame.is_shown]
     last = (shown or every)[-1]
+    built = being_built(error)
     return {
         "exception": type(error).__name__,
-        "message": without_paths(str(error))[:2000],
+        "message": without_paths(str(error))[:2000] + (f" (while {built} was built)" if built else ""),
         "key": str(error.args[0]) if isinstance(error, KeyError) and error.args else None,
         "place": f"{last.file}:{last.line}",
         "function": last.function,
         "traceback": [str(frame) for frame in shown],
     }
+
+
+def being_built(error: BaseException) -> str | None:
+    """The module in whose `__init__` an exception rose, by the dotted name that vLLM hands down as `prefix`."""
+    inits = (each.tb_frame for each in reversed(_tracebacks(error)) if each.tb_frame.f_code.co_name == "__init__")
+    names = (frame.f_locals.get("prefix") for frame in inits)
+    return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def without_paths(text: str) -> str:

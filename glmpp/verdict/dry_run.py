@@ -34,6 +34,7 @@ def dry_run(
     strict: bool = False,
     all_deaths: bool = False,
     context: int | None = None,
+    cache: str = "auto",
     timeout: float = TIMEOUT,
     keep: str | Path | None = None,
     recorded: str | Path | None = None,
@@ -52,6 +53,7 @@ def dry_run(
         strict: no stand-ins for parts of the model; a model that needs one cannot be built then.
         all_deaths: drop the tensor that a stage dies at, go on, and list every death.
         context: tokens of the longest request that the KV cache is counted for; default what vLLM takes for this model.
+        cache: vLLM's name of the KV cache's dtype.
         timeout: seconds that each rank may take, and the import of vLLM before the first.
         keep: folder that each rank's parameters are saved to, by `torch.save`: "{stage}-{shard}-{replica}.pt", of a
             drafter with "drafter-" before; weights "real" only.
@@ -86,6 +88,7 @@ def dry_run(
             raise GlmppError(NO_VLLM)
         return DryRunReport.load(recorded, checkpoint, asked, runs)
     request = stage_request(checkpoint, deployment, weights, strict, all_deaths, context)
+    request["kv_cache_dtype"] = cache
     request["keep"] = None if keep is None else str(Path(keep).resolve())
     started = time.perf_counter()
     with progress_bar(what=f"vLLM dry run, {deployment.layout}, {deployment.guard}", total=len(runs), show=progress) as bar:

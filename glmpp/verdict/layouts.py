@@ -43,7 +43,7 @@ def layouts(
 
     Of stages with the same kinds of layers one is run, its first shard: what they take is the same. All are loaded with the
     load format. Where that loads, vLLM's own is asked, too, at the two ends: between them they are handed all that any stage
-    is, and without EP, on which the answer does not depend.
+    is.
 
     Args:
         gpus: in all.
@@ -70,13 +70,12 @@ def layouts(
     split = {one.deployment: counts for one in even if (counts := search.better(one))}
     balanced = search.run([replace(one, layer_counts=counts) for one, counts in split.items()], "loader")
     best = search.best(even, balanced)
-    asked = [one.deployment for one, _ in best if one.verdict == LOADS and not one.deployment.ep]
-    stock = search.run(asked, "installed", ends=True)
-    loads = {(one.deployment.tp, one.deployment.pp) for one in stock if one.verdict == LOADS}
+    stock = search.run([one.deployment for one, _ in best if one.verdict == LOADS], "installed", ends=True)
+    loads = {one.deployment for one in stock if one.verdict == LOADS}
     found = []
     for one, tokens in best:
-        guard = "installed" if (one.deployment.tp, one.deployment.pp) in loads else "loader"
-        found.append(replace(one, deployment=replace(one.deployment, guard=guard), even=tokens))
+        asked = replace(one.deployment, guard="installed")
+        found.append(replace(one, deployment=asked if asked in loads else one.deployment, even=tokens))
     result = Layouts(
         layouts=sorted(found, key=lambda one: one.rank),
         asked=(gpus, context),
@@ -90,6 +89,11 @@ def layouts(
     if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
         result.save(recorded)
     return result
+
+
+def has_experts(config: dict) -> bool:
+    """Whether a model has experts that could be spread."""
+    return any(text_config(config).get(name) for name in EXPERTS)
 
 
 def question(
@@ -125,7 +129,7 @@ class Search:
         self.timeout, self.progress, self.versions, self.left = timeout, progress, {}, {}
         self.kinds = layer_kinds(checkpoint)
         self.deployments = []
-        experts = any(text_config(checkpoint.config).get(name) for name in EXPERTS)
+        experts = has_experts(checkpoint.config)
         for tp in (size for size in range(gpus, 0, -1) if gpus % size == 0):
             if gpus // tp > len(self.kinds):
                 self.left[f"PP={gpus // tp}"] = f"the model has {len(self.kinds)} layers"

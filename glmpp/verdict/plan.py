@@ -5,18 +5,68 @@ from __future__ import annotations
 from dataclasses import replace
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.partition import PARTITION_VARIABLE, balance, dealt, layer_list, stage_bytes
+from glmpp.formats.config import layer_count_said
+from glmpp.partition import (
+    MAX_GPUS,
+    PARTITION_VARIABLE,
+    balance,
+    dealt,
+    layer_list,
+    partition_layers,
+    stage_bytes,
+)
 from glmpp.verdict.deployment import Deployment
+from glmpp.verdict.fit import NO_FIT
 from glmpp.verdict.text import headline
 from glmpp.words import joined, shown
 
 
+LARGEST_TP = 8  # GPUs of a node: those that share a stage exchange data in every layer
+
+
+def smallest_layouts(checkpoint: Checkpoint, like: Deployment, room: float, cache: float = 0) -> list[Deployment]:
+    """Layouts with room on every rank by names and sizes, of each number of GPUs that with the smallest fullest rank.
+
+    Args:
+        like: what else is asked. Its layers are dealt out anew, and its replicas stay as many.
+        room: bytes of a GPU.
+        cache: bytes that a request takes in one layer.
+
+    Returns:
+        The fewest GPUs first; [] if the config does not say how many layers there are.
+    """
+    total = layer_count_said(checkpoint.config)
+    if total is None:
+        return []
+    sizes = stage_bytes(
+        checkpoint, replace(like, layer_counts=None, pp=total, tp=1, dp=1, ep=False).stages(checkpoint.config)
+    )
+    best: dict[int, tuple[float, Deployment]] = {}
+    for tp in [tp for tp in range(1, LARGEST_TP + 1) if LARGEST_TP % tp == 0]:
+        for pp in range(1, min(total, MAX_GPUS // (tp * like.dp)) + 1):
+            layers = partition_layers(total, pp)
+            shares = tp * (like.dp if like.ep else 1)
+            fullest = max(sum(sizes[one.start : one.stop]) / shares + cache * len(one) for one in layers)
+            one = replace(like, layer_counts=None, pp=pp, tp=tp, ep=like.ep and tp * like.dp > 1)
+            if fullest <= room and fullest < best.get(one.gpus, (room + 1, None))[0]:
+                best[one.gpus] = fullest, one
+    return [best[gpus][1] for gpus in sorted(best)]
+
+
 def plan_text(checkpoint: Checkpoint, deployment: Deployment, gpu_gb: float | None = None, tp_size: int = 1) -> str:
+    """The text of `plan`."""
+    return plan(checkpoint, deployment, gpu_gb, tp_size)[0]
+
+
+def plan(checkpoint: Checkpoint, deployment: Deployment, gpu_gb: float | None = None, tp_size: int = 1) -> tuple[str, bool]:
     """What each stage holds, by the names and sizes in the checkpoint, and the balanced split.
 
     Args:
         gpu_gb: memory of one GPU, GB = 1e9 bytes. What is left is for activations, the KV cache and CUDA itself.
         tp_size: GPUs that share a stage evenly.
+
+    Returns:
+        The text, and whether no stage is larger than its GPUs.
     """
     layers = layer_list(checkpoint)
     stages = deployment.stages(checkpoint.config, layer_list=layers)
@@ -39,4 +89,9 @@ def plan_text(checkpoint: Checkpoint, deployment: Deployment, gpu_gb: float | No
     lines += ["", f"balanced: {PARTITION_VARIABLE}={balanced.partition}"]
     saved = f"{100 * (1 - smallest / max(sizes)):.1f} % less" if smallest < max(sizes) else "no less"
     lines.append(f"its largest stage has {smallest / 1e9:.3f} GB, {saved} than {max(sizes) / 1e9:.3f} GB")
-    return joined(lines)
+    fits = gpu_gb is None or max(sizes) <= gpu_gb * 1e9 * tp_size
+    if not fits:
+        lines += ["", f"{NO_FIT}: {max(sizes) / tp_size / 1e9:.3f} GB for a GPU of {gpu_gb:g} GB"]
+        enough = smallest_layouts(checkpoint, deployment, gpu_gb * 1e9)[:1]
+        lines += [f"{one.gpus} such GPUs hold the weights, and nothing else is counted: {one.layout}" for one in enough]
+    return joined(lines), fits

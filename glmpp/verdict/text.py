@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.verdict.advice import fixed_in, nearest_in_record
-from glmpp.verdict.fit import LEFT_OUT, Fit
+from glmpp.verdict.advice import Tried, fixed_in, nearest_in_record
+from glmpp.verdict.fit import LEFT_OUT, NO_FIT, Fit
 from glmpp.verdict.report import DryRunReport
 from glmpp.verdict.stage_report import (
     CANNOT_BUILD,
@@ -23,16 +24,19 @@ from glmpp.verdict.stage_report import (
 )
 from glmpp.words import MESSAGE, joined, shown
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 SHOWN = 4  # names on a line; --json has all of them
 
 
-def overall(report: DryRunReport) -> str:
-    """LOADS if every stage and the control do, completely; otherwise the first of DIES, INCOMPLETE, CANNOT_TELL."""
+def overall(report: DryRunReport, utilization: float | None = None) -> str:
+    """LOADS if every stage and the control do, completely, and it fits as far as it was counted; otherwise the first of
+    DIES, INCOMPLETE, NO_FIT, CANNOT_TELL. Args: utilization: as in `as_json`."""
     verdicts = {stage.verdict for stage in report.all}
     if verdicts & {DIES, CANNOT_BUILD}:
         return DIES
-    return next((verdict for verdict in (INCOMPLETE, CANNOT_TELL) if verdict in verdicts), LOADS)
+    if (found := report.fit(utilization)) and found.fits is False:
+        verdicts.add(NO_FIT)
+    return next((verdict for verdict in (INCOMPLETE, NO_FIT, CANNOT_TELL) if verdict in verdicts), LOADS)
 
 
 def as_json(
@@ -41,6 +45,8 @@ def as_json(
     again: DryRunReport | None = None,
     utilization: float | None = None,
     fixed: DryRunReport | None = None,
+    would_fit: Sequence[str] = (),
+    others: Tried | None = None,
 ) -> dict:
     """The report as plain values; `tests/check.schema.json` is its schema.
 
@@ -48,6 +54,8 @@ def as_json(
         again: the failing stages with the load format, see `glmpp.verdict.advice`.
         utilization: share of a GPU's memory that vLLM may take; default what it takes by default.
         fixed: the same with the fixes that are known.
+        would_fit: what was tried and does, see `glmpp.verdict.room`.
+        others: layouts of the same GPUs that were tried, see `glmpp.verdict.advice.try_layouts`.
     """
     known, found = fixed_in(report), report.fit(utilization)
     return {
@@ -61,7 +69,7 @@ def as_json(
         "tp_size": report.deployment.tp,
         "dp_size": report.deployment.dp,
         "ep": report.deployment.ep,
-        "verdict": overall(report),
+        "verdict": overall(report, utilization),
         "fit": found
         and {
             "gpu_memory_bytes": found.gpu.memory,
@@ -69,15 +77,20 @@ def as_json(
             "tokens": found.tokens,
             "context": found.context if found.known else None,
             "left_out": LEFT_OUT,
+            "fits": found.fits,
+            "lack": found.lack,
         },
+        "would_fit": [*would_fit],
+        "other_layouts": others and {"tried": others.names, "loads": others.loads and others.loads.layout},
         "stages": [_stage_json(stage, found) for stage in report.stages],
         "control": None if report.control is None else _stage_json(report.control),
         "stand_ins": report.stand_ins,
-        "with_load_format": again and {"verdict": overall(again), "stages": [_stage_json(stage) for stage in again.stages]},
+        "with_load_format": again
+        and {"verdict": overall(again, utilization), "stages": [_stage_json(stage) for stage in again.stages]},
         "with_fixes": fixed
         and {
             "fixes": list(fixed.deployment.fixes),
-            "verdict": overall(fixed),
+            "verdict": overall(fixed, utilization),
             "stages": [_stage_json(stage) for stage in fixed.stages],
         },
         "known_to_load_from": known and {"vllm": known.fixed_in, "source": known.source},
@@ -137,7 +150,7 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, ut
     lines += ["", "stand-ins: " + ", ".join(map(shown, report.stand_ins))]
     if data := sorted({stage.data for stage in report.all if stage.data != NO_DATA and not stage.deaths}):
         lines.append(f"failed without data, and was tried again on the CPU with values: {', '.join(data)}")
-    return joined([*lines, "", f"{report.deployment.layout}: {conclusion(report)}"])
+    return joined([*lines, "", f"{report.deployment.layout}: {conclusion(report, utilization)}"])
 
 
 def headline(checkpoint: Checkpoint) -> str:
@@ -169,7 +182,7 @@ def evidence_lines(stage: StageReport) -> list[str]:
         lines.append(f"    written at places that only data would tell: {_some([*stage.evidence.unplaced])}")
     if stage.verdict in (LOADS, INCOMPLETE) and stage.dropped:
         lines.append(f"    dropped without a trace: {_some(stage.dropped)}")
-    return lines + [f"    held to the end, though another stage's: {shown(name)}" for name in stage.held]
+    return lines + ([f"    held to the end, though another stage's: {_some([*stage.held])}"] if stage.held else [])
 
 
 def _left_lines(stage: StageReport) -> list[str]:
@@ -188,7 +201,7 @@ def _some(names: list[str]) -> str:
 def memory_lines(report: DryRunReport, utilization: float | None = None) -> list[str]:
     """What each rank takes, those that take the same on one line, and what the deployment has room for."""
     found = report.fit(utilization)
-    if found is None:
+    if found is None or overall(report) == DIES:
         return []
     of = f"{found.share:.0%} of the {found.gpu.memory / 1e9:.1f} GB of {found.gpu.name}"
     lines = [f"memory, {of}; left out: {LEFT_OUT}"]
@@ -246,14 +259,16 @@ def _spans(numbers: list[int]) -> str:
     return ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
 
 
-def conclusion(report: DryRunReport) -> str:
-    """The answer in one line."""
+def conclusion(report: DryRunReport, utilization: float | None = None) -> str:
+    """The answer in one line. Args: utilization: as in `as_text`."""
     failing = [stage for stage in report.stages if not stage.loads]
     several = report.deployment.tp * report.deployment.dp > 1
     of = f"{len(report.stages)} ranks that were run" if several else f"{report.pp_size} stages"
-    found = overall(report)
+    found, room = overall(report, utilization), report.fit(utilization)
     if found == LOADS:
-        return "loads, complete"
+        return "loads, complete" + ("; whether it fits was not counted" if room and room.fits is None else "")
+    if found == NO_FIT:
+        return f"loads, and {NO_FIT}: {shown(room.lack, MESSAGE)}"
     if found == CANNOT_TELL:
         neither = report.control is not None and report.control.verdict == CANNOT_TELL
         return "cannot tell: " + ("PP=1 cannot be built here either" if neither else "see above")
