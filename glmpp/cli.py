@@ -26,6 +26,7 @@ from glmpp.formats.index import INDEX_FILE
 from glmpp.gpus import CPU, GPUS, REPORTED
 from glmpp.partition import MAX_GPUS, PARTITION_VARIABLE, parse_counts
 from glmpp.synthetic import MAX_SHARD_BYTES, write_checkpoint
+from glmpp.verdict import plan as plans
 from glmpp.verdict.advice import (
     PLUGINS_VARIABLE,
     Tried,
@@ -46,7 +47,6 @@ from glmpp.verdict.fit import NO_FIT
 from glmpp.verdict.forks import TIMEOUT
 from glmpp.verdict.layouts import CONTEXT, layouts
 from glmpp.verdict.layouts_text import layouts_json, layouts_text
-from glmpp.verdict import plan as plans
 from glmpp.verdict.report import DryRunReport
 from glmpp.verdict.room import would_fit
 from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS

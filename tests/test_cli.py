@@ -53,6 +53,16 @@ def test_plan_takes_a_split_and_shares_a_stage_among_gpus(capsys):
     assert "no stage" not in out  # the drafter's layer counts on the last stage
 
 
+def test_plan_ends_with_1_where_a_stage_is_larger_than_its_gpus_and_names_how_many_would_do(full, capsys):
+    code, out, _ = command(capsys, "plan", CONFIG, "--pp", 2, "--gpu-gb", 80)
+    assert code == 1 and "\ndoes not fit: " in out and " for a GPU of 80 GB\n" in out
+    gpus = int(re.search(r"\n(\d+) such GPUs hold the weights", out)[1])
+    assert 754 / 80 < gpus <= 12
+    tp, pp = (int((re.search(rf"{name}=(\d+)", out.splitlines()[-1]) or [0, 1])[1]) for name in ("TP", "PP"))
+    assert tp * pp == gpus and max(stage_bytes(full, make_stages(full.config, pp))) / tp <= 80e9
+    assert command(capsys, "plan", CONFIG, "--pp", pp, "--tp", tp, "--gpu-gb", 80)[0] == 0
+
+
 def test_plan_finds_the_layers_under_another_name(capsys, monkeypatch):
     names = ["transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight", "vision.patch.weight"]
     names += [f"transformer.h.{n}.mlp.weight" for n in range(4)] + [f"vision.blocks.{n}.weight" for n in range(6)]

@@ -248,3 +248,22 @@ def test_what_the_kit_says_on_purpose_is_no_fault_of_it(tmp_path):
         ("glmpp.formats.shard", str(tmp_path / "shard.py"), "from glmpp.errors import GlmppError\nraise GlmppError('cut')")
     )
     assert isinstance(error, GlmppError) and kind_of(error) == FAULT
+
+
+def test_a_failure_while_building_names_the_innermost_module_that_has_a_name():
+    class Inner:
+        def __init__(self, heads, prefix=""):
+            raise ValueError(f"{heads} is not divisible by 8")
+
+    class Outer:
+        def __init__(self, prefix, inner):
+            self.inner = Inner(4, prefix=inner and f"{prefix}.{inner}")
+
+    for inner, named in (("attn", "vision.attn"), ("", "vision")):
+        with pytest.raises(ValueError) as raised:
+            Outer("vision", inner)
+        assert failures.describe(raised.value)["message"] == f"4 is not divisible by 8 (while {named} was built)"
+    prefix = "no module's"
+    with pytest.raises(ValueError) as raised:
+        int(prefix)
+    assert failures.being_built(raised.value) is None

@@ -1270,7 +1270,7 @@ MUTATIONS = {
         "test_ways_in.py::test_ranks_are_looked_up_at_once_and_what_is_none_is_an_error",
     ),
     "experts in the line to paste": (
-        "verdict/advice.py::serve_line",
+        "verdict/advice.py::layout_words",
         '["--enable-expert-parallel"] if deployment.ep else []',
         "[]",
         "test_vllm_layouts.py::test_the_command_names_the_ranks_and_its_line_to_paste_has_the_layout",
@@ -1294,7 +1294,7 @@ MUTATIONS = {
         "test_releases.py::test_the_nearest_release_that_loads[0.28.1]",
     ),
     "nothing is made of what is no list of names": (
-        "verdict/releases.py::nearest_release",
+        "verdict/releases.py::architectures",
         "names if isinstance(names, list) else ()",
         "names",
         "test_releases.py::test_what_a_config_names_decides_whatever_stands_there",

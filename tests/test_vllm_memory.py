@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import jsonschema
 import pytest
 from conftest import ROOT
 from models import SIZES, write_model
@@ -180,6 +182,30 @@ def test_a_cpu_has_no_memory_to_fit_into(tiny):
     assert "memory, " not in as_text(tiny, report)
 
 
+@pytest.mark.usefixtures("no_partition_variable")
+def test_what_does_not_fit_ends_with_1_and_says_what_would(tiny, capsys):
+    """Half of the room that a request of this length needs."""
+    (one,) = run(tiny, pp=1, context=8192).fit().memories
+    need = one.kv_cache.block_bytes * one.kv_cache.blocks_per_request
+    share = (one.weights + need / 2) / GPUS["h200"].memory
+    arguments = ["check", str(tiny.directory), "--gpu", "h200", "--context", "8192", "--guard", "loader", "--json"]
+    assert cli.main([*arguments, "--gpu-memory-utilization", f"{share:.7f}"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    jsonschema.validate(told, json.loads((ROOT / "tests" / "check.schema.json").read_text()))
+    assert told["verdict"] == "does not fit" and told["fit"]["fits"] is False and "8,192 tokens" in told["fit"]["lack"]
+    (length,) = [int(line.split()[2]) for line in told["would_fit"] if "--max-model-len" in line]
+    assert 3500 < length <= 4096
+    assert any(line.startswith("2 x h200 hold it: ") for line in told["would_fit"]), told["would_fit"]
+
+
+@pytest.mark.usefixtures("no_partition_variable")
+def test_a_block_that_tp_cuts_is_told_of_the_layout_that_loads_and_of_no_fix_or_release(tiny, capsys):
+    assert cli.main(["check", str(tiny.directory), "--tp", "4", "--gpu", "h200"]) == 1
+    out = capsys.readouterr().out
+    assert "on as many GPUs TP=4 EP loads (tried: TP=4 EP):\n    vllm serve " in out and "--enable-expert-parallel" in out
+    assert "does not cure" not in out and "release" not in out and "memory, " not in out
+
+
 # --- layouts ------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +220,13 @@ def test_every_way_to_use_the_gpus_is_tried_and_the_best_comes_first(found):
     serving = [one.requests for one in found.layouts if one.serves]
     assert serving and serving == sorted(serving, reverse=True)
     assert [one.serves for one in found.layouts] == sorted((one.serves for one in found.layouts), reverse=True)
+
+
+def test_vllms_own_load_was_asked_for_each_layout_as_it_is_told(found, tiny):
+    """With EP, too: what is said of it without EP is said of another layout."""
+    for one in (one for one in found.layouts if one.serves):
+        stock = dry_run(tiny, replace(one.deployment, guard="installed"), control=False, progress=False)
+        assert (one.deployment.guard == "installed") == stock.loads, one.deployment.layout
 
 
 def test_a_shard_that_cuts_a_block_is_refused_in_vllms_words(found):

@@ -80,9 +80,9 @@ def nearest_in_record(checkpoint: Checkpoint, report: DryRunReport) -> dict | No
     failing = [stage for stage in report.all if not stage.loads and stage.verdict != CANNOT_TELL]
     kinds = {stage.left[name].kind for stage in failing for name in stage.unaccounted}
     lacks = {stage.verdict for stage in failing} <= {INCOMPLETE} and kinds <= {ABSENT}
-    if report.guard != "installed" or lacks or not is_in_record(checkpoint, report):
+    if report.guard != "installed" or lacks:
         return None
-    return nearest_release(checkpoint.config, report.versions["vllm"])
+    return nearest_release(checkpoint.config, report.versions["vllm"]) if is_in_record(checkpoint, report) else None
 
 
 def is_in_record(checkpoint: Checkpoint, report: DryRunReport) -> bool:
@@ -193,7 +193,8 @@ def layout_words(deployment: Deployment) -> list[str]:
     """A layout as arguments of `vllm serve`."""
     sizes = {"tensor": deployment.tp, "pipeline": deployment.pp, "data": deployment.dp}
     words = [f"--{name}-parallel-size {size}" for name, size in sizes.items() if size > 1]
-    return words + (["--enable-expert-parallel"] if deployment.ep else [])
+    words += ["--enable-expert-parallel"] if deployment.ep else []
+    return words
 
 
 def command(model: str, deployment: Deployment, words: list[str], plugins: str | None) -> str:

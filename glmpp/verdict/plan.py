@@ -20,7 +20,6 @@ from glmpp.verdict.fit import NO_FIT
 from glmpp.verdict.text import headline
 from glmpp.words import joined, shown
 
-
 LARGEST_TP = 8  # GPUs of a node: those that share a stage exchange data in every layer
 
 

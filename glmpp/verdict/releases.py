@@ -169,4 +169,4 @@ def in_record(config: dict, release: str, failures: set[tuple[str, str]]) -> boo
 
 def architectures(config: dict) -> list[str]:
     names = config.get("architectures")
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return [name for name in (names if isinstance(names, list) else ()) if isinstance(name, str)]

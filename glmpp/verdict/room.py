@@ -1,11 +1,10 @@
-"""What would make a model fit that does not: more GPUs, a shorter context, a cache in FP8. Each is tried before it is said."""
+"""What would make a model fit that does not: more GPUs, a shorter context, a cache in FP8. Each is tried first."""
 
 from __future__ import annotations
 
 from functools import partial
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.fit import NO_FIT, Fit
 from glmpp.verdict.plan import smallest_layouts
