@@ -54,13 +54,8 @@ from glmpp.verdict.text import as_json, as_text, evidence_lines, label, overall
 from glmpp.words import MESSAGE, joined, printable, shown
 
 NO_RELEASE = "no release of vLLM is known here to load it"
-EXIT_CODES = {
-    LOADS: 0,
-    DIES: 1,
-    INCOMPLETE: 1,
-    NO_FIT: 1,
-    CANNOT_TELL: 2,
-}  # what else ends with 2 or more, `glmpp.ending` says
+# What else ends with 2 or more, `glmpp.ending` says.
+EXIT_CODES = {LOADS: 0, DIES: 1, INCOMPLETE: 1, CANNOT_TELL: 2, NO_FIT: 1}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

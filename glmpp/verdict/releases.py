@@ -43,7 +43,7 @@ class Known:
 
     @property
     def failure(self) -> tuple[str, str]:
-        """Its kind, and the file that it rises in or the parameter that is left, as `glmpp.verdict.advice.failures` says it."""
+        """Its kind, and its file or the parameter that is left, as `glmpp.verdict.advice.failures` says them."""
         kind, _, what = self.why.partition(": ")
         return kind, self.place.rpartition(":")[0] or numberless(what)
 
