@@ -299,7 +299,7 @@ def cure_lines(options: argparse.Namespace, again: DryRunReport, what: str) -> l
         return [f"{what} does not cure it: {label(left[:1])} {left[0].verdict}", *evidence_lines(left[0])]
     loads = f"{label(again.stages)} load{'s' * (len(again.stages) == 1)}"
     if (found := again.fit(options.gpu_memory_utilization)) and found.fits is False:
-        return [f"with {what} {loads}, and {NO_FIT}: {shown(found.lack, MESSAGE)}"]
+        return [f"with {what} {loads}, but it {NO_FIT}: {shown(found.lack, MESSAGE)}"]
     line = serve_line(pasted(options.model), again.deployment, os.environ.get(PLUGINS_VARIABLE))
     return [f"with {what} {loads} (glmpp has to be installed where vLLM runs):", f"    {line}"]
 

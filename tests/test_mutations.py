@@ -827,8 +827,8 @@ MUTATIONS = {
     ),
     "an exit code for what leaves parameters at init": (
         "verdict/text.py::overall",
-        "(INCOMPLETE, CANNOT_TELL)",
-        "(CANNOT_TELL,)",
+        "(INCOMPLETE, NO_FIT, CANNOT_TELL)",
+        "(NO_FIT, CANNOT_TELL)",
         "test_vllm_check.py::test_a_tensor_that_the_checkpoint_lacks_is_not_called_a_pipeline_fault",
     ),
     "a field of its type and in its range": (

@@ -287,7 +287,7 @@ def checked_by_command(fault: str, tmp_path, capsys) -> tuple[str, dict]:
     report = json.loads(out)
     jsonschema.validate(report, SCHEMA)
     assert code == again == 1 and report["known_to_load_from"] is report["nearest_in_record"] is None
-    assert text.endswith(f"\n{cli.NO_RELEASE}\n")
+    assert cli.NO_RELEASE not in text  # of this architecture the record says nothing
     return text, report
 
 
