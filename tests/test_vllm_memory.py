@@ -14,6 +14,7 @@ from glmpp import cli
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.formats.config import load_config
+from glmpp.formats.glm5 import reduced_config
 from glmpp.formats.tensor import TensorSpec
 from glmpp.gpus import CPU, GPUS
 from glmpp.verdict.deployment import Deployment
@@ -185,25 +186,37 @@ def test_a_cpu_has_no_memory_to_fit_into(tiny):
 @pytest.mark.usefixtures("no_partition_variable")
 def test_what_does_not_fit_ends_with_1_and_says_what_would(tiny, capsys):
     """Half of the room that a request of this length needs."""
-    (one,) = run(tiny, pp=1, context=8192).fit().memories
+    (one,) = run(tiny, pp=1, context=4096).fit().memories
     need = one.kv_cache.block_bytes * one.kv_cache.blocks_per_request
     share = (one.weights + need / 2) / GPUS["h200"].memory
-    arguments = ["check", str(tiny.directory), "--gpu", "h200", "--context", "8192", "--guard", "loader", "--json"]
+    arguments = ["check", str(tiny.directory), "--gpu", "h200", "--context", "4096", "--guard", "loader", "--json"]
     assert cli.main([*arguments, "--gpu-memory-utilization", f"{share:.7f}"]) == 1
     told = json.loads(capsys.readouterr().out)
     jsonschema.validate(told, json.loads((ROOT / "tests" / "check.schema.json").read_text()))
-    assert told["verdict"] == "does not fit" and told["fit"]["fits"] is False and "8,192 tokens" in told["fit"]["lack"]
+    assert told["verdict"] == "does not fit" and told["fit"]["fits"] is False and "4,096 tokens" in told["fit"]["lack"]
     (length,) = [int(line.split()[2]) for line in told["would_fit"] if "--max-model-len" in line]
-    assert 3500 < length <= 4096
+    assert 1700 < length <= 2048
     assert any(line.startswith("2 x h200 hold it: ") for line in told["would_fit"]), told["would_fit"]
 
 
 @pytest.mark.usefixtures("no_partition_variable")
-def test_a_block_that_tp_cuts_is_told_of_the_layout_that_loads_and_of_no_fix_or_release(tiny, capsys):
-    assert cli.main(["check", str(tiny.directory), "--tp", "4", "--gpu", "h200"]) == 1
+def test_experts_that_tp_cuts_are_told_of_the_layout_that_loads_and_of_no_fix_or_release(config, tmp_path, capsys):
+    """A quarter of an expert is half a block of 128; everything else can be cut in four."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 512}
+    experts = {"moe_intermediate_size": 256, "n_shared_experts": 2, "num_hidden_layers": 4, "first_k_dense_replace": 1}
+    (tmp_path / "config.json").write_text(json.dumps(reduced_config(config, **heads, **experts)))
+    assert cli.main(["check", str(tmp_path), "--tp", "4", "--gpu", "h200"]) == 1
     out = capsys.readouterr().out
-    assert "on as many GPUs TP=4 EP loads (tried: TP=4 EP):\n    vllm serve " in out and "--enable-expert-parallel" in out
+    assert "on as many GPUs TP=4 EP loads (tried: TP=4 EP):\n    vllm serve MODEL " in out, out
+    assert out.endswith("--enable-expert-parallel\n")
     assert "does not cure" not in out and "release" not in out and "memory, " not in out
+
+
+@pytest.mark.usefixtures("no_partition_variable")
+def test_heads_that_no_layout_of_these_gpus_can_share_are_told_with_what_was_tried(tiny, capsys):
+    assert cli.main(["check", str(tiny.directory), "--tp", "3", "--gpu", "h200", "--guard", "installed"]) == 1
+    out = capsys.readouterr().out
+    assert "must be divisible" in out and "tried: TP=3 EP, PP=3\n" in out and "release" not in out and "fix" not in out
 
 
 # --- layouts ------------------------------------------------------------------------------------------------------
