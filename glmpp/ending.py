@@ -21,12 +21,13 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from glmpp.engine.contract import vllm_version
+from glmpp.engine.failures import chain
 from glmpp.errors import GlmppError, KitError
 from glmpp.words import printable
 
 CANNOT_TELL, FAULT, NO_READER = 2, 3, 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 141
 SAID = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the terminal has gone"}
-# What torch and the system's linker say.
+# What torch's allocator, the dynamic linker and the C library say ("Cannot …" or "cannot …").
 NO_MEMORY = ("DefaultCPUAllocator", "failed to map segment", "annot allocate memory")
 # What a system call says of the machine, and not of the kit that made it.
 _NAMES = ("EACCES", "EAGAIN", "EDQUOT", "EFBIG", "EIO", "ELOOP", "EMFILE", "ENAMETOOLONG", "ENFILE", "ENOMEM", "ENOSPC")
@@ -93,7 +94,7 @@ def _told(error: BaseException, came: list[int]) -> int:
         return _fault(str(error))
     if isinstance(error, GlmppError):
         return _say(str(error), CANNOT_TELL)
-    if isinstance(error, MemoryError) or any(words in str(cause) for cause in _causes(error) for words in NO_MEMORY):
+    if isinstance(error, MemoryError) or any(words in str(cause) for cause in chain(error) for words in NO_MEMORY):
         return _say("this machine's memory ran out", CANNOT_TELL)
     if isinstance(error, OSError) and _is_of_this_machine(error):
         _drop(sys.stdout)
@@ -104,13 +105,6 @@ def _told(error: BaseException, came: list[int]) -> int:
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in ("", "glmpp"):
         return _say(f"{error.name} cannot be imported ({error}): install glmpp again", CANNOT_TELL)
     return _fault("".join(traceback.format_exception(error)))
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it came of."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _is_of_this_machine(error: OSError) -> bool:

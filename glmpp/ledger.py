@@ -104,7 +104,7 @@ class Ledger:
             GlmppError: with the first tensor or parameter that does not balance.
         """
         for came, missing in self.unpaired.items():
-            raise GlmppError(f"{stage}: {came!r} came and {missing!r} never did, so neither is loaded")
+            raise GlmppError(f"{stage}: {quoted(came)} came and {quoted(missing)} never did, so neither is loaded")
         if self.tensors.keys() != checkpoint.keys():
             stray = sorted(self.tensors.keys() ^ checkpoint.keys())
             example = quoted(stray[0])

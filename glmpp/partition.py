@@ -19,6 +19,7 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError, short, whole
 from glmpp.formats.config import check_config, layer_count, text_config, tower_layers
 from glmpp.formats.tensor import TensorSpec
+from glmpp.words import quoted
 
 PARTITION_VARIABLE = "VLLM_PP_LAYER_PARTITION"
 MAX_GPUS = 16_384  # of a layout: ten times what the largest models are served on
@@ -75,7 +76,8 @@ def layer_list(checkpoint: Checkpoint) -> str:
 
     best = min(whole, key=order)
     if others := [path for path in whole if path != best and order(path) == order(best)]:
-        raise GlmppError(f"{best!r} and {others[0]!r} both hold {num_layers} layers: which are the language model's?")
+        two = f"{quoted(best)} and {quoted(others[0])}"
+        raise GlmppError(f"{two} both hold {num_layers} layers: which are the language model's?")
     return best
 
 

@@ -24,6 +24,7 @@ from glmpp.formats.index import INDEX_FILE
 from glmpp.formats.shard import read_shard
 from glmpp.formats.tensor import TensorSpec
 from glmpp.progress import progress_bar
+from glmpp.words import quoted
 
 OLD = ".replaced"  # what a folder holds for a moment, of the one whose place it takes
 MAX_SHARD_BYTES = 10**15
@@ -123,7 +124,8 @@ def _check_replaceable(directory: Path) -> None:
         raise GlmppError(f"{directory}: is no folder of its own, and is not overwritten")
     for path in directory.iterdir() if directory.exists() else ():
         if path.is_dir() or not (path.suffix == ".safetensors" or path.name in ("config.json", INDEX_FILE)):
-            raise GlmppError(f"{directory}: holds {path.name!r}, which is no part of a checkpoint; it is not overwritten")
+            found = quoted(path.name)
+            raise GlmppError(f"{directory}: holds {found}, which is no part of a checkpoint; it is not overwritten")
 
 
 def _synthetic_tensor(spec: TensorSpec, plan: Checkpoint, seed: int, block: tuple[int, int]) -> torch.Tensor:

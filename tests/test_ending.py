@@ -30,6 +30,11 @@ def raises(error: BaseException) -> int:
     return ended(work)
 
 
+def came_of(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 def lacks(number: int, *file: str) -> OSError:
     return OSError(number, os.strerror(number), *file)
 
@@ -40,6 +45,7 @@ def lacks(number: int, *file: str) -> OSError:
         (GlmppError("no such folder"), 2, "glmpp: no such folder\n"),
         (KeyboardInterrupt(), 130, "glmpp: interrupted\n"),
         (MemoryError(), 2, "glmpp: this machine's memory ran out\n"),
+        (came_of(ImportError("x"), ImportError("failed to map segment")), 2, "glmpp: this machine's memory ran out\n"),
         (lacks(errno.ENOSPC), 2, "glmpp: what is to be said cannot be written: No space left on device\n"),
         (lacks(errno.ENOSPC, "x/y"), 2, "glmpp: x/y: No space left on device\n"),
         (lacks(errno.EACCES, "x/y"), 2, "glmpp: x/y: Permission denied\n"),

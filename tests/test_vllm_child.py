@@ -357,7 +357,7 @@ def test_a_plugin_that_fails_is_named_with_its_package_and_no_stage_is_told_of(
             dry_run(tiny, Deployment(2, gpu=CPU), progress=False)
 
 
-@pytest.mark.parametrize("says", [b"hello", b"5", b"[]", b'{"kind": 3}', b"\xff"])
+@pytest.mark.parametrize("says", [b"hello", b"5", b"[]", b'{"kind": []}', b'{"kind": "stage"}', b"\xff"])
 def test_a_process_of_the_same_user_that_answers_nonsense_is_no_fault_of_the_kit(says, tmp_path, monkeypatch):
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listening.bind("")

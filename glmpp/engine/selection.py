@@ -13,7 +13,7 @@ from glmpp.dequant import FP8
 from glmpp.engine.experts import expert_maps, is_not_needed
 from glmpp.formats.header import Header
 from glmpp.partition import Prefixes
-from glmpp.words import shown
+from glmpp.words import quoted, shown
 
 
 def missing_prefixes(model: torch.nn.Module) -> list[str]:
@@ -161,18 +161,18 @@ class Selection:
         """FP8 weights that came without a scale and scales that came without a weight, each with what is missing."""
         names = self.names
         found = [
-            f"{shown(repr(name))} came, {shown(name)}_scale_inv did not"
+            f"{quoted(name)} came, {shown(name)}_scale_inv did not"
             for name in self.quantised
             if f"{name}_scale_inv" not in names and f"{name}_scale" not in names
         ]
         scales = (name for name in names if name.endswith((".weight_scale_inv", ".weight_scale")))
         alone = ((name, weight) for name in scales if (weight := name.rpartition("_scale")[0]) not in names)
-        return found + sorted(f"{shown(repr(name))} came, {shown(weight)} did not" for name, weight in alone)
+        return found + sorted(f"{quoted(name)} came, {shown(weight)} did not" for name, weight in alone)
 
     def __str__(self) -> str:
         of = f" of {self.offered:,}" if self.offered else ""
         files = f" from {self.files} of {self.files_offered} files" if self.files_offered else ""
-        twice = f", {len(self.twice)} of them twice, e.g. {shown(repr(self.twice[0]))}" if self.twice else ""
+        twice = f", {len(self.twice)} of them twice, e.g. {quoted(self.twice[0])}" if self.twice else ""
         return f"{self.handed:,}{of} tensors{twice}, {self.nbytes / 1e9:.3f} GB{files}"
 
 

@@ -134,7 +134,7 @@ class _Repository:
             return said.sha, {file.rfilename for file in said.siblings}
 
         if revision in ("", ".", ".."):  # in an address they would lead to another one
-            raise GlmppError(f"{self.source}: {quoted(revision)} is no branch, tag or commit")
+            raise GlmppError(f"{self.source}: {revision!r} is no branch, tag or commit")
         return self.hub.ask(self.source, get)
 
     def read(self, file: str) -> bytes:

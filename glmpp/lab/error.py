@@ -21,6 +21,7 @@ from glmpp.errors import GlmppError
 from glmpp.formats.tensor import TensorSpec
 from glmpp.lab.forward import transformers_model
 from glmpp.progress import progress_bar
+from glmpp.words import quoted
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def tensor_errors(
     for spec in progress_bar([s for s in fp8.values() if s.dtype == "F8_E4M3"], "comparing", show=progress):
         scale = next((name for name in (f"{spec.name}_scale_inv", f"{spec.name}_scale") if name in fp8), None)
         if scale is None:
-            raise GlmppError(f"{spec.file}: FP8 tensor {spec.name!r} has no scale in the checkpoint")
+            raise GlmppError(f"{spec.file}: FP8 tensor {quoted(spec.name)} has no scale in the checkpoint")
         pair = dict(fp8.read([spec.name, scale]))
         reference = original(spec).double()
         error = dequantize(pair[spec.name], pair[scale], block).double() - reference
@@ -139,7 +140,7 @@ def original_from(checkpoint: Checkpoint) -> Callable[[TensorSpec], torch.Tensor
 
     def read(spec: TensorSpec) -> torch.Tensor:
         if spec.name not in checkpoint:
-            raise GlmppError(f"{checkpoint.directory}: has no tensor {spec.name!r} to compare with")
+            raise GlmppError(f"{checkpoint.directory}: has no tensor {quoted(spec.name)} to compare with")
         return next(tensor for _, tensor in checkpoint.read([spec.name]))
 
     return read

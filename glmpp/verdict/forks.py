@@ -19,6 +19,10 @@ from glmpp.errors import GlmppError, KitError, positive, short
 from glmpp.scratch import scratch
 from glmpp.verdict.server import SHARED, Server
 
+# What is read here of a message, by its kind.
+_SAID = ("message", "details")
+READ = {"begins": ("what",), "stage": ("run",), "refused": _SAID, "fault": _SAID}
+
 # Seconds that a stage may take, and vLLM's import before the first: generous, for a stage takes some on a busy machine.
 TIMEOUT = 1800.0
 
@@ -75,8 +79,8 @@ class Fork:
         """A message from its line; of a server that another process has started it may be anything."""
         try:
             message = json.loads(line)
-            if not isinstance(message["kind"], str):
-                raise TypeError
+            for name in READ.get(message["kind"], ()):
+                message[name]
         except (ValueError, TypeError, KeyError):
             raise GlmppError(f"the process at {SHARED} answers with what is no message: {short(line[:60])}") from None
         return message

@@ -21,7 +21,7 @@ from glmpp.verdict.stage_report import (
     STAGE,
     StageReport,
 )
-from glmpp.words import MESSAGE, joined, shown
+from glmpp.words import MESSAGE, joined, quoted, shown
 
 SCHEMA_VERSION = 6
 SHOWN = 4  # names on a line; --json has all of them
@@ -160,7 +160,7 @@ def evidence_lines(stage: StageReport) -> list[str]:
     lines = []
     for death in stage.deaths:
         said = shown(" ".join(death.message.split()), MESSAGE)
-        lines.append(f"    KeyError: {shown(repr(death.key))}" if death.key else f"    {shown(death.exception)}: {said}")
+        lines.append(f"    KeyError: {quoted(death.key)}" if death.key else f"    {shown(death.exception)}: {said}")
         handed = f", handed {shown(death.tensor)}" if death.tensor else ""
         lines.append(f"        in {shown(death.place)} {shown(death.function)}{handed}")
     if stage.verdict == INCOMPLETE:
