@@ -21,14 +21,11 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from glmpp.engine.contract import vllm_version
-from glmpp.engine.failures import chain
-from glmpp.errors import GlmppError, KitError
+from glmpp.errors import GlmppError, KitError, chain, says_no_memory
 from glmpp.words import printable
 
 CANNOT_TELL, FAULT, NO_READER = 2, 3, 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 141
 SAID = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the terminal has gone"}
-# What torch's allocator, the dynamic linker and the C library say ("Cannot …" or "cannot …").
-NO_MEMORY = ("DefaultCPUAllocator", "failed to map segment", "annot allocate memory")
 # What a system call says of the machine, and not of the kit that made it.
 _NAMES = ("EACCES", "EAGAIN", "EDQUOT", "EFBIG", "EIO", "ELOOP", "EMFILE", "ENAMETOOLONG", "ENFILE", "ENOMEM", "ENOSPC")
 OF_THIS_MACHINE = {getattr(errno, name, None) for name in (*_NAMES, "EPERM", "EROFS", "ESTALE")} - {None}
@@ -94,7 +91,7 @@ def _told(error: BaseException, came: list[int]) -> int:
         return _fault(str(error))
     if isinstance(error, GlmppError):
         return _say(str(error), CANNOT_TELL)
-    if isinstance(error, MemoryError) or any(words in str(cause) for cause in chain(error) for words in NO_MEMORY):
+    if any(map(says_no_memory, chain(error))):
         return _say("this machine's memory ran out", CANNOT_TELL)
     if isinstance(error, OSError) and _is_of_this_machine(error):
         _drop(sys.stdout)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from glmpp.words import printable, shown
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
 LONGEST = 2000  # characters of a line
+# What torch's allocator, the dynamic linker and the C library say ("Cannot …" or "cannot …").
+_NO_MEMORY = ("DefaultCPUAllocator", "failed to map segment", "annot allocate memory")
 
 
 class GlmppError(Exception):
@@ -62,3 +64,29 @@ def positive(what: str, value: object, most: float) -> float:
     if not fits:
         raise GlmppError(f"{what}={short(value)}: expected a number above 0, at most {most:,}")
     return value
+
+
+def chain(error: BaseException, while_handling: bool = True) -> Iterator[BaseException]:
+    """An exception, what it was raised from, what pydantic wraps in it, and what was being handled then: each once."""
+    found: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo:
+        cause = todo.pop()
+        if cause is None or any(cause is other for other in found):
+            continue
+        found.append(cause)
+        yield cause
+        todo += [cause.__cause__]
+        todo += [cause.__context__] if while_handling and not cause.__suppress_context__ else []
+        if is_pydantics(cause):
+            todo += [detail.get("ctx", {}).get("error") for detail in cause.errors()]
+
+
+def is_pydantics(error: BaseException) -> bool:
+    """Whether pydantic raised it: it wraps what the checks of vLLM's configs say."""
+    return type(error).__module__.partition(".")[0] in ("pydantic", "pydantic_core") and hasattr(error, "errors")
+
+
+def says_no_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, whatever its type."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)

@@ -12,10 +12,11 @@ from vllm.model_executor.models import registry, utils
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from glmpp.engine import contract, fixes
-from glmpp.engine.failures import chain, frames
+from glmpp.engine.failures import frames
 from glmpp.engine.groups import Place, set_layer_counts
 from glmpp.engine.stand_ins import StandIns
 from glmpp.engine.targets import tensors_on
+from glmpp.errors import chain
 
 NOMINAL = 512  # tokens of context: nothing is generated
 

@@ -11,13 +11,13 @@ import linecache
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from glmpp.errors import GlmppError
+from glmpp.errors import GlmppError, chain, is_pydantics, says_no_memory
 
 # What an exception is. FAULT is the model's or the checkpoint's, and REFUSAL is vLLM's "no" on purpose: both are verdicts,
 # they would be the same on the GPU itself. The others are none.
@@ -40,7 +40,6 @@ OF_THE_HARDWARE = re.compile(r"cuda|device")
 OF_A_PLACE = re.compile(r"\bis_(cuda|meta)\b(?!\()|\.device\b(\.type)?\s*(==|!=|in)")
 # What this machine lacks: memory, a GPU.
 OF_THIS_MACHINE = ("OutOfMemoryError", "AcceleratorError")
-NO_MEMORY = "DefaultCPUAllocator: "  # in what torch says of the CPU's
 
 # Packages that models call: an exception in one of them is the caller's.
 LIBRARIES = {
@@ -154,22 +153,6 @@ def kind_of(error: BaseException) -> str:
     return REFUSAL if is_refusal(error) else FAULT
 
 
-def chain(error: BaseException, while_handling: bool = True) -> Iterator[BaseException]:
-    """An exception, what it was raised from, what pydantic wraps in it, and what was being handled then: each once."""
-    found: list[BaseException] = []
-    todo: list[BaseException | None] = [error]
-    while todo:
-        cause = todo.pop()
-        if cause is None or any(cause is other for other in found):
-            continue
-        found.append(cause)
-        yield cause
-        todo += [cause.__cause__]
-        todo += [cause.__context__] if while_handling and not cause.__suppress_context__ else []
-        if _is_pydantics(cause):
-            todo += [detail.get("ctx", {}).get("error") for detail in cause.errors()]
-
-
 def is_kits(error: BaseException) -> bool:
     """Whether it rose in the kit's own code, or in a library that the kit called. A GlmppError is what the kit says."""
     if isinstance(error, (GlmppError, NotHere, NeedsRanks, RecursionError, MemoryError)):
@@ -187,7 +170,7 @@ def is_kits(error: BaseException) -> bool:
 def is_refusal(error: BaseException) -> bool:
     """Whether vLLM raised it on purpose, with a type and in a place that are known for it."""
     every = frames(error)
-    if _is_pydantics(error):  # it wraps what the checks of vLLM's configs say
+    if is_pydantics(error):  # it wraps what the checks of vLLM's configs say
         return any(frame.package == "vllm" for frame in every)
     if not isinstance(error, REFUSES_WITH) or not every or not _is_in(every[-1].module, REFUSES_IN):
         return False
@@ -198,14 +181,10 @@ def _is_in(module: str, packages: tuple[str, ...]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
-def _is_pydantics(error: BaseException) -> bool:
-    return type(error).__module__.partition(".")[0] in ("pydantic", "pydantic_core") and hasattr(error, "errors")
-
-
 def _is_of_the_pretence(error: BaseException) -> bool:
     """Whether it comes of what is not here: the GPU, its memory and operators. On the GPU itself it might not rise."""
     every = frames(error)
-    if isinstance(error, (NotHere, MemoryError)) or type(error).__name__ in OF_THIS_MACHINE or NO_MEMORY in str(error):
+    if isinstance(error, NotHere) or type(error).__name__ in OF_THIS_MACHINE or says_no_memory(error):
         return True
     if not every:
         return False

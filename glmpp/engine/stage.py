@@ -15,7 +15,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from glmpp.engine.account import Account
 from glmpp.engine.build import Built, ModelBuilder
 from glmpp.engine.choices import choices
-from glmpp.engine.failures import NO_ANSWER, NO_VERDICT, PACKAGE, REFUSAL, chain, describe, is_kits, kind_of
+from glmpp.engine.failures import NO_ANSWER, NO_VERDICT, PACKAGE, REFUSAL, describe, is_kits, kind_of
 from glmpp.engine.groups import Place, pretend
 from glmpp.engine.guards import Guard
 from glmpp.engine.load_format import StageModelLoader, register
@@ -26,6 +26,7 @@ from glmpp.engine.stage_load import StageLoad
 from glmpp.engine.targets import tensors_on
 from glmpp.engine.unanswered import UnansweredOnMeta
 from glmpp.engine.writes import parameters
+from glmpp.errors import chain
 from glmpp.gpus import CPU
 from glmpp.ledger import EXPECTED, digest
 
