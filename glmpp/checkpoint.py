@@ -7,24 +7,29 @@ config.json alone (`Checkpoint.from_config`, the GLM-5 family).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from glmpp.errors import GlmppError
 from glmpp.formats.config import check_config, counts, load_config
-from glmpp.formats.files import exists, list_folder, opened
+from glmpp.formats.files import exists, list_folder, names_below, opened
 from glmpp.formats.glm5 import glm_config, glm_moe_dsa
 from glmpp.formats.header import read_header
 from glmpp.formats.hub import read_repository
 from glmpp.formats.hub_requests import SECONDS
-from glmpp.formats.index import INDEX_FILE, check_index, load_index, longest_list, natural_key, shard_path, unlisted
+from glmpp.formats.index import load_index, longest_list, natural_key, shard_path
 from glmpp.formats.shard import read_shard
 from glmpp.formats.tensor import TensorSpec
-from glmpp.words import quoted
+from glmpp.formats.weights import MISTRALS, by_file, check_readable, missing_line, notes, weight_files
 
+if TYPE_CHECKING:
+    import torch
+
+TO_FIRST_NUMBER = re.compile(r"(.+?)\.(\d{1,9})\.")
 MAX_LAYERS = 2_000  # the published model with the most has 126
 
 
@@ -35,6 +40,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
         config: the checkpoint's config.json as a dict.
         directory: the folder that holds the shards, or None when there are none (`from_config`, `from_hub`).
         source: where it was read from: folder, or repository with its commit; None when it was not read.
+        twins: tensors of another shape or dtype under a name that a later file holds, too: vLLM hands over both.
+        notes: what is to be told of the choice of files, a line each.
 
     Raises:
         GlmppError: a field of the config that the kit reads is not of its type, or the config speaks of far more layers or
@@ -42,7 +49,13 @@ class Checkpoint(Mapping[str, TensorSpec]):
     """
 
     def __init__(self, specs: list[TensorSpec], config: dict, directory: Path | None = None, source: str | None = None):
-        self._specs = {spec.name: spec for spec in specs}
+        self._specs: dict[str, TensorSpec] = {}
+        self.twins: list[TensorSpec] = []
+        self.notes: list[str] = []
+        for spec in specs:
+            if (earlier := self._specs.pop(spec.name, None)) and (earlier.dtype, earlier.shape) != (spec.dtype, spec.shape):
+                self.twins.append(earlier)
+            self._specs[spec.name] = spec
         self.config = config
         self.directory = directory
         self.source = source or (directory and str(directory))
@@ -77,9 +90,27 @@ class Checkpoint(Mapping[str, TensorSpec]):
         )
 
     @property
+    def files(self) -> list[str]:
+        """The files that hold the tensors, in the order in which they are read."""
+        return sorted({spec.file for spec in self.values() if spec.file}, key=natural_key)
+
+    @cached_property
+    def beginnings(self) -> dict[str, tuple[int, int]]:
+        """Names up to their first number ("model.layers.3."), or whole -> tensors that begin so, and their bytes.
+
+        It takes one walk over 119,000 names; what asks for layers then needs 80.
+        """
+        found: dict[str, tuple[int, int]] = {}
+        for name, spec in self._specs.items():
+            beginning = match[0] if (match := TO_FIRST_NUMBER.match(name)) else name
+            tensors, nbytes = found.get(beginning, (0, 0))
+            found[beginning] = tensors + 1, nbytes + spec.nbytes
+        return found
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors, scales included."""
-        return sum(spec.nbytes for spec in self.values())
+        return sum(nbytes for _, nbytes in self.beginnings.values())
 
     @property
     def num_parameters(self) -> int:
@@ -104,43 +135,50 @@ class Checkpoint(Mapping[str, TensorSpec]):
             yield from read_shard(self.directory / file, {spec.name for spec in held}.__contains__)
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> Checkpoint:
-        """Read config.json, the index and the safetensors headers of a checkpoint folder.
+    def from_directory(cls, path: str | Path, judged: bool = False) -> Checkpoint:
+        """Read config.json, the index and the safetensors headers of a checkpoint folder: of the files that vLLM opens.
+
+        Args:
+            judged: shards that are missing or no safetensors files are left out, and vLLM is to say what it makes of that.
 
         Raises:
-            GlmppError: no config.json, no safetensors, a shard that the index names is missing or truncated, or index
-                and headers disagree; the message names the file and a tensor.
+            GlmppError: no config.json, nothing that vLLM opens, files that are no safetensors, or, unless `judged`, a shard
+                that is missing or truncated; the message names the file, and a tensor that should be in it.
         """
         directory = Path(path)
-        files = list_folder(directory)
+        names = list_folder(directory)
         config = load_config(directory)
-        if INDEX_FILE in files:
-            weight_map = load_index(directory / INDEX_FILE)
-        elif "model.safetensors" in files:
-            weight_map = None
-        else:
-            raise GlmppError(f"{directory}: holds neither {INDEX_FILE} nor model.safetensors; is the download complete?")
-
-        shards = sorted(set(weight_map.values()), key=natural_key) if weight_map else ["model.safetensors"]
+        found = weight_files(names | names_below(directory))
+        if not judged or found.pattern != MISTRALS:
+            check_readable(found, str(directory), names)
+        listed = by_file(load_index(directory / found.index) if found.index else None)
+        unread: dict[str, str] = {}
+        for file in found.missing(listed):
+            place = shard_path(directory, file)
+            unread[file] = missing_line(place, listed[file], exists(place))
         specs: list[TensorSpec] = []
-        listed: dict[str, set[str]] = {}
-        for name, file in (weight_map or {}).items():
-            listed.setdefault(file, set()).add(name)
-        if stray := unlisted(files, listed):
-            raise GlmppError(f"{directory / stray[0]}: the index names no tensor in it; download the index again")
-        for file in shards:
-            path = shard_path(directory, file)
-            if not exists(path):
-                raise GlmppError(
-                    f"{path}: the shard is missing; the index places {len(listed[file])} tensors in it, "
-                    f"e.g. {quoted(min(listed[file]))}. Download it again"
-                )
-            with opened(path) as shard:
-                held = read_header(shard, os.fstat(shard.fileno()).st_size, str(path))
-            specs += [TensorSpec(name, *held[name][:2], file) for name in sorted(held)]
-            if listed:
-                check_index(path, listed[file], held.keys())
-        return cls(specs, config, directory)
+        held: dict[str, list[str]] = {}
+        for file in found.opened(listed):
+            place = shard_path(directory, file)
+            if not exists(place):
+                unread[file] = missing_line(place, listed[file]) if listed else f"{place}: is a link that leads nowhere"
+                continue
+            try:
+                with opened(place) as shard:
+                    header = read_header(shard, os.fstat(shard.fileno()).st_size, str(place))
+            except GlmppError as error:
+                if not os.access(place, os.R_OK):
+                    raise
+                unread[file] = error.args[0]
+                continue
+            held[file] = sorted(header)
+            specs += [TensorSpec(name, *header[name][:2], file) for name in held[file]]
+        if unread and not judged:
+            first = next(iter(unread.values()))
+            raise GlmppError(first if "download it again" in first else f"{first}. Download it again")
+        checkpoint = cls(specs, config, directory)
+        checkpoint.notes = [*unread.values(), *notes(found, listed, held)]
+        return checkpoint
 
     @classmethod
     def from_hub(
@@ -150,8 +188,10 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
         Arguments and errors are those of `glmpp.formats.hub.read_repository`.
         """
-        specs, config, source = read_repository(repo_id, revision, progress, seconds)
-        return cls(specs, config, source=source)
+        specs, config, source, said = read_repository(repo_id, revision, progress, seconds)
+        checkpoint = cls(specs, config, source=source)
+        checkpoint.notes = said
+        return checkpoint
 
     @classmethod
     def from_config(cls, config: dict | str | Path) -> Checkpoint:

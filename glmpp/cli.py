@@ -20,34 +20,44 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.ending import ended, versions
 from glmpp.engine import fixes
 from glmpp.errors import GlmppError, positive, whole
+from glmpp.formats.config import load_config
 from glmpp.formats.files import exists, list_folder
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
-from glmpp.formats.index import INDEX_FILE
+from glmpp.formats.shard import MAX_SHARD_BYTES
+from glmpp.formats.weights import ADAPTER, MISTRALS, adapter_line, check_serves_alone, weight_files
 from glmpp.gpus import CPU, GPUS, REPORTED
 from glmpp.partition import MAX_GPUS, PARTITION_VARIABLE, parse_counts
-from glmpp.synthetic import MAX_SHARD_BYTES, write_checkpoint
+from glmpp.verdict import plan as plans
 from glmpp.verdict.advice import (
     PLUGINS_VARIABLE,
+    KnownFault,
+    Tried,
+    command,
     fixed_in,
+    is_in_record,
+    layout_words,
     nearest_in_record,
     nearest_line,
     serve_line,
     try_fixes,
+    try_layouts,
     try_load_format,
 )
 from glmpp.verdict.deployment import GUARDS, Deployment
 from glmpp.verdict.dry_run import MAX_CONTEXT, dry_run
+from glmpp.verdict.fit import NO_FIT
 from glmpp.verdict.forks import TIMEOUT
 from glmpp.verdict.layouts import CONTEXT, layouts
 from glmpp.verdict.layouts_text import layouts_json, layouts_text
-from glmpp.verdict.plan import plan_text
 from glmpp.verdict.report import DryRunReport
+from glmpp.verdict.room import would_fit
 from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
 from glmpp.verdict.text import as_json, as_text, evidence_lines, label, overall
-from glmpp.words import joined, printable
+from glmpp.words import MESSAGE, joined, printable, shown
 
 NO_RELEASE = "no release of vLLM is known here to load it"
-EXIT_CODES = {LOADS: 0, DIES: 1, INCOMPLETE: 1, CANNOT_TELL: 2}  # what else ends with 2 or more, `glmpp.ending` says
+# What else ends with 2 or more, `glmpp.ending` says.
+EXIT_CODES = {LOADS: 0, DIES: 1, INCOMPLETE: 1, CANNOT_TELL: 2, NO_FIT: 1}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -180,28 +190,52 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def open_checkpoint(model: str, revision: str | None = None, seconds: float = TIMEOUT) -> Checkpoint:
+def open_checkpoint(model: str, revision: str | None = None, seconds: float = TIMEOUT, judged: bool = False) -> Checkpoint:
     """A checkpoint from what a user calls a model: a folder, a config.json, or a Hub repository.
 
     Args:
         seconds: that the Hub may take.
+        judged: as of `Checkpoint.from_directory`.
 
     Raises:
-        GlmppError: none of these, or it cannot be read.
+        GlmppError: none of these, no model of its own (an adapter, a drafter), or it cannot be read.
     """
     if not model:
         raise GlmppError("the name of the model is empty")
     path = Path(model)
-    found = exists(path)
-    if found and path.is_dir() and any(name == INDEX_FILE or name.endswith(".safetensors") for name in list_folder(path)):
-        return Checkpoint.from_directory(path)
-    if found:
-        checkpoint = Checkpoint.from_config(path)
-        checkpoint.source = f"{path} (names and shapes from the config alone)"
-        return checkpoint
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return Checkpoint.from_hub(model, revision, seconds=seconds)
-    raise GlmppError(f"{model}: no such folder or file, and not the name of a Hub repository (org/name)")
+    if exists(path):
+        checkpoint = _open_folder(path, judged) if path.is_dir() else _from_config(path)
+    elif model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        checkpoint = Checkpoint.from_hub(model, revision, seconds=seconds)
+    else:
+        raise GlmppError(f"{model}: no such folder or file, and not the name of a Hub repository (org/name)")
+    check_serves_alone(checkpoint.config, model)
+    return checkpoint
+
+
+def _open_folder(path: Path, judged: bool) -> Checkpoint:
+    names = list_folder(path)
+    if "config.json" not in names:
+        if ADAPTER in names:
+            raise GlmppError(adapter_line(str(path), load_config(path / ADAPTER)))
+        if "params.json" in names:
+            raise GlmppError(
+                f"{path}: holds params.json and no config.json, Mistral's own format, in which vLLM opens {MISTRALS}; "
+                "glmpp reads models with a config.json"
+            )
+    found = weight_files(names)
+    if found.files or found.index or any(name.endswith(".gguf") for name in names):
+        return Checkpoint.from_directory(path, judged)
+    try:
+        return _from_config(path)
+    except GlmppError as error:
+        raise GlmppError(f"{error} ({path} holds no weights that vLLM opens, and so its config alone is read)") from None
+
+
+def _from_config(path: Path) -> Checkpoint:
+    checkpoint = Checkpoint.from_config(path)
+    checkpoint.source = f"{path} (names and shapes from the config alone)"
+    return checkpoint
 
 
 def _partition(options: argparse.Namespace) -> str | None:
@@ -221,7 +255,7 @@ def _partition(options: argparse.Namespace) -> str | None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    checkpoint = open_checkpoint(options.model, options.revision, options.timeout)
+    checkpoint = open_checkpoint(options.model, options.revision, options.timeout, judged=True)
     deployment = Deployment(
         options.pp,
         options.tp,
@@ -232,17 +266,31 @@ def _check(options: argparse.Namespace) -> int:
         gpu=options.gpu,
         fixes=options.fixes,
     )
-    how = {"strict": options.strict, "timeout": options.timeout}
-    asked = {"ranks": options.ranks, "all_deaths": options.all, "context": options.context}
-    report = dry_run(checkpoint, deployment, **asked, **how)
+    share, how = options.gpu_memory_utilization, {"strict": options.strict, "timeout": options.timeout}
+    how["context"] = options.context
+    report = dry_run(checkpoint, deployment, ranks=options.ranks, all_deaths=options.all, **how)
     again, fixed = try_load_format(checkpoint, report, **how), try_fixes(checkpoint, report, **how)
+    loading = next((one for one in (again, fixed) if one and one.loads), None)
+    others = None if loading else try_layouts(checkpoint, report, share, **how)
+    room = would_fit(checkpoint, loading or report, share, **how)
     if options.json:
-        print(json.dumps(as_json(checkpoint, report, again, options.gpu_memory_utilization, fixed), indent=1))
+        print(json.dumps(as_json(checkpoint, report, again, share, fixed, room, others), indent=1))
     else:
-        print(as_text(checkpoint, report, options.each, options.gpu_memory_utilization))
-        if lines := what_to_do(options, checkpoint, report, again, fixed):
+        print(as_text(checkpoint, report, options.each, share))
+        lines = what_to_do(options, checkpoint, report, again, fixed)
+        if lines := [*lines, *([""] if room or others else []), *room, *other_lines(options, others)]:
             print(joined(lines))
-    return EXIT_CODES[overall(report)]
+    return EXIT_CODES[overall(report, share)]
+
+
+def other_lines(options: argparse.Namespace, others: Tried | None) -> list[str]:
+    """What was tried in place of the layout that was asked for, and the line to paste for the one that loads."""
+    if others is None or not others.tried:
+        return []
+    if others.loads is None:
+        return [f"no other layout of these GPUs that was tried loads: {', '.join(others.names)}"]
+    line = command(pasted(options.model), others.loads, layout_words(others.loads), os.environ.get(PLUGINS_VARIABLE))
+    return [f"on as many GPUs {others.loads.layout} loads (tried: {', '.join(others.names)}):", f"    {line}"]
 
 
 def what_to_do(
@@ -265,17 +313,26 @@ def what_to_do(
         names = ", ".join(fixed.deployment.fixes)
         lines += cure_lines(options, fixed, f"the fix{'es' * (len(fixed.deployment.fixes) > 1)} {names}")
         lines += [f"    {name}: {fixes.about(name)}" for name in fixed.deployment.fixes]
-    lines += [f"known to load from vLLM {known.fixed_in} on ({known.source})"] if known else []
+    lines += [known_line(known, report)] if known else []
     lines += [nearest_line(nearest)] if nearest else []
-    lines += [NO_RELEASE] if lines and not known and not nearest else []
+    lines += [NO_RELEASE] if lines and not known and not nearest and is_in_record(checkpoint, report) else []
     return ["", *lines] if lines else []
 
 
+def known_line(known: KnownFault, report: DryRunReport) -> str:
+    """What is known of the fault that the stages die of. Where PP=1 fails for another reason, it is not all that fails."""
+    if report.control is None or report.control.loads:
+        return f"known to load from vLLM {known.fixed_in} on ({known.source})"
+    return f"this {known.exception} is mended from vLLM {known.fixed_in} on ({known.source}); what PP=1 ends with is another"
+
+
 def cure_lines(options: argparse.Namespace, again: DryRunReport, what: str) -> list[str]:
-    """Whether the ranks that failed load with something, and the line to paste then."""
+    """Whether the ranks that failed load with something, and the line to paste if they also fit."""
     if left := [stage for stage in again.all if not stage.loads]:
         return [f"{what} does not cure it: {label(left[:1])} {left[0].verdict}", *evidence_lines(left[0])]
     loads = f"{label(again.stages)} load{'s' * (len(again.stages) == 1)}"
+    if (found := again.fit(options.gpu_memory_utilization)) and found.fits is False:
+        return [f"with {what} {loads}, but it {NO_FIT}: {shown(found.lack, MESSAGE)}"]
     line = serve_line(pasted(options.model), again.deployment, os.environ.get(PLUGINS_VARIABLE))
     return [f"with {what} {loads} (glmpp has to be installed where vLLM runs):", f"    {line}"]
 
@@ -302,11 +359,14 @@ def _plan(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.model, options.revision, options.timeout)
     # No GPU has a part in it, and so none is looked for.
     deployment = Deployment(options.pp, layer_counts=_partition(options), drafter=options.drafter, gpu=CPU)
-    print(plan_text(checkpoint, deployment, options.gpu_gb, options.tp))
-    return 0
+    text, fits = plans.plan(checkpoint, deployment, options.gpu_gb, options.tp)
+    print(text)
+    return EXIT_CODES[LOADS if fits else NO_FIT]
 
 
 def _make(options: argparse.Namespace) -> int:
+    from glmpp.synthetic import write_checkpoint  # and torch, which takes seconds
+
     config = reduced_config(options.config, **(ALL_NAMES if options.all_names else {}))
     shard_bytes = int(options.shard_mb * 1e6)
     checkpoint = write_checkpoint(config, options.directory, options.seed, shard_bytes, options.overwrite)

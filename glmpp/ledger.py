@@ -6,18 +6,21 @@ import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.partition import EXPERT, OTHER_STAGE, OWN, SPECULATIVE, Stage
 from glmpp.words import MESSAGE, quoted, shown
 
+if TYPE_CHECKING:
+    import torch
+
 LOADED, UNEXPECTED, NOT_REACHED = "loaded", "unexpected", "not reached"
 IGNORED, OTHER_RANK = "ignored by the model", "another rank's expert"
 COLUMNS = (LOADED, OTHER_STAGE, OTHER_RANK, SPECULATIVE, IGNORED, UNEXPECTED, NOT_REACHED)
-EXPECTED, LOST, UNTIED, ABSENT = "expected", "lost", "untied", "absent"
+UNREAD, WHOLE, UNKNOWN, PARTS = range(4)  # what a rank reads of a tensor; PARTS and up: a kind of parts
+EXPECTED, LOST, UNTIED, ABSENT, CUT = "expected", "lost", "untied", "absent", "cut"
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,13 @@ class Left:
 
     Attributes:
         kind: EXPECTED: no checkpoint has to hold it; LOST: the checkpoint holds it, under a name that the model drops;
-            UNTIED: the config ties it to the embedding, and the model does not; ABSENT: nothing like it was handed over.
+            UNTIED: the config ties it to the embedding, and the model does not; ABSENT: nothing like it was handed over;
+            CUT: it was written, and its elements do not belong to those beside them.
         why: in words.
         tensor: the checkpoint's tensor that it should have come from, of LOST and UNTIED.
         in_file, in_model: the values where that tensor and the model first differ after a load of real bytes; None
-            without one. A finding of these kinds whose bytes are in the model all the same is EXPECTED.
+            without one, and where it is not known which tensor it is. A finding of these kinds whose bytes are in the model
+            all the same is EXPECTED.
     """
 
     kind: str
@@ -40,8 +45,7 @@ class Left:
     in_model: str | None = None
 
     def __str__(self) -> str:
-        values = "" if self.in_model is None else f"; in the model {self.in_model}"
-        values = values if self.in_file is None else f"; {self.in_file} in the file, {self.in_model} in the model"
+        values = "" if self.in_file is None else f"; {self.in_file} in the file, {self.in_model} in the model"
         return shown(f"{self.kind}: {self.why}{values}", MESSAGE)
 
 
@@ -123,6 +127,8 @@ class Ledger:
 
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes, to compare what two loaders stored."""
+    import torch  # here: a plan needs no tensors, and the import takes seconds
+
     head = f"{tensor.dtype} {list(tensor.shape)} ".encode()
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)  # a scalar has no dimension to view as bytes
     return hashlib.sha256(head + flat.view(torch.uint8).numpy().tobytes()).hexdigest()

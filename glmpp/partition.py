@@ -10,12 +10,11 @@ import math
 import operator
 import re
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from glmpp.checkpoint import Checkpoint
+from glmpp.checkpoint import TO_FIRST_NUMBER, Checkpoint
 from glmpp.errors import GlmppError, short, whole
 from glmpp.formats.config import check_config, layer_count, text_config, tower_layers
 from glmpp.formats.tensor import TensorSpec
@@ -30,7 +29,6 @@ LLAMA_ENDS = ("model.embed_tokens.", "model.norm.", "lm_head.")  # and the parts
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "embedding", "embeddings"}
 _LAST = {"norm", "lm_head", "ln_f", "norm_f", "final_layernorm", "final_layer_norm", "embed_out"}
 _ENDS = _EMBEDDINGS | _LAST
-_IN_A_LIST = re.compile(r"(.+?)\.(\d{1,9})\.")
 # Words in the path of a list that is not the language model's: towers, what speaks, and MTP layers in a list of their own.
 _TOWERS = {"vision", "visual", "vit", "vpm", "image", "video", "audio", "apm", "speech", "talker", "mtp", "projector"}
 _TOWERS |= {"clip", "dit", "qformer", "resampler", "codec"}
@@ -51,8 +49,8 @@ def layer_list(checkpoint: Checkpoint) -> str:
     num_layers, towers = layer_count(checkpoint.config), tower_layers(checkpoint.config)
     mtp = text_config(checkpoint.config).get("num_nextn_predict_layers") or 0
     found: dict[str, set[int]] = {}
-    for name in checkpoint:
-        if match := _IN_A_LIST.match(name):
+    for name in checkpoint.beginnings:
+        if match := TO_FIRST_NUMBER.match(name):
             found.setdefault(match[1], set()).add(int(match[2]))
     words = _TOWERS | towers.keys()
 
@@ -240,6 +238,10 @@ class Stage:
         """Whether this stage loads the checkpoint tensor `name`."""
         return self.column(name) == OWN
 
+    def owns_part(self, part: int | str | None) -> bool:
+        """The same of all tensors of a part."""
+        return self._column(part) == OWN
+
     def missing_prefixes(self, names: Iterable[str] | None = None) -> list[str]:
         """Prefixes of what this stage has only placeholders for; vLLM's `pp_missing_layer_names`, in module order.
 
@@ -317,7 +319,7 @@ def dealt(checkpoint: Checkpoint, stages: Sequence[Stage]) -> list[list[TensorSp
     for spec in checkpoint.values():
         part = stages[0].part(spec.name)
         if part not in homes:
-            homes[part] = [specs for stage, specs in zip(stages, held) if stage._column(part) == OWN]
+            homes[part] = [specs for stage, specs in zip(stages, held) if stage.owns_part(part)]
         for specs in homes[part]:
             specs.append(spec)
     return held
@@ -330,7 +332,27 @@ def owned(checkpoint: Checkpoint, stage: Stage) -> list[TensorSpec]:
 
 def stage_bytes(checkpoint: Checkpoint, stages: Sequence[Stage]) -> list[int]:
     """Checkpoint bytes that each stage loads. A tied embedding counts on both of its stages."""
-    return [sum(spec.nbytes for spec in specs) for specs in dealt(checkpoint, stages)]
+    return [nbytes for _, nbytes in stage_sizes(checkpoint, stages)]
+
+
+def stage_sizes(checkpoint: Checkpoint, stages: Sequence[Stage]) -> list[tuple[int, int]]:
+    """Tensors that each stage loads, and their bytes in the checkpoint."""
+    parts = part_sizes(checkpoint, stages[0])
+    held = [[size for part, size in parts.items() if stage.owns_part(part)] for stage in stages]
+    return [(sum(tensors for tensors, _ in sizes), sum(nbytes for _, nbytes in sizes)) for sizes in held]
+
+
+def part_sizes(checkpoint: Checkpoint, stage: Stage) -> dict[int | str | None, tuple[int, int]]:
+    """Each part of a model, see `Stage.part` -> its tensors, and their bytes in the checkpoint."""
+    sizes = checkpoint.beginnings
+    if TO_FIRST_NUMBER.match(f"{stage.layer_list}.0.")[1] != stage.layer_list:  # a list within a list
+        sizes = {spec.name: (1, spec.nbytes) for spec in checkpoint.values()}
+    found: dict[int | str | None, tuple[int, int]] = {}
+    for name, (tensors, nbytes) in sizes.items():
+        part = stage.part(name)
+        so_far = found.get(part, (0, 0))
+        found[part] = so_far[0] + tensors, so_far[1] + nbytes
+    return found
 
 
 def balance(checkpoint: Checkpoint, pp_size: int, drafter: bool = False) -> list[int]:
@@ -346,13 +368,11 @@ def balance(checkpoint: Checkpoint, pp_size: int, drafter: bool = False) -> list
     num_layers = layer_count(config)
     make_stages(config, pp_size)  # refuses more stages than layers
     ends = make_stages(config, min(2, num_layers), [1, num_layers - 1] if num_layers > 1 else [1], drafter, layers)
-    whole_parts: Counter[int | str | None] = Counter()
-    for spec in checkpoint.values():
-        whole_parts[ends[0].part(spec.name)] += spec.nbytes
-    sizes = [whole_parts[index] for index in range(num_layers)]
+    whole_parts = {part: nbytes for part, (_, nbytes) in part_sizes(checkpoint, ends[0]).items()}
+    sizes = [whole_parts.get(index, 0) for index in range(num_layers)]
     beside = [(part, nbytes) for part, nbytes in whole_parts.items() if part not in range(num_layers)]
     for end in ends:
-        sizes[end.layers[-1 if end.is_last else 0]] += sum(nbytes for part, nbytes in beside if end._column(part) == OWN)
+        sizes[end.layers[-1 if end.is_last else 0]] += sum(nbytes for part, nbytes in beside if end.owns_part(part))
     below = [0, *accumulate(sizes)]
     return best_split(num_layers, pp_size, lambda start, stop: below[stop] - below[start])
 

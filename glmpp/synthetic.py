@@ -21,13 +21,12 @@ from glmpp.dequant import quantize
 from glmpp.errors import GlmppError, positive, whole
 from glmpp.formats.files import exists
 from glmpp.formats.index import INDEX_FILE
-from glmpp.formats.shard import read_shard
+from glmpp.formats.shard import MAX_SHARD_BYTES, read_shard
 from glmpp.formats.tensor import TensorSpec
 from glmpp.progress import progress_bar
 from glmpp.words import quoted
 
 OLD = ".replaced"  # what a folder holds for a moment, of the one whose place it takes
-MAX_SHARD_BYTES = 10**15
 
 
 def synthetic_original(spec: TensorSpec, seed: int = 0, std: float = 0.02) -> torch.Tensor:

@@ -43,6 +43,11 @@ def quoted(name: str) -> str:
     return shown(repr(name))
 
 
+def some(names: list[str]) -> str:
+    """A list in a sentence: of a long one three names and how many more there are."""
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3:,} more"
+
+
 def joined(lines: Iterable[str]) -> str:
     """Lines as a text that has no others: what came into one as it was is escaped here."""
     return "\n".join(map(printable, lines))

@@ -94,6 +94,11 @@ def full(config) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
+def config_52() -> dict:
+    return load_config(ROOT / "data" / "glm-5.2-fp8" / "config.json")
+
+
+@pytest.fixture(scope="session")
 def tiny_config(config) -> dict:
     return reduced_config(config)
 

@@ -52,9 +52,91 @@ def test_the_mtp_layer_has_no_lm_head_of_its_own(full):
     assert not any("shared_head.head" in name or "embed_tokens" in name for name in mtp)
 
 
+def test_glm_5_2_has_the_published_names_and_bytes(config_52):
+    """118,629 names; `total_size` of the indices of GLM-5.2-FP8, and of GLM-5.3, which is the same in BF16."""
+    fp8 = Checkpoint.from_config(config_52)
+    assert (len(fp8), fp8.nbytes) == (118_629, 755_617_140_416)
+    bf16 = {key: value for key, value in config_52.items() if key != "quantization_config"}
+    assert Checkpoint.from_config(bf16).nbytes == 1_506_659_919_872
+    having = {int(name.split(".")[2]) for name in fp8 if ".indexer." in name}
+    assert having == {0, 1, *range(2, 78, 4), 78}  # 57 of 78 have none, the MTP layer does
+    assert len([name for name in fp8 if name.startswith("model.layers.78.")]) == 1569
+
+
+def without(config: dict, *names: str) -> dict:
+    return {name: value for name, value in config.items() if name not in names}
+
+
+def test_which_layers_have_an_indexer_is_said_in_four_ways(config_52, config):
+    expected = Checkpoint.from_config(config_52).keys()
+    kinds = config_52["indexer_types"]
+    rest = without(config_52, "indexer_types", "index_topk_freq", "index_skip_topk_offset", "index_topk_pattern")
+    letters = "".join("F" if kind == "full" else "S" for kind in kinds)
+    for said in (
+        {"indexer_types": [*kinds, "full"]},  # the MTP layer's, too
+        {"indexer_types": kinds, "index_topk_freq": 1},  # the list decides
+        {"index_topk_pattern": letters, "index_topk_freq": 1},
+        {"index_topk_pattern": kinds},
+        {"index_topk_freq": 4, "index_skip_topk_offset": 3},
+    ):
+        assert Checkpoint.from_config({**rest, **said}).keys() == expected
+    assert Checkpoint.from_config(rest).keys() == Checkpoint.from_config(config).keys()
+    tiny = Checkpoint.from_config(reduced_config({**rest, "index_topk_pattern": letters}))
+    assert {int(name.split(".")[2]) for name in tiny if ".indexer." in name} == {0, 1, 2, 6, 10, 12}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"swiglu_limit": 10.0, "hc_mult": 4}, r"does not know 'swiglu_limit', 'hc_mult', .*give the folder .* or the Hub"),
+        ({"use_index_cache": True}, "does not know 'use_index_cache'"),
+        ({"num_experts": 8}, "does not know 'num_experts'"),
+        ({"indexer_types": ["full"] * 77}, "indexer_types has 77 entries, expected one for each of 78 layers"),
+        ({"indexer_types": ["shared"] * 78}, "the first layer has no indexer of its own"),
+        ({"indexer_types": ["full"] * 78 + ["shared"]}, "or an MTP layer has none"),
+        ({"mlp_layer_types": ["sparse"] * 78}, "mlp_layer_types is not what first_k_dense_replace says, 3 dense"),
+        ({"quantization_config": {"quant_method": "modelopt"}}, "quantization_config: quant_method is 'modelopt'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: weight_block_size is missing"),
+    ],
+    ids=str,
+)
+def test_what_may_decide_about_tensors_and_is_not_known_is_an_error(config, change, said):
+    with pytest.raises(GlmppError, match=said):
+        Checkpoint.from_config({**config, **change})
+
+
+def test_unknown_fields_that_ask_for_nothing_or_are_transformers_own_change_nothing(config, full):
+    nothing = {"swiglu_limit": None, "use_index_cache": False, "mtp_extra": [], "num_local_experts": 256}
+    generic = {"_name_or_path": "x", "temperature": 0.7, "id2label": {"0": "A"}, "bos_token_id": 1, "auto_map": {"a": "b"}}
+    published = {"moe_router_dtype": "float32", "head_dim": 192, "layer_types": ["indexed_attention"] * 78}
+    assert Checkpoint.from_config({**config, **nothing, **generic, **published}).keys() == full.keys()
+
+
 @pytest.mark.vllm  # transformers comes with the vllm extra
-def test_names_and_shapes_equal_what_transformers_saves(config, tmp_path):
+@pytest.mark.parametrize("name", ["config", "config_52"])
+def test_all_names_and_shapes_are_those_of_transformers_class_and_its_config_is_taken(name, request):
+    """Full size, on meta. transformers has the experts of a layer as one tensor each for two of theirs."""
     transformers = pytest.importorskip("transformers", minversion="5.6")
+    config = request.getfixturevalue(name)
+    bf16 = without(config, "quantization_config")
+    theirs = transformers.GlmMoeDsaConfig(**without(bf16, "architectures", "model_type"))
+    if name == "config_52" and not hasattr(theirs, "indexer_types"):
+        pytest.skip("this transformers does not know GLM-5.2")
+    with torch.device("meta"):
+        model = transformers.GlmMoeDsaForCausalLM(theirs)
+    held = {name: tuple(value.shape) for name, value in model.state_dict().items() if ".mlp.experts." not in name}
+    ours = {name: spec.shape for name, spec in Checkpoint.from_config(bf16).items()}
+    main = {name: shape for name, shape in ours.items() if not name.startswith("model.layers.78.")}
+    assert held == {name: shape for name, shape in main.items() if ".mlp.experts." not in name}
+    saved = json.loads(theirs.to_json_string(use_diff=False))
+    assert Checkpoint.from_config({**saved, "num_nextn_predict_layers": 1}).keys() == ours.keys()
+
+
+@pytest.mark.vllm  # transformers comes with the vllm extra
+@pytest.mark.parametrize("name", ["config", "config_52"])
+def test_names_and_shapes_equal_what_transformers_saves(name, request, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5.6")
+    config = request.getfixturevalue(name)
     bf16 = {key: value for key, value in reduced_config(config).items() if key != "quantization_config"}
     fields = {key: value for key, value in bf16.items() if key not in ("architectures", "model_type")}
     model = transformers.GlmMoeDsaForCausalLM(transformers.GlmMoeDsaConfig(**fields))
@@ -245,22 +327,22 @@ def test_an_index_that_names_a_tensor_its_shard_does_not_hold(folder):
     tensors = load_file(shard)
     del tensors[tensor]
     save_file(tensors, shard)
-    with pytest.raises(GlmppError) as error:
-        Checkpoint.from_directory(directory)
-    assert shard.name in str(error.value) and tensor in str(error.value)
+    (said,) = Checkpoint.from_directory(directory).notes
+    assert shard.name in said and tensor in said and "which does not hold it" in said
 
 
 def test_a_tensor_that_the_index_does_not_name(folder):
     directory, shard, _ = folder
     save_file({**load_file(shard), "stray": torch.zeros(1)}, shard)
-    with pytest.raises(GlmppError, match="stray"):
-        Checkpoint.from_directory(directory)
+    checkpoint = Checkpoint.from_directory(directory)
+    assert "stray" in checkpoint and "holds 'stray' (1 such)" in checkpoint.notes[0]
 
 
 def test_a_folder_without_weights(folder):
     directory, *_ = folder
-    (directory / INDEX_FILE).unlink()
-    with pytest.raises(GlmppError, match=r"neither model\.safetensors\.index\.json nor model\.safetensors"):
+    for file in [*directory.glob("*.safetensors"), directory / INDEX_FILE]:
+        file.unlink()
+    with pytest.raises(GlmppError, match=r"vLLM finds no weights here \(it opens \*\.safetensors, \*\.bin, \*\.pt"):
         Checkpoint.from_directory(directory)
 
 

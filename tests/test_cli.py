@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -43,6 +45,35 @@ def test_plan_adds_up_to_the_checkpoint_and_its_balance_is_the_best_split(full, 
     assert "balanced: VLLM_PP_LAYER_PARTITION=" in out and "% less than" in out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["check", "--help"], 0),
+        (["check", CONFIG, "--no-such-option"], 2),
+        (["check", CONFIG, "--pp", "eight"], 2),
+        (["check", CONFIG, "--guard", "none"], 2),
+        (["plan", "no/such/folder"], 2),
+        (["plan", CONFIG, "--pp", 8], 0),
+        (["plan", "FOLDER"], 0),
+    ],
+    ids=str,
+)
+def test_what_needs_no_tensors_does_not_wait_for_torch(arguments, code, tiny):
+    """Counted by what is imported: torch alone takes seconds."""
+    arguments = [str(tiny.directory) if one == "FOLDER" else str(one) for one in arguments]
+    script = f"import sys; from glmpp import cli; code = cli.main({arguments!r}); print('code', code, file=sys.stderr);"
+    script += "print('slow', sorted({'torch', 'pandas', 'vllm', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr.endswith(f"code {code}\nslow []\n"), done.stderr
+    before = os.times()
+    subprocess.run([sys.executable, "-m", "glmpp", *arguments], capture_output=True)
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    assert used < 3  # seconds of processor time; 0.2 to 0.5 alone on a machine
+
+
 def test_plan_takes_a_split_and_shares_a_stage_among_gpus(capsys):
     _, out, _ = command(
         capsys, "plan", CONFIG, "--pp", 2, "--layer-partition", "3,75", "--gpu-gb", 141, "--tp", 8, "--drafter"
@@ -50,7 +81,21 @@ def test_plan_takes_a_split_and_shares_a_stage_among_gpus(capsys):
     rows = [line.split() for line in out.splitlines() if line[:1].isdigit()]
     assert [row[1] for row in rows] == ["0-2", "3-77"]
     assert rows[1][4] == f"{141 - float(rows[1][3]) / 8:.1f}"
+    assert (
+        "left, at most" in out
+        and "\nat most: as if TP=8 shared every tensor; what each GPU holds whole `glmpp check`" in out
+    )
     assert "no stage" not in out  # the drafter's layer counts on the last stage
+
+
+def test_plan_ends_with_1_where_a_stage_is_larger_than_its_gpus_and_names_how_many_would_do(full, capsys):
+    code, out, _ = command(capsys, "plan", CONFIG, "--pp", 2, "--gpu-gb", 80)
+    assert code == 1 and "\ndoes not fit: " in out and " for a GPU of 80 GB\n" in out
+    gpus = int(re.search(r"\n(\d+) such GPUs hold the weights", out)[1])
+    assert 754 / 80 < gpus <= 12
+    tp, pp = (int((re.search(rf"{name}=(\d+)", out.splitlines()[-1]) or [0, 1])[1]) for name in ("TP", "PP"))
+    assert tp * pp == gpus and max(stage_bytes(full, make_stages(full.config, pp))) / tp <= 80e9
+    assert command(capsys, "plan", CONFIG, "--pp", pp, "--tp", tp, "--gpu-gb", 80)[0] == 0
 
 
 def test_plan_finds_the_layers_under_another_name(capsys, monkeypatch):

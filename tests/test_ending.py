@@ -171,8 +171,9 @@ def test_an_interrupt_while_it_imports_is_a_line(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("import time; print('imports', flush=True); time.sleep(100)\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv[1:] = ['--help']\n"
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     command = [sys.executable, "-c", f"{program}from glmpp.__main__ import main; main()"]
+    command += ["make-checkpoint", str(CONFIG), str(tmp_path / "new")]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "imports\n"
     process.send_signal(signal.SIGINT)
@@ -286,10 +287,11 @@ def test_nothing_stays_when_a_signal_ends_it(tmp_path, tiny, name, when):
     assert len(left) <= (name == "SIGKILL") and not any((folder / "request.json").exists() for folder in left[1:])
 
 
-def test_too_little_memory_for_an_import_is_told_as_that(tiny):
+def test_too_little_memory_for_an_import_is_told_as_that(tiny, tmp_path):
     limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (400_000_000,) * 2)\n"
-    program = f"{limited}from glmpp.__main__ import main\nmain()"
-    done = subprocess.run([sys.executable, "-c", program, "plan", tiny.directory], capture_output=True, text=True)
+    command = [sys.executable, "-c", f"{limited}from glmpp.__main__ import main\nmain()"]
+    command += ["make-checkpoint", tiny.directory / "config.json", tmp_path / "new"]  # imports torch
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "glmpp: this machine's memory ran out\n")
 
 

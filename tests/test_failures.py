@@ -201,6 +201,25 @@ def test_what_an_exception_tells(module, source, kind, tmp_path):
     assert kind_of(caught((module, str(tmp_path / "vllm" / "code.py"), source))) == kind
 
 
+def test_of_what_pydantic_wraps_the_sentence_is_told():
+    class Config(pydantic.BaseModel):
+        heads: int
+        layers: int = 1
+
+        @pydantic.model_validator(mode="after")
+        def check(self):
+            raise ValueError("Total number of attention heads (2) must be divisible by tensor parallel size (3).")
+
+    with pytest.raises(pydantic.ValidationError) as wrapped:
+        Config(heads=2)
+    said = "Total number of attention heads (2) must be divisible by tensor parallel size (3)."
+    assert describe(wrapped.value)["message"] == said
+    with pytest.raises(pydantic.ValidationError) as own:
+        Config(heads="many", layers=[])
+    fields = failures.words_of(own.value).split("; ")
+    assert [one.partition(": ")[0] for one in fields] == ["heads", "layers"] and "pydantic.dev" not in str(fields)
+
+
 def test_what_pydantic_wraps_is_vllms_refusal_unless_a_package_is_missing(tmp_path):
     source = f"""
 import pydantic
@@ -248,3 +267,31 @@ def test_what_the_kit_says_on_purpose_is_no_fault_of_it(tmp_path):
         ("glmpp.formats.shard", str(tmp_path / "shard.py"), "from glmpp.errors import GlmppError\nraise GlmppError('cut')")
     )
     assert isinstance(error, GlmppError) and kind_of(error) == FAULT
+
+
+def test_a_failure_while_building_names_the_innermost_module_that_has_a_name():
+    class Inner:
+        def __init__(self, heads, prefix=""):
+            raise ValueError(f"{heads} is not divisible by 8")
+
+    class Outer:
+        def __init__(self, prefix, inner):
+            self.inner = Inner(4, prefix=inner and f"{prefix}.{inner}")
+
+    for inner, named in (("attn", "vision.attn"), ("", "vision")):
+        with pytest.raises(ValueError) as raised:
+            Outer("vision", inner)
+        assert failures.describe(raised.value)["message"] == f"4 is not divisible by 8 (while {named} was built)"
+    prefix = "no module's"
+    with pytest.raises(ValueError) as raised:
+        int(prefix)
+    assert failures.being_built(raised.value) is None
+
+
+def test_what_a_message_lists_is_left_out(tmp_path):
+    """vLLM lists the parameters of the stage: in no order, and others on each."""
+    names = {f"model.layers.{n}.weight" for n in range(20)}
+    error = caught(
+        (MODEL, str(tmp_path / "model.py"), f"raise ValueError('no x. The parameters are: ' + repr({names!r}) + ', {{1}}')")
+    )
+    assert describe(error)["message"] == "no x. The parameters are: {…}, {1}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -56,6 +57,28 @@ def test_nobody_knows_the_room_if_vllm_did_not_say_what_a_block_is():
 def test_a_drafter_takes_its_weights_and_its_part_of_every_block():
     both = memory(10**9, 10**6).with_drafter(memory(10**8, 10**5))
     assert both.weights == 11 * 10**8 and both.kv_cache.block_bytes == 11 * 10**5 and both.kv_cache.blocks_per_request == 16
+
+
+@pytest.mark.parametrize(
+    ("weights", "per_request", "more", "fits", "says"),
+    [
+        (10**9, 16, {}, True, None),
+        (int(H200.memory * 0.9) + 1, 1, {}, False, "GB of weights on a rank, vLLM takes 135.7 GB of h200"),
+        (int(H200.memory * 0.9) - 2**30, 1025, {}, False, "1,024 tokens needs 1.00 GiB of KV cache on a rank, 1.00 GiB"),
+        (int(H200.memory * 0.9) - 2**30, 1024, {}, True, None),
+        (10**9, 16, {"why": "ValueError: longer", "refused": True}, False, "ValueError: longer"),
+    ],
+)
+def test_what_fits_has_room_for_one_request_on_every_rank(weights, per_request, more, fits, says):
+    found = Fit([memory(10**9, 1), memory(weights, 2**20, per_request, **more)], H200)
+    assert found.fits is fits and (found.lack is None if says is None else says in found.lack)
+
+
+def test_whether_it_fits_is_unknown_where_a_request_was_not_counted_and_weights_alone_can_be_too_many():
+    uncounted, none_needed = Memory(10**9, 0, (), None, 0.9, "KeyError: pages"), Memory(10**9, 0, (), None, 0.9)
+    assert Fit([uncounted, none_needed], H200).fits is None and Fit([none_needed], H200).fits is True
+    assert Fit([replace(uncounted, parameters=200 * 10**9)], H200).fits is False
+    assert Fit([replace(uncounted, utilization=None)], H200).fits is None
 
 
 def test_bytes_per_token_are_those_of_a_whole_request():

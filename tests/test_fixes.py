@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from glmpp.engine import fixes
 from glmpp.errors import GlmppError
-from glmpp.verdict.advice import serve_line
+from glmpp.verdict.advice import other_layouts, serve_line
 from glmpp.verdict.deployment import Deployment
 
 GRANITE, ROUTER = "GraniteMoeHybridForCausalLM", "granite_moe_hybrid_router"
@@ -90,3 +90,38 @@ def test_the_folder_for_its_maintainers_has_the_same_fix(name):
     folder = ROOT / "upstream" / name
     assert (folder / "fix.py").resolve() == FOLDER / f"{name}.py" and (folder / "fix.py").is_symlink()
     assert (folder / "ISSUE.md").exists() and (folder / f"test_{name}.py").exists()
+
+
+MOE, GLM = "Qwen3MoeForCausalLM", "GlmMoeDsaForCausalLM"
+CHANNEL = {"format": "pack-quantized", "config_groups": {"group_0": {"weights": {"strategy": "channel", "num_bits": 4}}}}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "quantised", "failure", "offered"),
+    [
+        (MOE, CHANNEL, ("AssertionError", "vllm/x.py"), ["w4a16_channel_experts"]),
+        (MOE, {"quant_method": "fp8"}, ("AssertionError", "vllm/x.py"), []),
+        (MOE, CHANNEL, ("ValueError", "vllm/x.py"), []),
+        (GLM, {}, ("KeyError", "vllm/models/deepseek_v32/nvidia/model.py"), []),
+        (GLM, {}, ("untied", "lm_head.weight"), ["tied_head_left_at_init"]),
+        (GLM, {}, ("absent", "lm_head.weight"), []),
+        ("GraniteMoeHybridForCausalLM", {}, ("KeyError", "vllm/model_executor/models/granitemoehybrid.py"), [ROUTER]),
+        ("GraniteMoeHybridForCausalLM", {}, ("ValueError", "vllm/distributed/utils.py"), []),
+    ],
+)
+def test_a_fix_is_offered_for_the_failure_that_it_cures_alone(architecture, quantised, failure, offered):
+    config = {"architectures": [architecture], "quantization_config": quantised}
+    assert fixes.curing("0.33.0", config, [failure]) == offered
+
+
+def test_every_fix_says_what_it_cures():
+    assert all(fixes.fix(name).CURES for name in fixes.NAMES)
+
+
+def test_other_layouts_take_as_many_gpus_and_the_nearest_comes_first():
+    asked = Deployment(2, 8, gpu="h200", layer_counts="1,1")
+    found = other_layouts(asked, 80, experts=True)
+    assert [one.layout for one in found[:3]] == ["TP=8 PP=2 EP", "TP=4 PP=4", "TP=2 PP=8"]
+    assert all(one.gpus == 16 and one.layer_counts is None for one in found) and asked not in found
+    assert [one.layout for one in other_layouts(Deployment(4, gpu="h200"), 4, False)] == ["TP=2 PP=2", "TP=4"]
+    assert other_layouts(Deployment(gpu="h200"), 4, True) == []

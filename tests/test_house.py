@@ -26,7 +26,8 @@ ENGINE_FOR_ALL = {"glmpp.engine.contract", "glmpp.engine.fixes"}
 GROUND = {"glmpp.errors", "glmpp.progress", "glmpp.words"}
 # What an import inside a function is for: packages that may be missing, or that are slow and rarely needed.
 OPTIONAL = {
-    "vllm", "transformers", "pandas", "huggingface_hub", "triton", "fastsafetensors", "xgrammar", "platform", "importlib",
+    "vllm", "torch", "numpy", "transformers", "pandas", "huggingface_hub", "triton", "fastsafetensors", "xgrammar",
+    "platform", "importlib",
 }  # fmt: skip
 
 

@@ -311,16 +311,32 @@ def test_shard_10_comes_after_shard_9(large):
 
 
 def test_one_file_without_an_index(hub, folder):
-    (folder / INDEX_FILE).unlink()
+    for file in [*folder.glob("*.safetensors"), folder / INDEX_FILE]:
+        file.unlink()
     write_zeros(folder / "model.safetensors", 3, 10)
     remote = Checkpoint.from_hub(REPO, progress=False)
     assert len(remote) == 3 and equal(remote, Checkpoint.from_directory(folder))
 
 
 def test_a_shard_that_the_index_does_not_name_is_not_read(hub, folder, tiny):
-    (folder / "consolidated.safetensors").write_bytes(b"not a shard")
-    assert equal(Checkpoint.from_hub(REPO, progress=False), tiny)
-    assert not hub.asked("consolidated.safetensors")
+    (folder / "model-00009-of-00009.safetensors").write_bytes(b"not a shard")
+    remote = Checkpoint.from_hub(REPO, progress=False)
+    assert equal(remote, tiny) and not hub.asked("model-00009-of-00009.safetensors")
+    assert "does not name them: model-00009-of-00009.safetensors" in remote.notes[0]
+
+
+@pytest.mark.parametrize("beside", ["adapter_model.safetensors", "consolidated.safetensors"])
+def test_without_an_index_the_files_are_the_folders(hub, folder, beside):
+    (folder / INDEX_FILE).unlink()
+    write_zeros(folder / beside, 3, 10)
+    remote, local = Checkpoint.from_hub(REPO, progress=False), Checkpoint.from_directory(folder)
+    assert equal(remote, local) and remote.notes == local.notes and beside in remote.files
+
+
+def test_an_adapter_names_its_base_model(hub, folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+    refused(f"{REPO}@{SHA}: is an adapter", "'org/base'")
 
 
 @pytest.mark.parametrize("revision", [None, "main", SHA, "refs/pr/7"])
@@ -453,7 +469,8 @@ def test_an_index_that_names_a_tensor_its_shard_does_not_hold(hub, folder, shard
     index = json.loads((folder / INDEX_FILE).read_text())
     index["weight_map"]["stray"] = shard.name
     (folder / INDEX_FILE).write_text(json.dumps(index))
-    refused(f"{REPO}@{SHA}/{shard.name}", "'stray'", "does not hold it")
+    (said,) = Checkpoint.from_hub(REPO, progress=False).notes
+    assert shard.name in said and "'stray'" in said and "does not hold it" in said
 
 
 def test_a_tensor_that_the_index_does_not_name(hub, folder, shard, tiny):
@@ -461,7 +478,8 @@ def test_a_tensor_that_the_index_does_not_name(hub, folder, shard, tiny):
     name = next(name for name, spec in tiny.items() if spec.file == shard.name)
     del index["weight_map"][name]
     (folder / INDEX_FILE).write_text(json.dumps(index))
-    refused(f"{REPO}@{SHA}/{shard.name}", repr(name), "does not place here")
+    remote = Checkpoint.from_hub(REPO, progress=False)
+    assert equal(remote, tiny) and repr(name) in remote.notes[0] and "does not place there" in remote.notes[0]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "null", "", "[" * 100_000, "\udc80"])
@@ -485,7 +503,7 @@ def test_a_repository_without_config(hub, folder):
 def test_a_repository_of_pickles(hub, folder):
     for file in [*folder.glob("*.safetensors"), folder / INDEX_FILE]:
         file.rename(folder / file.name.replace("safetensors", "bin"))
-    refused(f"{REPO}@{SHA}", "only safetensors are read")
+    refused(f"{REPO}@{SHA}", "vLLM would open", ".bin", "glmpp reads safetensors only")
 
 
 # --- no access ---
@@ -930,7 +948,7 @@ def test_files_of_any_name_are_only_looked_up(hub, folder, tiny, file):
     hub.faults["tiny"] = listing
     assert equal(Checkpoint.from_hub(REPO, progress=False), tiny)
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": file, "b": f"{file}/other"}}))
-    message = refused(f"{REPO}@{SHA.upper()}/", "other: the shard is missing")
+    message = refused(f"{REPO}@{SHA.upper()}/", "the index places 1 tensors in it")
     assert message.isprintable() and len(message) < 3000
     (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": file, "b": names[0]}}))
     refused()

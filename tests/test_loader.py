@@ -17,7 +17,7 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import dequantize, quantize
 from glmpp.engine.writes import WriteRecorder
 from glmpp.errors import GlmppError
-from glmpp.formats.tensor import TORCH_DTYPES
+from glmpp.formats.tensor import torch_dtypes
 from glmpp.ledger import LOADED, UNEXPECTED, Ledger, digest
 from glmpp.loader import (
     first_foreign_pair,
@@ -286,7 +286,7 @@ def test_first_foreign_pair_is_where_the_unguarded_helper_dies_in_any_order(tiny
 @st.composite
 def stored(draw) -> torch.Tensor:
     """A tensor of any dtype and rank up to 3, empty ones too, maybe as a view that is not contiguous."""
-    dtype = draw(st.sampled_from([*TORCH_DTYPES.values()]))
+    dtype = draw(st.sampled_from([*torch_dtypes().values()]))
     shape = draw(st.lists(st.integers(0, 3), max_size=3))
     size = torch.Size(shape).numel() * dtype.itemsize
     data = torch.tensor([*draw(st.binary(min_size=size, max_size=size))], dtype=torch.uint8)

@@ -220,15 +220,17 @@ def test_ci_leaves_out_of_the_matrix_only_what_the_test_command_has_run():
     release = re.search(r"^make test-matrix TESTED=(\S+)$", ci, flags=re.M)[1]
     assert f"\nvllm=={release} ;" in (ROOT / "constraints.txt").read_text()
     assert ci.index("export GLMPP_EVERY_CASE=1\n") < ci.index("\nmake test\n") < ci.index("make test-matrix")
-    assert all((ROOT / suite).exists() and suite.startswith("tests/test_") for suite in versions.SUITES)
+    assert all(
+        (ROOT / suite).exists() and suite.startswith("tests/test_") for suite in (*versions.SUITES, *versions.ON_THE_ENDS)
+    )
 
 
-def test_ci_runs_the_unit_tests_and_the_keyerror_on_another_python():
+def test_ci_runs_the_unit_tests_as_a_stranger_and_the_keyerror_on_another_python():
     assert re.search(r"^make test-python$", (ROOT / ".ci" / "run").read_text(), flags=re.M)
     makefile = (ROOT / "Makefile").read_text()
     live = re.search(r"^LIVE := (\w+)$", makefile, flags=re.M)[1]
     assert f"def {live}(" in (ROOT / "tests" / "test_vllm_dry_run.py").read_text()
-    assert "$(MAKE) test-unit test-live" in makefile
+    assert "$(MAKE) test-stranger test-live" in makefile
 
 
 def test_a_files_tests_stay_on_one_worker(tmp_path):

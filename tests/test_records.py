@@ -85,11 +85,11 @@ def other(checkpoint: Checkpoint, how: str) -> Checkpoint:
     elif how == "another order":
         specs = specs[::-1]
     elif how == "another name":
-        specs[-1] = replace(specs[-1], name="model.norm.other")
+        specs[-1] = specs[-1]._replace(name="model.norm.other")
     elif how == "another dtype":
-        specs[-1] = replace(specs[-1], dtype="F16")
+        specs[-1] = specs[-1]._replace(dtype="F16")
     elif how == "another shape":
-        specs[-1] = replace(specs[-1], shape=(1,))
+        specs[-1] = specs[-1]._replace(shape=(1,))
     else:
         config = {**config, "rms_norm_eps": 1e-3}
     return Checkpoint(specs, config)

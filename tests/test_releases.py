@@ -70,6 +70,19 @@ def test_the_nearest_release_that_loads(at):
     assert made(verdicts).nearest("A", at) == NEAREST[at]
 
 
+def test_the_record_speaks_of_the_failure_that_it_knows_and_of_no_other():
+    one = made({"0.22.1": DIES, "0.23.0": INCOMPLETE, "0.24.0": NOT_THERE, "0.25.0": LOADS})
+    one.releases["0.22.1"].architectures["A"] = Known(DIES, "fp8", "KeyError: layers.3.x", "vllm/a.py:7")
+    one.releases["0.23.0"].architectures["A"] = Known(INCOMPLETE, "plain", "lost: layers.1.bias")
+    dead, left = {("KeyError", "vllm/a.py")}, {("lost", "layers.0.bias"), ("absent", "x")}
+    assert one.knows("A", "0.22.1", dead) and not one.knows("A", "0.22.1", left | {("ValueError", "vllm/a.py")})
+    assert not one.knows("A", "0.22.1", dead | left) and not one.knows(
+        "A", "0.23.0", dead | left
+    )  # something else fails, too
+    assert one.knows("A", "0.23.0", left) and not one.knows("A", "0.23.0", dead)
+    assert one.knows("A", "0.24.0", dead) and not one.knows("A", "0.25.0", dead) and not one.knows("B", "0.22.1", dead)
+
+
 def test_where_none_is_known_to_load_none_is_named():
     assert made({"0.22.1": DIES, "0.23.0": INCOMPLETE}).nearest("A", "0.22.1") is None
     assert made({"0.22.1": DIES, "0.23.0": LOADS}).nearest("B", "0.22.1") is None

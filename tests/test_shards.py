@@ -150,16 +150,17 @@ def test_a_dtype_that_only_the_library_knows_goes_through_the_library(tmp_path, 
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     before = Checkpoint.from_directory(tmp_path)
-    for name in ("_DTYPES", "TORCH_DTYPES"):
-        rest = {known: value for known, value in getattr(types, name).items() if known != dtype}
-        monkeypatch.setattr(types, name, rest)
+    rest = {known: value for known, value in types._DTYPES.items() if known != dtype}
+    monkeypatch.setattr(types, "_DTYPES", rest)
     bits.cache_clear()
+    types.torch_dtypes.cache_clear()
     try:
         after = Checkpoint.from_directory(tmp_path)
         assert after.items() == before.items() and after.nbytes == before.nbytes
         found = dict(after.read())
     finally:
         bits.cache_clear()
+        types.torch_dtypes.cache_clear()
     assert list(found) == sorted(tensors) and all(same(found[name], tensors[name]) for name in tensors)
 
 
@@ -172,7 +173,7 @@ def packable(dtype: str, shape: list[int]) -> list[int]:
 @given(
     st.dictionaries(
         st.text("abcx.0", min_size=1, max_size=6),
-        st.tuples(st.sampled_from(sorted(types.TORCH_DTYPES)), st.lists(st.integers(0, 5), max_size=3)),
+        st.tuples(st.sampled_from(sorted(types.torch_dtypes())), st.lists(st.integers(0, 5), max_size=3)),
         max_size=8,
     ),
     st.integers(0, 7),

@@ -74,6 +74,15 @@ def test_whatever_an_index_names_lies_in_the_folder_or_is_refused(tmp_path_facto
     assert path.resolve().is_relative_to(home.resolve()) and path.resolve() != home.resolve()
 
 
+def test_a_shard_of_the_folder_that_an_index_names_by_its_whole_path_is_told_as_that(folder):
+    """vLLM compares the names as they are written, so it depends on how the folder is given whether it finds it."""
+    index = folder / "model.safetensors.index.json"
+    weight_map = {name: str(folder / file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(GlmppError, match=r"model-00001-of-00002.safetensors' by its whole path: vLLM finds it only where"):
+        Checkpoint.from_directory(folder)
+
+
 def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(folder):
     cache = folder.parent / "models--a--b"
     snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
@@ -90,20 +99,23 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(folder):
         Checkpoint.from_directory(snapshot)
 
 
-def test_a_shard_that_the_index_does_not_name_is_an_error_and_another_file_is_not(folder):
-    save_file({"x": torch.zeros(1)}, folder / "consolidated.safetensors")
-    save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors")
-    Checkpoint.from_directory(folder)
-    save_file({"x": torch.zeros(1)}, folder / "model-00003-of-00003.safetensors")
-    with pytest.raises(GlmppError, match=r"model-00003-of-00003\.safetensors: the index names no tensor in it"):
-        Checkpoint.from_directory(folder)
+def test_a_shard_that_the_index_does_not_name_is_left_out_and_told(folder):
+    before = list(Checkpoint.from_directory(folder))
+    for name in ("adapter_model", "model-00003-of-00003"):
+        save_file({"x": torch.zeros(1)}, folder / f"{name}.safetensors")
+    checkpoint = Checkpoint.from_directory(folder)
+    assert list(checkpoint) == before
+    said = "not opened by vLLM, as model.safetensors.index.json does not name them: "
+    assert checkpoint.notes == [f"{said}adapter_model.safetensors, model-00003-of-00003.safetensors"]
 
 
-def test_a_name_in_two_shards_is_an_error(folder):
-    first = folder / "model-00001-of-00002.safetensors"
-    save_file({"lm_head.weight": torch.zeros(1), "model.embed_tokens.weight": torch.zeros(1)}, first)
-    with pytest.raises(GlmppError, match=r"model-00001-of-00002\.safetensors: the index places '.*' here"):
-        Checkpoint.from_directory(folder)
+def test_a_name_in_two_shards_is_told(folder):
+    name = next(name for name, spec in Checkpoint.from_directory(folder).items() if "00002-of" in spec.file)
+    save_file({name: torch.zeros(3, 5, 7)}, folder / "model-00001-of-00002.safetensors")
+    checkpoint = Checkpoint.from_directory(folder)
+    (twin,) = checkpoint.twins  # of another shape: vLLM is handed both
+    (line,) = (line for line in checkpoint.notes if "vLLM keeps the last" in line)
+    assert f"{twin.name!r} (1 such)" in line and twin.file != checkpoint[twin.name].file
 
 
 @pytest.mark.parametrize("shape", [[2**63], [0, 2**63], [2**32, 2**32], [0, 2**32, 2**32]])
@@ -123,7 +135,7 @@ def test_pickles_are_never_opened(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     for name in ("pytorch_model.bin", "model.safetensors"):
         (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
-        with pytest.raises(GlmppError, match=r"neither|not a complete safetensors file"):
+        with pytest.raises(GlmppError, match=r"glmpp reads safetensors only|not a complete safetensors file"):
             Checkpoint.from_directory(tmp_path)
     assert not (tmp_path / "exploded").exists()
 

@@ -287,7 +287,7 @@ def checked_by_command(fault: str, tmp_path, capsys) -> tuple[str, dict]:
     report = json.loads(out)
     jsonschema.validate(report, SCHEMA)
     assert code == again == 1 and report["known_to_load_from"] is report["nearest_in_record"] is None
-    assert text.endswith(f"\n{cli.NO_RELEASE}\n")
+    assert cli.NO_RELEASE not in text  # of this architecture the record says nothing
     return text, report
 
 
@@ -357,7 +357,7 @@ def test_an_architecture_that_vllm_does_not_know_is_refused_in_its_words(tiny, t
 def test_a_tensor_that_the_checkpoint_lacks_is_not_called_a_pipeline_fault(tiny, capsys, monkeypatch):
     lost = "model.layers.2.mlp.down_proj.weight"
     partial = Checkpoint([spec for spec in tiny.values() if spec.name != lost], tiny.config, source="partial")
-    monkeypatch.setattr(cli, "open_checkpoint", lambda *_: partial)
+    monkeypatch.setattr(cli, "open_checkpoint", lambda *_, **__: partial)
     code, out, _ = command(capsys, "check", "partial", "--pp", 2, "--guard", "loader")
     assert code == 1 and out.count(f"    left at init: {lost}\n") == 2  # on its stage and at PP=1
     assert out.endswith("PP=2: loads, and is not complete, nor is PP=1: 1 absent\n")

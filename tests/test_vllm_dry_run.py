@@ -46,6 +46,13 @@ def test_full_size_every_stage_of_pp_8_dies_at_the_reported_key_and_pp_1_loads(f
     assert report.peak_rss_bytes < 1.5e9
 
 
+@affected
+def test_glm_5_2_dies_at_the_first_indexer_of_another_stage(config_52):
+    """Not at layer 9, as GLM-5.1 does on stage 0: that layer has none. The next one with an indexer is 10."""
+    report = dry_run(Checkpoint.from_config(config_52), 8, ranks=[0, 7], control=False, progress=False)
+    assert [one.key for one in report.stages] == [KEY.format(10), KEY.format(0)]
+
+
 def test_full_size_with_the_kits_helper_a_stage_loads_and_its_ledger_closes(full):
     report = dry_run(full, Deployment(pp=8, guard="helper"), ranks=[0, 7], control=False, progress=False)
     for one in report.stages:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
+import jsonschema
 import pytest
 from conftest import ROOT
 from models import SIZES, write_model
@@ -12,10 +15,12 @@ from glmpp import cli
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.formats.config import load_config
+from glmpp.formats.glm5 import reduced_config
 from glmpp.formats.tensor import TensorSpec
 from glmpp.gpus import CPU, GPUS
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
+from glmpp.verdict.installed import vllm_version
 from glmpp.verdict.layouts import layouts
 from glmpp.verdict.report import DryRunReport
 from glmpp.verdict.stage_report import LOADS
@@ -180,6 +185,49 @@ def test_a_cpu_has_no_memory_to_fit_into(tiny):
     assert "memory, " not in as_text(tiny, report)
 
 
+@pytest.mark.usefixtures("no_partition_variable")
+def test_what_does_not_fit_ends_with_1_and_says_what_would(tiny, capsys):
+    """Half of the room that a request of this length needs."""
+    (one,) = run(tiny, pp=1, context=4096).fit().memories
+    need = one.kv_cache.block_bytes * one.kv_cache.blocks_per_request
+    share = (one.weights + need / 2) / GPUS["h200"].memory
+    arguments = ["check", str(tiny.directory), "--gpu", "h200", "--context", "4096", "--guard", "loader", "--json"]
+    assert cli.main([*arguments, "--gpu-memory-utilization", f"{share:.7f}"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    jsonschema.validate(told, json.loads((ROOT / "tests" / "check.schema.json").read_text()))
+    assert told["verdict"] == "does not fit" and told["fit"]["fits"] is False and "4,096 tokens" in told["fit"]["lack"]
+    (length,) = [int(line.split()[2]) for line in told["would_fit"] if "--max-model-len" in line]
+    assert 1700 < length <= 2048
+    assert any(line.startswith("2 x h200 hold it: ") for line in told["would_fit"]), told["would_fit"]
+
+
+@pytest.mark.usefixtures("no_partition_variable")
+def test_experts_that_tp_cuts_are_told_of_the_layout_that_loads_and_of_no_fix_or_release(config, tmp_path, capsys):
+    """A quarter of an expert is half a block of 128; everything else can be cut in four."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 512}
+    experts = {"moe_intermediate_size": 256, "n_shared_experts": 2, "num_hidden_layers": 4, "first_k_dense_replace": 1}
+    (tmp_path / "config.json").write_text(json.dumps(reduced_config(config, **heads, **experts)))
+    code, out = cli.main(["check", str(tmp_path), "--tp", "4", "--gpu", "h200"]), capsys.readouterr().out
+    if code == 0:  # newer releases give each rank's part blocks of its own
+        assert tuple(map(int, vllm_version().split(".")[:2])) >= (0, 32) and "\nTP=4: loads, complete" in out
+        return
+    assert code == 1 and "on as many GPUs TP=4 EP loads (tried: TP=4 EP):\n    vllm serve MODEL " in out, out
+    assert out.endswith("--enable-expert-parallel\n")
+    assert "does not cure" not in out and "release" not in out and "memory, " not in out
+
+
+@pytest.mark.usefixtures("no_partition_variable")
+def test_heads_that_no_layout_of_these_gpus_can_share_are_told_with_what_was_tried(tiny, capsys):
+    assert cli.main(["check", str(tiny.directory), "--tp", "3", "--gpu", "h200", "--guard", "installed"]) == 1
+    out = capsys.readouterr().out
+    assert (
+        "must be divisible" in out
+        and re.search(r"(tried loads: |\(tried: )TP=3 EP, PP=3", out)
+        and "release" not in out
+        and "fix" not in out
+    )
+
+
 # --- layouts ------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +242,13 @@ def test_every_way_to_use_the_gpus_is_tried_and_the_best_comes_first(found):
     serving = [one.requests for one in found.layouts if one.serves]
     assert serving and serving == sorted(serving, reverse=True)
     assert [one.serves for one in found.layouts] == sorted((one.serves for one in found.layouts), reverse=True)
+
+
+def test_vllms_own_load_was_asked_for_each_layout_as_it_is_told(found, tiny):
+    """With EP, too: what is said of it without EP is said of another layout."""
+    for one in (one for one in found.layouts if one.serves):
+        stock = dry_run(tiny, replace(one.deployment, guard="installed"), control=False, progress=False)
+        assert (one.deployment.guard == "installed") == stock.loads, one.deployment.layout
 
 
 def test_a_shard_that_cuts_a_block_is_refused_in_vllms_words(found):

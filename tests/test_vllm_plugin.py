@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -741,7 +740,7 @@ def test_two_tensors_of_different_shape_that_are_swapped_are_reported_by_name(ti
     names = [name for name in tiny if name.startswith(f"model.layers.{layer}.") and tiny[name].dtype == "F8_E4M3"]
     one, other = next(pair for _ in names for pair in [rng.sample(names, 2)] if tiny[pair[0]].shape != tiny[pair[1]].shape)
     swapped = {one: tiny[other].shape, other: tiny[one].shape}
-    specs = [replace(spec, shape=swapped.get(spec.name, spec.shape)) for spec in tiny.values()]
+    specs = [spec._replace(shape=swapped.get(spec.name, spec.shape)) for spec in tiny.values()]
     report = dry_run(Checkpoint(specs, tiny.config), Deployment(pp=3, guard="loader"), control=False, progress=False)
     (stage,) = (stage for stage in report.stages if not stage.loads)
     assert stage.verdict == DIES and stage.tensor in swapped and stage.stage.owns(one)

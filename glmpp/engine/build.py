@@ -52,10 +52,11 @@ class ModelBuilder:
         config = EngineArgs(
             model=self.request["model"],
             skip_tokenizer_init=True,
-            load_format="glmpp" if self.request["guard"] == "loader" else "safetensors",
+            load_format="glmpp" if self.request["guard"] == "loader" else "auto",
             enforce_eager=True,
             enable_prefix_caching=False,  # the CPU platform turns it off halfway, and then other checks fail
             max_model_len=max_model_len,
+            kv_cache_dtype=self.request.get("kv_cache_dtype", "auto"),
             pipeline_parallel_size=place.size,
             tensor_parallel_size=place.shards,
             data_parallel_size=place.replicas,

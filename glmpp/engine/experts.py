@@ -22,6 +22,13 @@ def expert_maps(model: torch.nn.Module) -> dict[str, set[int]]:
     return found
 
 
+def expert_numbers(module: torch.nn.Module, count: int) -> list[int]:
+    """The numbers of so many experts that a module has stacked, in the order of the stack."""
+    numbers = getattr(vars(module).get("expert_map_manager"), "expert_map", None)
+    held = [] if numbers is None else [number for number, local in enumerate(numbers.tolist()) if local >= 0]
+    return held if len(held) == count else list(range(count))
+
+
 def held_experts(maps: dict[str, set[int]]) -> set[int] | None:
     """Numbers of the experts that a rank holds in any layer; None without expert parallelism."""
     return set().union(*maps.values()) if maps else None

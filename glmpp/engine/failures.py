@@ -52,6 +52,7 @@ LIBRARIES = {
     "transformers",
     "triton",
 }
+LISTED = re.compile(r"\{[^{}:]{200,}\}")  # a set, in no order: what is listed after a name and a colon stays
 RANKS_AWAY = "no other process of this group is here"  # in the name of a group, which torch repeats
 STUDIED = ("glmpp.loader",)  # the helper in its wrong versions: the kit's code that stands in for a model's
 SHOWN = (*STUDIED, "glmpp.engine.load_format")
@@ -117,14 +118,30 @@ def describe(error: BaseException) -> dict:
     every = frames(error)
     shown = [frame for frame in every if frame.is_shown]
     last = (shown or every)[-1]
+    said, built = LISTED.sub("{…}", without_paths(words_of(error))), being_built(error)
     return {
         "exception": type(error).__name__,
-        "message": without_paths(str(error))[:2000],
+        "message": said[:2000] + (f" (while {built} was built)" if built else ""),
         "key": str(error.args[0]) if isinstance(error, KeyError) and error.args else None,
         "place": f"{last.file}:{last.line}",
         "function": last.function,
         "traceback": [str(frame) for frame in shown],
     }
+
+
+def words_of(error: BaseException) -> str:
+    """What an exception says; of pydantic's, the sentences of vLLM's own checks without what pydantic puts around them."""
+    if not is_pydantics(error):
+        return str(error)
+    own = [(one.get("ctx", {}).get("error"), ".".join(map(str, one["loc"])), one["msg"]) for one in error.errors()]
+    return "; ".join(str(said) if said else f"{where}: {what}" if where else what for said, where, what in own)
+
+
+def being_built(error: BaseException) -> str | None:
+    """The module in whose `__init__` an exception rose, by the dotted name that vLLM hands down as `prefix`."""
+    inits = (each.tb_frame for each in reversed(_tracebacks(error)) if each.tb_frame.f_code.co_name == "__init__")
+    names = (frame.f_locals.get("prefix") for frame in inits)
+    return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def without_paths(text: str) -> str:
@@ -170,7 +187,7 @@ def is_kits(error: BaseException) -> bool:
 def is_refusal(error: BaseException) -> bool:
     """Whether vLLM raised it on purpose, with a type and in a place that are known for it."""
     every = frames(error)
-    if is_pydantics(error):  # it wraps what the checks of vLLM's configs say
+    if is_pydantics(error) or type(error).__name__.startswith("StrictDataclass"):  # a check of vLLM's or transformers' own
         return any(frame.package == "vllm" for frame in every)
     if not isinstance(error, REFUSES_WITH) or not every or not _is_in(every[-1].module, REFUSES_IN):
         return False

@@ -17,7 +17,7 @@ ADDED = {
         "moe_layer_freq": [0, 1, 1, 1, 1, 1],
         "layernorm_epsilon": 1e-5,
         "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 2,
+        "swa_num_key_value_heads": 4,
         "swa_head_dim": 64,
         "swa_v_head_dim": 64,
         "sliding_window_size": 128,
@@ -149,6 +149,7 @@ _LATENT = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "
 PUBLISHED = {
     **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), _LATENT),
     **dict.fromkeys(("kimi_linear", "longcat_flash"), _LATENT),
+    "glm_ocr_text": {"intermediate_size": 768},  # out_hidden_size times in_channels, as published
     "hunyuan_v1_dense": {"head_dim": 64},
     "hunyuan_v1_moe": {"head_dim": 64},
     "hunyuan_vl_text": {"head_dim": 64},

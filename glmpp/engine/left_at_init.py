@@ -47,7 +47,10 @@ def optional(module: torch.nn.Module, leaf: str) -> str | None:
         return "the order of activation, which this checkpoint does without"
     if leaf.endswith(("input_scale", "input_global_scale")) and keeps_inputs(method):
         return "a scale of inputs that are not quantised"
-    if leaf in ("w13_bias", "w2_bias") and leaf not in getattr(module, "_loaded_expert_biases", {leaf}):
+    if leaf == "g_idx" and getattr(getattr(method, "quant_config", None), "desc_act", None) is False:
+        return "the order of activation, which this checkpoint does without"
+    takes_away = type(method).__module__.endswith(".auto_gptq")  # others go on with what lies there
+    if takes_away and leaf in ("w13_bias", "w2_bias") and leaf not in getattr(module, "_loaded_expert_biases", {leaf}):
         return "taken away after loading unless the checkpoint has one"
     return None
 

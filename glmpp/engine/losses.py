@@ -6,32 +6,41 @@ The load format and the dry run ask the same two questions of the writes that we
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from difflib import SequenceMatcher
+from itertools import accumulate
 from math import prod
 
 import torch
+from torch.nn.parameter import is_lazy
+from transformers import PretrainedConfig
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.ep_weight_filter import parse_expert_id
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.engine.experts import expert_maps, held_experts, is_elsewhere
+from glmpp.engine.experts import expert_maps, expert_numbers, held_experts, is_elsewhere
 from glmpp.engine.left_at_init import accounted
 from glmpp.engine.padding import padding
 from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
 from glmpp.engine.writes import WriteRecorder, loadable
+from glmpp.formats.config import TEXT_CONFIGS
 from glmpp.formats.index import shard_path
 from glmpp.formats.shard import read_shard
-from glmpp.ledger import ABSENT, EXPECTED, LOST, UNTIED, Left, digest
+from glmpp.ledger import ABSENT, CUT, EXPECTED, LOST, UNTIED, Left, digest
 from glmpp.partition import Prefixes
 
 LAYER = re.compile(r"[^.]+\.\d+(?=\.)")  # "layers.3"
+STACKED = re.compile(r"^w\d+_")  # "w13_weight" has what the checkpoint calls "gate_proj.weight" and "up_proj.weight"
 SCALE = re.compile(r"_scale(_inv)?$")
+SHOWN_EXPERTS = 16
 COMPUTED = "computed while the model is built"
 DROPPED = "{!r}, of the same layer and shape, was handed over and dropped"
 NOT_TIED = "tie_word_embeddings is true, and the model does not tie it to the embedding"
+TIED = "vLLM ties the head to {}, although tie_word_embeddings of the language model is false"
+SHARED_BLOCK = "its parts have {} rows, and a block of {} that two of them share has one scale"
 WRONG_PLACE = "one part of it was written more than once, and another never"
 NOTHING_LIKE_IT = "no tensor that it could be was handed over and dropped"
 
@@ -39,7 +48,44 @@ NOTHING_LIKE_IT = "no tensor that it could be was handed over and dropped"
 def left(recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig) -> dict[str, Left]:
     """What a load left at init, and what became of it, from the writes that were seen."""
     found = recorder.left_at_init(padding(model))
-    return losses(found, model, model_config, dropped(recorder, model), recorder.overwritten) if found else {}
+    sorted_out = losses(found, model, model_config, dropped(recorder, model), recorder.overwritten) if found else {}
+    partly = {name: _partly(name, one, recorder, model) for name, one in sorted_out.items()}
+    return partly | dropped_heads(recorder, model, model_config) | shared_blocks(recorder, model)
+
+
+def _partly(name: str, one: Left, recorder: WriteRecorder, model: torch.nn.Module) -> Left:
+    """The same, of a parameter that was written in part with how much is lacking, and of stacked experts with which."""
+    tally, (path, _, leaf) = recorder.tallies()[name], name.rpartition(".")
+    filled = int(tally.filled.sum())
+    if one.kind == EXPECTED or not 0 < filled < tally.size:
+        return one
+    said = f"{tally.size - filled:,} of {tally.size:,} elements were never written"
+    if "experts" in path:
+        rows, count = recorder.unwritten_rows(name), loadable(model)[name].shape[0]
+        numbers = [expert_numbers(model.get_submodule(path), count)[at] for at in rows]
+        which = ", ".join(map(str, numbers[:SHOWN_EXPERTS]))
+        more = f" and {len(rows) - SHOWN_EXPERTS:,} more" if len(rows) > SHOWN_EXPERTS else ""
+        if 0 < len(rows) < count:
+            of_these = f"{len(rows):,} of {count:,} experts: {which}{more}"
+            stored = STACKED.sub("", leaf)
+            if one.tensor is None and lacking(numbers, stored, _layer(name), recorder.order):
+                return replace(one, kind=ABSENT, why=f"the checkpoint lacks {stored} of {of_these}")
+            said += f", those of {of_these}"
+    return replace(one, why=f"{said}; {one.why}")
+
+
+def lacking(numbers: Iterable[int], leaf: str, layer: str | None, names: Iterable[str]) -> bool:
+    """Whether a checkpoint has tensors of this kind for other experts of a layer, and fewer for each of these experts.
+
+    Args:
+        names: of all tensors that were handed over.
+    """
+    counts: dict[int, int] = defaultdict(int)
+    for name in names:
+        if name.endswith(f".{leaf}") and _layer(name) == layer and (number := parse_expert_id(name)) is not None:
+            counts[number] += 1
+    most = max(counts.values(), default=0)
+    return all(counts[number] < most for number in numbers)
 
 
 def dropped(recorder: WriteRecorder, model: torch.nn.Module) -> dict[str, torch.Size]:
@@ -93,7 +139,7 @@ def losses(
     tied = getattr(model_config.hf_text_config, "tie_word_embeddings", False)
     expected = accounted([name for name in left if name in parameters], model, model_config)
     places = {name: (rename(name) if rename else name) or name for name in dropped}
-    elsewhere = Prefixes([*missing_prefixes(model), *speculative_prefixes(model, model_config.hf_text_config)])
+    elsewhere = Prefixes([*missing_prefixes(model), *speculative_prefixes(model, model_config)])
     experts, by_layer = held_experts(expert_maps(model)), defaultdict(list)
     for name, place in sorted(places.items()):
         if not elsewhere.cover(place) and not is_elsewhere(name, experts):
@@ -125,6 +171,55 @@ def losses(
     return found
 
 
+def shared_blocks(recorder: WriteRecorder, model: torch.nn.Module) -> dict[str, Left]:
+    """Block scales of parameters that are fused while they are loaded, a part of which begins within a block -> what is
+    wrong with them.
+
+    There the block has one scale and rows of two parts; vLLM stores the scales of the next part one block later. Of a
+    parameter that is fused in the checkpoint the blocks are those of the whole.
+    """
+    rename, found = mapped(model) or (lambda name: name), {}
+    parts = Counter(rename(name) or name for name in recorder.order if "weight_scale" in name)
+    for path, module in model.named_modules():
+        block, widths = getattr(module, "weight_block_size", None), getattr(module, "logical_widths", None)
+        if not block or not widths or all(start % block[0] == 0 for start in accumulate(widths[:-1])):
+            continue
+        for name, _ in module.named_parameters(recurse=False):
+            if name.startswith("weight_scale") and parts[f"{path}.{name}"] != 1:
+                said = SHARED_BLOCK.format(", ".join(map(str, widths)), block[0])
+                found[f"{path}.{name}"] = Left(CUT, said)
+    return found
+
+
+def dropped_heads(recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig) -> dict[str, Left]:
+    """Heads of a wrapper's language model that are the embedding although its own config says that they are not, and of
+    which the checkpoint has a tensor that was dropped -> what became of it."""
+    weights, rename, found = vocabularies(model), mapped(model) or (lambda name: name), {}
+    if len({id(weight) for weight in weights.values()}) == len(weights):
+        return {}
+    # As it is in the file: vLLM may have changed its own.
+    config, _ = PretrainedConfig.get_config_dict(model_config.model, revision=model_config.revision)
+    nested = [config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)]
+    if not nested or nested[0].get("tie_word_embeddings") is not False:
+        return {}
+    places = {rename(name) or name: name for name in dropped(recorder, model)}
+    for path, weight in weights.items():
+        shared = [other for other, one in weights.items() if other != path and one is weight]
+        if f"{path}.weight" in places and shared:
+            found[f"{path}.weight"] = Left(LOST, TIED.format(shared[0]), places[f"{path}.weight"])
+    return found
+
+
+def vocabularies(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights of embeddings and heads, by the path of their module; one that is tied has several."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if isinstance(module, VocabParallelEmbedding) and isinstance(weight, torch.Tensor) and not is_lazy(weight):
+            found[path] = weight
+    return found
+
+
 def confirmed(
     found: Mapping[str, Left], model: torch.nn.Module, folder: str, shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, Left]:
@@ -134,7 +229,8 @@ def confirmed(
         folder: of the checkpoint that was loaded.
         shapes: its tensors -> shape.
     """
-    modules, tensors, proven = dict(model.named_modules()), loadable(model), {}
+    modules, proven = dict(model.named_modules(remove_duplicate=False)), {}
+    tensors = loadable(model) | {f"{path}.weight": weight for path, weight in vocabularies(model).items()}
     for name, one in found.items():
         source = one.tensor
         if one.kind == UNTIED:
@@ -143,10 +239,9 @@ def confirmed(
         stored = None if source is None else _read(folder, source)
         if one.kind != EXPECTED and stored is not None and _holds(tensors[name], stored):
             one = Left(EXPECTED, f"it has the bytes of {source!r} even so")
-        if one.kind != EXPECTED:
+        if one.kind != EXPECTED and stored is not None:
             at = _first_difference(tensors[name], stored)
-            in_file = None if stored is None else _value(stored, at)
-            one = replace(one, tensor=source, in_file=in_file, in_model=_value(tensors[name], at))
+            one = replace(one, tensor=source, in_file=_value(stored, at), in_model=_value(tensors[name], at))
         proven[name] = one
     return proven
 
@@ -196,9 +291,9 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.to(torch.float64), other.to(torch.float64))  # stored wider or narrower than it is kept
 
 
-def _first_difference(tensor: torch.Tensor, stored: torch.Tensor | None) -> int:
+def _first_difference(tensor: torch.Tensor, stored: torch.Tensor) -> int:
     """Where two tensors differ first, counted in elements; 0 if that cannot be said."""
-    if stored is None or tensor.shape[1:] != stored.shape[1:]:
+    if tensor.shape[1:] != stored.shape[1:]:
         return 0
     rows = min(len(tensor), len(stored)) if tensor.dim() else None
     differ = tensor[:rows].to(torch.float64) != stored[:rows].to(torch.float64) if rows else tensor != stored

@@ -16,7 +16,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from glmpp.engine import contract
 from glmpp.engine.build import Built, ModelBuilder, Place
-from glmpp.engine.failures import is_kits
+from glmpp.engine.failures import REFUSAL, is_kits, kind_of
 from glmpp.engine.left_at_init import SHARED_BY_DRAFTER
 from glmpp.engine.targets import tensors_on
 
@@ -45,7 +45,11 @@ def memory(builder: ModelBuilder, place: Place, built: Built, device: str, conte
         contract.require(contract.KV_CACHE)
         from glmpp.engine.kv_cache import kv_cache, serving
 
-        config = serving(builder, place, built, context)
+        try:
+            config = serving(builder, place, built, context)
+        except Exception as error:
+            message["refused"] = kind_of(error) == REFUSAL
+            raise
         message["utilization"] = config.cache_config.gpu_memory_utilization
         message["kv_cache"] = kv_cache(config, list(layers))
     except Exception as error:  # no verdict on the checkpoint depends on it

@@ -15,6 +15,8 @@ from glmpp.formats.header import Header
 from glmpp.partition import Prefixes
 from glmpp.words import quoted, shown
 
+MTP = ("mtp", "model.mtp", "model.mtp_layers", "model.mtp_block")  # Qwen3.5; LongCat; MiMo; ERNIE
+
 
 def missing_prefixes(model: torch.nn.Module) -> list[str]:
     """Prefixes of the model's placeholders, each ending in a dot, computed afresh.
@@ -37,11 +39,14 @@ def prefixes_before_drafter(model: torch.nn.Module, num_hidden_layers: int) -> l
     return found
 
 
-def speculative_prefixes(model: torch.nn.Module, config) -> list[str]:
-    """The MTP layers, numbered after the main model's, which has no module for them and skips their tensors."""
+def speculative_prefixes(model: torch.nn.Module, model_config: ModelConfig) -> list[str]:
+    """The MTP layers, of which the main model has no module and skips the tensors: numbered after its own layers, or under
+    a name of their own."""
+    config, modules = model_config.hf_text_config, dict(model.named_modules())
     layers, more = getattr(config, "num_hidden_layers", 0), getattr(config, "num_nextn_predict_layers", 0) or 0
-    lists = [p for p, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
-    return [f"{path}.{layers + index}." for path in lists for index in range(more)]
+    lists = [p for p, m in modules.items() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
+    named = [] if is_drafter(model_config) else [f"{path}." for path in MTP if path not in modules]
+    return [*(f"{path}.{layers + index}." for path in lists for index in range(more)), *named]
 
 
 def mapped(model: torch.nn.Module) -> Callable[[str], str | None] | None:
@@ -93,7 +98,7 @@ class Selection:
         config = get_current_vllm_config_or_none()
         balanced = config is not None and config.parallel_config.enable_eplb  # a rank then has copies of others' experts
         self.experts = {} if balanced else expert_maps(model)
-        self._speculative = Prefixes(speculative_prefixes(model, text))
+        self._speculative = Prefixes(speculative_prefixes(model, model_config))
         self._missing, self._mapped = Prefixes(prefixes), mapped(model)
         self.offered: int | None = 0
         self.nbytes = self.files = self.files_offered = 0

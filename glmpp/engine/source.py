@@ -25,6 +25,12 @@ class Source:
         self.specs = [(name, *TensorSpec(name, dtype, tuple(shape)).in_torch) for name, dtype, shape in tensors]
         self.nbytes = {name: dtype.itemsize * prod(shape) for name, dtype, shape in self.specs}
 
+    def become(self, other: Source) -> None:
+        """Take another's tensors, for all who hold this one or its sizes."""
+        self.specs = other.specs
+        self.nbytes.clear()
+        self.nbytes.update(other.nbytes)
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for name, _, shape in self.specs}

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch.nn.parameter import is_lazy
 from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from glmpp.engine.account import Account
 from glmpp.engine.build import Built, ModelBuilder
 from glmpp.engine.choices import choices
-from glmpp.engine.failures import NO_ANSWER, NO_VERDICT, PACKAGE, REFUSAL, describe, is_kits, kind_of
+from glmpp.engine.failures import NO_ANSWER, NO_VERDICT, PACKAGE, REFUSAL, describe, is_kits, kind_of, on_behalf
 from glmpp.engine.groups import Place, pretend
 from glmpp.engine.guards import Guard
 from glmpp.engine.load_format import StageModelLoader, register
@@ -27,8 +30,10 @@ from glmpp.engine.targets import tensors_on
 from glmpp.engine.unanswered import UnansweredOnMeta
 from glmpp.engine.writes import parameters
 from glmpp.errors import chain
+from glmpp.formats.index import natural_key
 from glmpp.gpus import CPU
 from glmpp.ledger import EXPECTED, digest
+from glmpp.words import some
 
 SMALL_ENOUGH = 2_000_000_000  # bytes of a checkpoint and of a model that are tried again with data, on the CPU
 ROOM = 3_000_000_000  # bytes that a stage may take, and five times those that are tried; of GLM-5.1's on meta one has 1 GB
@@ -48,6 +53,20 @@ def is_complete(result: dict) -> bool:
     return result["verdict"] == "loads" and all(left["kind"] == EXPECTED for left in result["left"].values())
 
 
+def opened_by(loader: DefaultModelLoader, source: DefaultModelLoader.Source) -> list[str]:
+    """Paths of the files that a loader opens of a source. Raises what vLLM says where it finds none."""
+    if isinstance(loader, StageModelLoader):
+        return loader.locate(source)[0]
+    how = source.subfolder, source.revision, source.fall_back_to_pt, source.allow_patterns_overrides
+    return loader._prepare_weights(source.model_or_path, *how)[1]
+
+
+def described(shards: list) -> list[tuple[str, str, list[int]]]:
+    """Name, safetensors dtype and shape of the tensors of shards that the library has opened."""
+    found = ((name, shard.get_slice(name)) for shard in shards for name in shard.keys())  # noqa: SIM118  not a dict
+    return [(name, one.get_dtype(), one.get_shape()) for name, one in found]
+
+
 class Stages:
     """Builds and loads the stages that a request asks for."""
 
@@ -60,7 +79,7 @@ class Stages:
         self.nbytes = sum(self.source.nbytes.values())
         if request["weights"] != "real":
             limit_memory(ROOM + 5 * min(self.nbytes, SMALL_ENOUGH))
-        self.has_files = any(Path(request["model"]).glob("*.safetensors"))
+        self.has_files = request["files"] is not None
         if not self.has_files:
             answer_for_headers(request["tensors"])
 
@@ -72,6 +91,7 @@ class Stages:
             data: NO_DATA, MADE_UP or REAL.
         """
         source, chosen, real = self.source, type(get_model_loader(config.load_config)), self.request["weights"] == "real"
+        folder, read, stand_ins = self.request["model"], self.request["files"], self.builder.stand_ins
 
         class Loader(chosen):
             def get_all_weights(self, model_config, model):
@@ -80,6 +100,14 @@ class Stages:
             def _get_weights_iterator(self, files):
                 if data == REAL:
                     return super()._get_weights_iterator(files)
+                if read is not None and files.model_or_path == folder:
+                    listed = {os.path.relpath(file, folder): file for file in opened_by(self, files)}
+                    if listed.keys() != set(read):
+                        stand_ins.reasons["file list"] = f"vLLM opens {some([*listed])}; glmpp had read {some(read)}"
+                        shards = []
+                        for file in sorted(listed.values(), key=natural_key):
+                            shards.append(on_behalf(safe_open, file, "pt"))
+                        source.become(Source(described(shards)))
                 weights = source.hand_over("meta" if data == NO_DATA else "cpu")
                 if not isinstance(self, StageModelLoader):
                     return weights
@@ -106,6 +134,7 @@ class Stages:
         if max(self.nbytes, result.get("memory", {}).get("parameters", 0)) <= SMALL_ENOUGH:
             again = self.attempt(place, REAL if self.has_files else MADE_UP, moves=True)
             if self.has_files or is_complete(again):
+                again["reads"] = again.get("reads") or result.get("reads")  # of values made up nothing is seen
                 return again
         with UnansweredOnMeta() as asked:
             result = self.attempt(place, NO_DATA, moves=True)
@@ -156,6 +185,7 @@ class Stages:
         result["patched"] = self.guard.install()
         places = tensors_on(device) if moves else contextlib.nullcontext()
         load = StageLoad(built, self.guard, lambda *how: self.loader(*how, data=data), self.source.nbytes, device)
+        load.reads = data != MADE_UP  # whose elements all are one
         started = time.perf_counter()
         with places:
             load.run(self.request["all_deaths"])

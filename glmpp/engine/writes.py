@@ -16,7 +16,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
 from glmpp.engine.failures import on_behalf
+from glmpp.engine.reads import Reads, storage_of
 
+COPIES = ("clone", "_to_copy")  # operators that make a tensor of another's elements, each in its place
 NO_PADDING: Mapping[str, int] = MappingProxyType({})
 
 
@@ -31,10 +33,11 @@ class WriteRecorder:
     Attributes:
         order: names handed over so far, when the weights pass through `hand_over`.
         shapes: of these tensors, one for each.
+        reads: what is read of them, if it is asked for.
     """
 
-    def __init__(self, model: torch.nn.Module):
-        self.model = model
+    def __init__(self, model: torch.nn.Module, reads: Reads | None = None):
+        self.model, self.reads = model, reads
         self.order: list[str] = []
         self.shapes: list[torch.Size] = []
         self._homes: dict[int, _Home] = {}
@@ -42,7 +45,7 @@ class WriteRecorder:
         self._kinds: dict[tuple, tuple] = {}  # each once: there are a hundred thousand writes, and few kinds
         self._alive: list[StorageWeakRef] = []  # while these are held no other storage gets the number of one that has gone
         for name, tensor in loadable(model).items():
-            if (storage := _storage(tensor)) is not None:
+            if (storage := storage_of(tensor)) is not None:
                 self._alive.append(StorageWeakRef(tensor.untyped_storage()))
                 self._starts[name] = storage
                 self._homes.setdefault(storage, _Home()).tensors[name] = tensor
@@ -53,6 +56,8 @@ class WriteRecorder:
         for name, tensor in weights:
             self.order.append(name)
             self.shapes.append(tensor.shape)
+            if self.reads is not None:
+                self.reads.hand_over(len(self.order), tensor)
             yield name, tensor
 
     def __enter__(self) -> WriteRecorder:
@@ -73,6 +78,11 @@ class WriteRecorder:
         threading.Thread.run = self._run
         _active.remove(self)
         self._guards.pop().__exit__(*error)
+
+    def note_sources(self, storage: int | None, sources: Iterable[object]) -> None:
+        """An operator has written into a storage, from its other arguments."""
+        if self.reads is not None:
+            self.reads.note(sources, storage in self._homes, len(self.order), self._homes)
 
     def note(self, tensor: torch.Tensor, storage: int, find_place: Callable[[], _Place | None] | None) -> None:
         """An operator has written a tensor: all of it, or a part that can be found."""
@@ -135,11 +145,19 @@ class WriteRecorder:
             if tally.is_whole(padding.get(name, 0), tally.at_most) and not tally.is_whole(padding.get(name, 0), 0)
         }
 
+    def unwritten_rows(self, name: str) -> list[int]:
+        """Indices of a parameter's first dimension of which not every element was written."""
+        storage, tensor = self._starts[name], loadable(self.model)[name]
+        if storage_of(tensor) != storage or not tensor.dim():
+            return []
+        writes = self._homes[storage].writes
+        return [at for at, row in enumerate(tensor) if not _tally(row, writes).is_whole(0, 0)]
+
     def tallies(self) -> dict[str, _Tally]:
         """Parameter or buffer -> what was written of it."""
         now = loadable(self.model)
         writes = sum(len(home.writes) for home in self._homes.values())
-        state = (writes, [(_storage(tensor), tensor.shape) for tensor in now.values()])
+        state = (writes, [(storage_of(tensor), tensor.shape) for tensor in now.values()])
         if state != self._tallies[0]:
             made = {name: self._tally(name, tensor) for name, tensor in now.items() if name in self._starts}
             self._tallies = (state, made)
@@ -147,7 +165,7 @@ class WriteRecorder:
 
     def _tally(self, name: str, tensor: torch.Tensor) -> _Tally:
         """Args: tensor: what the parameter is now."""
-        storage, size = _storage(tensor), tensor.numel()
+        storage, size = storage_of(tensor), tensor.numel()
         if storage != self._starts[name]:  # replaced as a whole
             return _Tally(size, size, np.array([size]))
         return _tally(tensor, self._homes[storage].writes)
@@ -429,6 +447,9 @@ def _register() -> None:
     if not _libraries:
         _libraries["_"] = torch.library.Library("_", "IMPL")
         _libraries["_"].fallback(torch.library.fallthrough_kernel, "DeferredInit")
+        _libraries["aten"] = torch.library.Library("aten", "IMPL")
+        for name in COPIES:
+            _libraries["aten"].impl(name, _copying(getattr(torch.ops.aten, name).default), "DeferredInit")
     new = set(torch._C._dispatch_get_all_op_names()) - _known
     _known.update(new)
     for full in new:
@@ -465,14 +486,37 @@ def _kernel(name: str, overload: str, schema) -> Callable:
         with below(_KEYS):
             result = on_behalf(operator, *args, **kwargs)
             for tensor in args[:1] if alone else _given(written, args, kwargs):
-                storage = _storage(tensor)
+                storage = storage_of(tensor)
                 if storage is not None:
                     place = partial(places, **dict(zip(names, args)), **kwargs) if places else None
                     for recorder in _active:
                         recorder.note(tensor, storage, place)
+                        recorder.note_sources(storage, args[1:] if alone and not kwargs else _others(written, args, kwargs))
         return result
 
     return kernel
+
+
+def _copying(operator: Callable) -> Callable:
+    """What is called in the place of an operator that makes a copy: it, and then every recorder of reads."""
+
+    def kernel(source, *args, **kwargs):
+        with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+            result = on_behalf(operator, source, *args, **kwargs)
+            for recorder in _active:
+                if recorder.reads is not None:
+                    recorder.reads.copied(source, result)
+        return result
+
+    return kernel
+
+
+def _others(written: list[tuple[int, str]], args: tuple, kwargs: dict) -> Iterator[object]:
+    """What an operator is given for the arguments that it does not write; of a list each."""
+    ats, names = {at for at, _ in written}, {name for _, name in written}
+    values = [value for at, value in enumerate(args) if at not in ats]
+    for value in (*values, *(value for name, value in kwargs.items() if name not in names)):
+        yield from value if isinstance(value, (list, tuple)) else (value,)
 
 
 def _given(written: list[tuple[int, str]], args: tuple, kwargs: dict) -> Iterator[object]:
@@ -480,11 +524,3 @@ def _given(written: list[tuple[int, str]], args: tuple, kwargs: dict) -> Iterato
     for at, argument in written:
         value = args[at] if at < len(args) else kwargs.get(argument)
         yield from value if isinstance(value, (list, tuple)) else (value,)
-
-
-def _storage(tensor: object) -> int | None:
-    """The number of a tensor's storage; None of a sparse one, which has none, and of what is no tensor."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (AttributeError, NotImplementedError):
-        return None

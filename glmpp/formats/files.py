@@ -87,6 +87,12 @@ def list_folder(directory: str | Path) -> set[str]:
     return names
 
 
+def names_below(directory: str | Path) -> set[str]:
+    """Paths of all files below a folder, relative to it; links to folders are not followed."""
+    every = (os.path.join(place, name) for place, _, names in os.walk(directory) for name in names)
+    return {os.path.relpath(path, directory).replace(os.sep, "/") for path in every}
+
+
 def _check_entry(entry: os.DirEntry) -> None:
     try:
         found = entry.stat()

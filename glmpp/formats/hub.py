@@ -18,14 +18,15 @@ from glmpp.formats.config import ONCE
 from glmpp.formats.files import parse_json
 from glmpp.formats.header import MAX_HEADER_BYTES, read_header
 from glmpp.formats.hub_requests import SECONDS, NoAnswer, Requests, theirs
-from glmpp.formats.index import INDEX_FILE, check_index, natural_key, parse_index
+from glmpp.formats.index import parse_index
 from glmpp.formats.tensor import TensorSpec
+from glmpp.formats.weights import ADAPTER, adapter_line, by_file, check_readable, missing_line, notes, weight_files
 from glmpp.progress import progress_bar
-from glmpp.words import quoted
 
 FIRST_BYTES = 150_000  # of each shard; of GLM-5.1-FP8's 119,000 tensors a 142nd makes a header of 111 kB
 COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.IGNORECASE)
 T = TypeVar("T")
+Read = tuple[list[TensorSpec], dict, str, list[str]]
 
 
 class _File(msgspec.Struct, gc=False):
@@ -41,7 +42,7 @@ class _Listing(msgspec.Struct):
 
 def read_repository(
     repo_id: str, revision: str | None = None, progress: bool | None = None, seconds: float = SECONDS
-) -> tuple[list[TensorSpec], dict, str]:
+) -> Read:
     """Read config.json, the index and the safetensors headers of a model repository; no weight is downloaded.
 
     Args:
@@ -51,8 +52,9 @@ def read_repository(
         seconds: how long all of it may take.
 
     Returns:
-        What `Checkpoint.from_directory` finds in the downloaded folder: its tensors and its config; and the source,
-        `owner/name@commit`. 150 kB of each shard are transferred, and the whole header where that is longer.
+        What `Checkpoint.from_directory` finds in the downloaded folder: its tensors and its config; the source,
+        `owner/name@commit`; and what is to be told of the choice of files. 150 kB of each shard are transferred, and the
+        whole header where that is longer.
 
     Raises:
         GlmppError: no such repository or revision, no access, offline, no answer in three attempts of
@@ -68,30 +70,25 @@ def read_repository(
         hub.stopped.set()
 
 
-def _read(repo: _Repository, progress: bool | None) -> tuple[list[TensorSpec], dict, str]:
+def _read(repo: _Repository, progress: bool | None) -> Read:
+    if "config.json" not in repo.files and ADAPTER in repo.files:
+        raise GlmppError(adapter_line(repo.source, parse_json(repo.get(ADAPTER), f"{repo.source}/{ADAPTER}")))
     config = parse_json(repo.get("config.json"), f"{repo.source}/config.json", ONCE)
-    listed: dict[str, set[str]] = {}  # shard -> the tensors that the index places in it
-    if INDEX_FILE in repo.files:
-        weight_map = parse_index(repo.get(INDEX_FILE), f"{repo.source}/{INDEX_FILE}")
-        for name, file in weight_map.items():
-            listed.setdefault(file, set()).add(name)
-    elif "model.safetensors" not in repo.files:
-        raise GlmppError(f"{repo.source}: holds neither {INDEX_FILE} nor model.safetensors; only safetensors are read")
-    for file, names in listed.items():
-        if file not in repo.files:
-            raise GlmppError(
-                f"{repo.source}/{file}: the shard is missing; the index places {len(names)} tensors in it, "
-                f"e.g. {quoted(min(names))}. Choose another revision"
-            )
-
-    files = sorted(listed, key=natural_key) or ["model.safetensors"]
+    found = weight_files(repo.files)
+    check_readable(found, repo.source, repo.files)
+    index = found.index
+    listed = by_file(parse_index(repo.get(index), f"{repo.source}/{index}") if index else None)
+    for file in found.missing(listed):
+        said = missing_line(f"{repo.source}/{file}", listed[file], file in repo.files)
+        raise GlmppError(f"{said}. Choose another revision")
+    files = found.opened(listed)
     headers = repo.each(repo.read_tensors, files)
     specs: list[TensorSpec] = []
-    for held, file in zip(progress_bar(headers, "reading headers", total=len(files), show=progress), files):
-        if listed:
-            check_index(f"{repo.source}/{file}", listed[file], held.keys())
-        specs += [TensorSpec(name, *held[name][:2], file) for name in sorted(held)]
-    return specs, config, repo.source
+    held: dict[str, list[str]] = {}
+    for header, file in zip(progress_bar(headers, "reading headers", total=len(files), show=progress), files):
+        held[file] = sorted(header)
+        specs += [TensorSpec(name, *header[name][:2], file) for name in held[file]]
+    return specs, config, repo.source, notes(found, listed, held)
 
 
 class _Repository:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path, PurePath
 
@@ -40,20 +40,6 @@ def parse_index(raw: bytes, label: str) -> dict[str, str]:
     return weight_map
 
 
-def check_index(path: Path | str, listed: set[str], held: Set[str]) -> None:
-    """Whether a shard holds what the index places in it, no more and no less.
-
-    Raises:
-        GlmppError: it does not; the message names the shard and a tensor.
-    """
-    if missing := sorted(listed - held):
-        raise GlmppError(
-            f"{path}: the index places {quoted(missing[0])} here ({len(missing)} such), but the shard does not hold it"
-        )
-    if extra := sorted(held - listed):
-        raise GlmppError(f"{path}: holds {quoted(extra[0])} ({len(extra)} such), which the index does not place here")
-
-
 def shard_path(directory: str | Path, file: str) -> Path:
     """Where a shard that an index names lies: in the folder, or, for a snapshot of the Hub's cache, among its blobs.
 
@@ -69,20 +55,14 @@ def shard_path(directory: str | Path, file: str) -> Path:
         home, place = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
         snapshots = next((folder for folder in home.parents if folder.name == "snapshots"), None)
         leads_out = not place.is_relative_to(snapshots.parent if snapshots else home)
+    if name.is_absolute() and "\0" not in file and os.path.realpath(name.parent) == os.path.realpath(directory):
+        raise GlmppError(
+            f"{directory}: the index names the shard {quoted(file)} by its whole path: vLLM finds it only where it is given "
+            "the folder by that very path. Name it by its file name"
+        )
     if leads_out:
         raise GlmppError(f"{directory}: the index names the shard {quoted(file)}, which is not a file of this folder")
     return path
-
-
-def unlisted(files: Iterable[str], listed: Iterable[str]) -> list[str]:
-    """Files that an index does not name, although they are called like shards that it does name."""
-
-    def stem(file: str) -> str:
-        return re.sub(r"-\d+-of-\d+\.safetensors$", "", file)
-
-    listed = set(listed)
-    stems = {stem(file) for file in listed}
-    return sorted(file for file in files if file not in listed and stem(file) != file and stem(file) in stems)
 
 
 def natural_key(file: str) -> list[str | int]:

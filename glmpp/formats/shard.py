@@ -6,8 +6,8 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import safe_open
 
 from glmpp.errors import GlmppError
@@ -16,6 +16,10 @@ from glmpp.formats.header import Header, read_header
 from glmpp.formats.tensor import in_torch
 from glmpp.words import quoted
 
+if TYPE_CHECKING:  # it takes seconds, and names and sizes need none of it
+    import torch
+
+MAX_SHARD_BYTES = 10**15  # that a shard is ever asked to hold
 _BATCH = 256  # views made in one go: interleaved with what a model does with them each takes half as long again
 
 
@@ -41,6 +45,8 @@ def read_shard(
         GlmppError: not a complete safetensors file, one that changed before its last tensor was taken, or a tensor of a
             dtype that torch has no type for; the message names file and tensor.
     """
+    import torch
+
     path = Path(path)
     with opened(path) as file:
         before = os.fstat(file.fileno())

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from safetensors import SafetensorError, deserialize
 
 from glmpp.errors import GlmppError
 from glmpp.words import quoted
+
+if TYPE_CHECKING:  # it takes seconds, and names and sizes need none of it
+    import torch
 
 # safetensors' dtype name -> bits of an element, torch's name for it. https://github.com/huggingface/safetensors, `Dtype`
 # in tensor.rs.
@@ -38,8 +40,6 @@ _DTYPES = {
     "BOOL": (8, "bool"),
 }
 
-TORCH_DTYPES = {name: getattr(torch, kind) for name, (_, kind) in _DTYPES.items() if hasattr(torch, kind)}
-
 
 @cache
 def bits(dtype: str) -> int | None:
@@ -61,12 +61,26 @@ def bits(dtype: str) -> int | None:
     return next((size for size in range(1, 129) if fits(8, size)), None) if fits(0, 0) else None
 
 
+@lru_cache(1 << 16)
+def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Size on disk of a tensor."""
+    return math.prod(shape) * bits(dtype) // 8
+
+
+@cache
+def torch_dtypes() -> dict[str, torch.dtype]:
+    """torch's type for each safetensors dtype that the installed torch has one for."""
+    import torch
+
+    return {name: getattr(torch, kind) for name, (_, kind) in _DTYPES.items() if hasattr(torch, kind)}
+
+
 def in_torch(dtype: str, shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int, ...]] | None:
     """torch's dtype and shape for a stored tensor; None if torch has none, and only the library can say more.
 
     The shapes differ for F4 alone: it is stored with a shape in elements, and torch counts pairs along the last dimension.
     """
-    kind = TORCH_DTYPES.get(dtype)
+    kind = torch_dtypes().get(dtype)
     if kind is None:
         return None
     if dtype != "F4":
@@ -74,8 +88,7 @@ def in_torch(dtype: str, shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int
     return (kind, (*shape[:-1], shape[-1] // 2)) if shape and shape[-1] % 2 == 0 else None
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One tensor of a checkpoint: its name, safetensors dtype, stored shape, and the shard that holds it (None: no file)."""
 
     name: str
@@ -86,6 +99,8 @@ class TensorSpec:
     @property
     def in_torch(self) -> tuple[torch.dtype, tuple[int, ...]]:
         """torch's dtype and shape for it. Raises GlmppError if torch has no type for it."""
+        import torch
+
         if (found := in_torch(self.dtype, self.shape)) is None:
             raise GlmppError(
                 f"{f'{self.file}: ' if self.file else ''}tensor {quoted(self.name)}: torch {torch.__version__} has no type "
@@ -104,7 +119,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Size on disk, in bytes."""
-        return self.numel * bits(self.dtype) // 8
+        return stored_bytes(self.dtype, self.shape)
 
     @property
     def is_scale(self) -> bool:
@@ -112,5 +127,7 @@ class TensorSpec:
 
     def meta(self) -> torch.Tensor:
         """The tensor without its data, on the meta device."""
+        import torch
+
         dtype, shape = self.in_torch
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -12,10 +12,12 @@ from glmpp.ledger import ABSENT
 from glmpp.partition import PARTITION_VARIABLE
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.releases import nearest_release
+from glmpp.verdict.layouts import has_experts
+from glmpp.verdict.releases import in_record, nearest_release, numberless
 from glmpp.verdict.report import DryRunReport
-from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS, StageReport
+from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, INCOMPLETE, LOADS, StageReport
 
+MOST_LAYOUTS = 3  # that are tried in place of one that fails
 PLUGINS_VARIABLE = "VLLM_PLUGINS"  # names of those that vLLM loads, with commas between them
 
 
@@ -47,6 +49,13 @@ KNOWN_FAULTS = [
 ]
 
 
+def failures(report: DryRunReport) -> set[tuple[str, str]]:
+    """What the ranks end with: exception and file, or kind of incompleteness and parameter, its layer's number taken out."""
+    deaths = {(death.exception, death.place.rpartition(":")[0]) for stage in report.all for death in stage.deaths}
+    ended = [stage for stage in report.all if not stage.deaths]  # what a death leaves at init is no failure of its own
+    return deaths | {(stage.left[name].kind, numberless(name)) for stage in ended for name in stage.unaccounted}
+
+
 def known_fault(stage: StageReport) -> KnownFault | None:
     """What is known of the fault that a stage dies of, if anything is."""
     if stage.verdict != DIES or stage.place is None:
@@ -65,15 +74,20 @@ def nearest_in_record(checkpoint: Checkpoint, report: DryRunReport) -> dict | No
     """The nearest release that is known to load this architecture, from the record.
 
     Returns:
-        None where no release would help: every rank loads or cannot be told, vLLM was not run as it is installed, or what is
-        missing is missing in the checkpoint.
+        None where no release would help: every rank loads or cannot be told, vLLM was not run as it is installed, what is
+        missing is missing in the checkpoint, or the record knows of another failure than this one.
     """
     failing = [stage for stage in report.all if not stage.loads and stage.verdict != CANNOT_TELL]
     kinds = {stage.left[name].kind for stage in failing for name in stage.unaccounted}
     lacks = {stage.verdict for stage in failing} <= {INCOMPLETE} and kinds <= {ABSENT}
     if report.guard != "installed" or lacks:
         return None
-    return nearest_release(checkpoint.config, report.versions["vllm"])
+    return nearest_release(checkpoint.config, report.versions["vllm"]) if is_in_record(checkpoint, report) else None
+
+
+def is_in_record(checkpoint: Checkpoint, report: DryRunReport) -> bool:
+    """Whether the record of releases knows this failure of this architecture."""
+    return in_record(checkpoint.config, report.versions["vllm"], failures(report))
 
 
 def nearest_line(nearest: dict) -> str:
@@ -100,7 +114,7 @@ def try_load_format(checkpoint: Checkpoint, report: DryRunReport, **how) -> DryR
 
 
 def try_fixes(checkpoint: Checkpoint, report: DryRunReport, **how) -> DryRunReport | None:
-    """The ranks that fail, once more with the load format and with the fixes that are known for this release and model.
+    """The ranks that fail, once more with the load format and the fixes that are for this release, model and failure.
 
     Args:
         how: as for `try_load_format`.
@@ -108,7 +122,7 @@ def try_fixes(checkpoint: Checkpoint, report: DryRunReport, **how) -> DryRunRepo
     Returns:
         None where there are none, no rank fails or what fails cannot be told, or vLLM was not run as it is installed.
     """
-    names = fixes.known(report.versions["vllm"], checkpoint.config.get("architectures") or [])
+    names = fixes.curing(report.versions["vllm"], checkpoint.config, failures(report))
     told = any(not stage.loads and stage.verdict != CANNOT_TELL for stage in report.all)
     if report.guard != "installed" or report.deployment.fixes or not told or not names:
         return None
@@ -117,15 +131,70 @@ def try_fixes(checkpoint: Checkpoint, report: DryRunReport, **how) -> DryRunRepo
     return dry_run(checkpoint, deployment, ranks=failing, control=report.control is not None, **how)
 
 
+@dataclass(frozen=True)
+class Tried:
+    """Layouts of the same GPUs that were tried in place of one that fails, the first that loads the last of them."""
+
+    tried: list[Deployment]
+    loads: Deployment | None
+
+    @property
+    def names(self) -> list[str]:
+        return [one.layout for one in self.tried]
+
+
+def try_layouts(checkpoint: Checkpoint, report: DryRunReport, utilization: float | None = None, **how) -> Tried | None:
+    """Other layouts of the same GPUs, until one loads and fits: experts spread, then fewer shards and more stages.
+
+    Args:
+        utilization, how: as in `glmpp.verdict.room.would_fit`; context, too.
+
+    Returns:
+        None where another layout would not help: no rank dies or is cut, a single GPU, or PP=1 without shards fails, too.
+    """
+    asked = report.deployment
+    dies = any(stage.verdict in (DIES, CANNOT_BUILD) for stage in report.all)
+    cut = any(stage.cuts for stage in report.all)
+    alone = asked.tp * asked.dp == 1 and not (report.control and report.control.loads)
+    if report.guard != "installed" or asked.fixes or not (dies or cut) or alone:
+        return None
+    layers, tried = report.stages[0].stage.num_layers, []
+    for one in other_layouts(asked, layers, has_experts(checkpoint.config))[:MOST_LAYOUTS]:
+        again = dry_run(checkpoint, one, control=False, **how)
+        tried.append(one)
+        if again.loads and not ((found := again.fit(utilization)) and found.fits is False):
+            return Tried(tried, one)
+    return Tried(tried, None)
+
+
+def other_layouts(asked: Deployment, layers: int, experts: bool) -> list[Deployment]:
+    """Layouts of the same GPUs, what is least different from the one that was asked for first."""
+    base, found = replace(asked, layer_counts=None), []
+    if experts and not asked.ep and asked.tp * asked.dp > 1:
+        found.append(replace(base, ep=True))
+    each = asked.tp * asked.pp
+    smaller = [tp for tp in range(asked.tp - 1, 0, -1) if each % tp == 0]
+    larger = [tp for tp in range(asked.tp + 1, each + 1) if each % tp == 0]
+    for tp in smaller + larger:
+        if each // tp <= layers:
+            found.append(replace(base, tp=tp, pp=each // tp, ep=asked.ep and tp * asked.dp > 1))
+    return found
+
+
 def serve_line(model: str, deployment: Deployment, plugins: str | None = None) -> str:
     """The command that starts the server with the load format, and with the deployment's fixes. Args: as in `command`."""
-    sizes = {"tensor": deployment.tp, "pipeline": deployment.pp, "data": deployment.dp}
-    words = [f"--{name}-parallel-size {size}" for name, size in sizes.items() if size > 1]
-    words += ["--enable-expert-parallel"] if deployment.ep else []
-    words += ["--load-format glmpp"]
+    words = [*layout_words(deployment), "--load-format glmpp"]
     if deployment.fixes:
         words += ["--model-loader-extra-config", shlex.quote(json.dumps({"fixes": list(deployment.fixes)}))]
     return command(model, deployment, words, plugins)
+
+
+def layout_words(deployment: Deployment) -> list[str]:
+    """A layout as arguments of `vllm serve`."""
+    sizes = {"tensor": deployment.tp, "pipeline": deployment.pp, "data": deployment.dp}
+    words = [f"--{name}-parallel-size {size}" for name, size in sizes.items() if size > 1]
+    words += ["--enable-expert-parallel"] if deployment.ep else []
+    return words
 
 
 def command(model: str, deployment: Deployment, words: list[str], plugins: str | None) -> str:

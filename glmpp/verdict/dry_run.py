@@ -13,6 +13,7 @@ from pathlib import Path
 from glmpp.checkpoint import Checkpoint
 from glmpp.engine import fixes
 from glmpp.errors import GlmppError, short, whole
+from glmpp.partition import EXPERT
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.forks import TIMEOUT, run_group, run_stages
@@ -34,6 +35,7 @@ def dry_run(
     strict: bool = False,
     all_deaths: bool = False,
     context: int | None = None,
+    cache: str = "auto",
     timeout: float = TIMEOUT,
     keep: str | Path | None = None,
     recorded: str | Path | None = None,
@@ -52,6 +54,7 @@ def dry_run(
         strict: no stand-ins for parts of the model; a model that needs one cannot be built then.
         all_deaths: drop the tensor that a stage dies at, go on, and list every death.
         context: tokens of the longest request that the KV cache is counted for; default what vLLM takes for this model.
+        cache: vLLM's name of the KV cache's dtype.
         timeout: seconds that each rank may take, and the import of vLLM before the first.
         keep: folder that each rank's parameters are saved to, by `torch.save`: "{stage}-{shard}-{replica}.pt", of a
             drafter with "drafter-" before; weights "real" only.
@@ -70,7 +73,7 @@ def dry_run(
     if keep is not None and weights != "real":
         raise GlmppError("keep: parameters without data are not saved; pass weights='real'")
     stages = deployment.stages(checkpoint.config)  # refuses what cannot be
-    ranks = chosen_ranks(deployment, "all" if real_group else ranks)
+    default, ranks = ranks is None, chosen_ranks(deployment, "all" if real_group else ranks)
     if real_group and deployment.dp > 1:
         raise GlmppError("real_group is for one replica: dp=1")
     runs = [run_of(deployment, *rank) for rank in ranks]
@@ -86,6 +89,7 @@ def dry_run(
             raise GlmppError(NO_VLLM)
         return DryRunReport.load(recorded, checkpoint, asked, runs)
     request = stage_request(checkpoint, deployment, weights, strict, all_deaths, context)
+    request["kv_cache_dtype"] = cache
     request["keep"] = None if keep is None else str(Path(keep).resolve())
     started = time.perf_counter()
     with progress_bar(what=f"vLLM dry run, {deployment.layout}, {deployment.guard}", total=len(runs), show=progress) as bar:
@@ -93,12 +97,51 @@ def dry_run(
             messages = run_group(checkpoint, request, runs, pp, deployment.tp, bar, timeout)
         else:
             messages = run_stages(checkpoint, request, runs, bar, timeout=timeout)
+            if default and (others := other_ranks(messages, checkpoint, deployment)):
+                more = [run_of(deployment, *rank) for rank in others]
+                bar.total += len(more)
+                messages = with_ranks(messages, run_stages(checkpoint, request, more, bar, timeout=timeout))
 
     evidence = {**asked, "seconds": time.perf_counter() - started, "messages": messages}
     report = assemble(evidence, checkpoint, deployment, stages)
     if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
         report.save(recorded)
     return report
+
+
+def other_ranks(messages: list[dict], checkpoint: Checkpoint, deployment: Deployment) -> list[tuple[int, int, int]]:
+    """The ranks between the corners, of stages where it cannot be told from the corners what becomes of theirs.
+
+    Those are stages of which it is not known what the ranks between read, and, where experts are spread, all that were run
+    if the experts of a layer are not alike.
+    """
+    from glmpp.verdict.readings import Readings
+
+    if len(deployment.corners) == len(deployment.all_ranks):
+        return []
+    stages = [message for message in messages if message["kind"] == "stage"]
+    asked = set(Readings(stages, checkpoint, (deployment.tp, deployment.dp)).stages_to_run())
+    if deployment.ep and not has_like_experts(checkpoint):
+        asked |= {message["rank"] for message in stages if not (message["control"] or message["drafter"])}
+    return [rank for rank in deployment.all_ranks if rank[0] in asked and rank not in deployment.corners]
+
+
+def has_like_experts(checkpoint: Checkpoint) -> bool:
+    """Whether the experts of each layer have tensors of the same names, dtypes and shapes."""
+    found: dict[str, dict[str, list]] = {}
+    for spec in checkpoint.values():
+        if expert := EXPERT.search(spec.name):
+            layer, rest = spec.name[: expert.start()], spec.name[expert.end() :]
+            found.setdefault(layer, {}).setdefault(expert[1], []).append((rest, spec.dtype, spec.shape))
+    return all(len({tuple(sorted(one)) for one in experts.values()}) == 1 for experts in found.values())
+
+
+def with_ranks(messages: list[dict], more: list[dict]) -> list[dict]:
+    """The messages of two calls as one: ranks in their order, then drafters and the control."""
+    stages = [message for message in [*messages, *more] if message["kind"] == "stage"]
+    stages.sort(key=lambda m: (m["control"], m["drafter"], m["rank"], m["replica"], m["shard"]))
+    rest = [message for message in [*messages, *more] if message["kind"] != "stage"]
+    return [*rest[:1], *stages, *(message for message in rest[1:] if message["kind"] == "end")]
 
 
 def question(checkpoint: Checkpoint, deployment: Deployment) -> dict:
@@ -178,7 +221,8 @@ def stage_request(
     return {
         "kind": "dry_run",
         "config": checkpoint.config,
-        "tensors": [(spec.name, spec.dtype, spec.shape) for spec in checkpoint.values()],
+        "tensors": [(spec.name, spec.dtype, spec.shape) for spec in (*checkpoint.twins, *checkpoint.values())],
+        "files": None if checkpoint.directory is None else checkpoint.files,
         "guard": str(deployment.guard),
         "helper": helper.absolute,
         "callers": helper.callers,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from glmpp.gpus import GPU
 
+NO_FIT = "does not fit"
 LEFT_OUT = "activations, CUDA graphs, NCCL's buffers"
 
 
@@ -46,6 +47,7 @@ class Memory:
         layers: of these, bytes in each main layer of the model, 0 in those of other stages; () if there is no list of them.
         kv_cache: None for a rank that needs none, or of which vLLM did not say it: `why`.
         utilization: share of the GPU's memory that vLLM takes by default.
+        refused: vLLM refuses to serve requests of that length, in the words of `why`.
     """
 
     parameters: int
@@ -54,6 +56,7 @@ class Memory:
     kv_cache: KVCache | None
     utilization: float | None = None
     why: str | None = None
+    refused: bool = False
 
     @classmethod
     def of(cls, message: dict) -> Memory:
@@ -78,6 +81,16 @@ class Memory:
     def blocks(self, gpu: GPU, utilization: float | None = None) -> int | None:
         """Blocks of the KV cache that fit beside the weights; None if nobody knows how large one is."""
         return self.kv_cache and max(0, self.room(gpu, utilization)) // self.kv_cache.block_bytes
+
+    def fits(self, gpu: GPU, utilization: float | None = None) -> bool | None:
+        """Whether vLLM would start: it wants room for one request of `context` tokens on every rank; None if unknown."""
+        if self.refused or not (utilization or self.utilization):
+            return False if self.refused else None
+        if self.room(gpu, utilization) < 0:
+            return False
+        if self.kv_cache is None:
+            return None if self.why else True
+        return self.blocks(gpu, utilization) >= self.kv_cache.blocks_per_request
 
     def with_drafter(self, drafter: Memory) -> Memory:
         """Of a last stage with the drafter beside it: one pool of blocks serves both."""
@@ -112,6 +125,28 @@ class Fit:
     def share(self) -> float:
         """The share of the memory that vLLM takes."""
         return self.utilization or max((memory.utilization or 0 for memory in self.memories), default=0)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every rank does; None if unknown."""
+        found = {memory.fits(self.gpu, self.utilization) for memory in self.memories}
+        return False if False in found else None if None in found else True
+
+    @property
+    def lack(self) -> str | None:
+        """What the rank that is shortest of room lacks, in GB, of the cache in GiB as vLLM says it; None if nothing."""
+        short = [memory for memory in self.memories if memory.fits(self.gpu, self.utilization) is False]
+        if not short:
+            return None
+        memory = min(short, key=lambda one: (not one.refused, one.room(self.gpu, self.utilization)))
+        room, taken = memory.room(self.gpu, self.utilization), self.gpu.memory * self.share
+        if memory.refused:
+            return memory.why
+        if room < 0:
+            return f"{memory.weights / 1e9:.1f} GB of weights on a rank, vLLM takes {taken / 1e9:.1f} GB of {self.gpu.name}"
+        need = memory.kv_cache.blocks_per_request * memory.kv_cache.block_bytes
+        request = f"a request of {memory.kv_cache.context:,} tokens"
+        return f"{request} needs {need / 2**30:.2f} GiB of KV cache on a rank, {room / 2**30:.2f} GiB are available"
 
     @property
     def known(self) -> bool:

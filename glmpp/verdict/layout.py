@@ -13,7 +13,7 @@ from glmpp.gpus import GPU, gpu_of
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.fit import Fit, Memory
 from glmpp.verdict.record import check_record
-from glmpp.verdict.stage_report import CANNOT_TELL, DIES, LOADS
+from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
 
 CRITERION = (
     "first those that load completely and hold a request of this length; of these first the most requests at a time, then "
@@ -65,7 +65,7 @@ class Layout:
     def answer(self) -> str:
         """In a word or two: the verdict, or why it is no help that it loads."""
         if self.serves or self.verdict != LOADS:
-            return self.verdict.split(",")[0]
+            return "not complete" if self.verdict == INCOMPLETE else self.verdict
         return "loads, no room" if self.fit and self.fit.known else "loads, not counted"
 
     def plain(self) -> dict:

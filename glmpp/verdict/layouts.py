@@ -15,7 +15,7 @@ from glmpp.gpus import CPU, GPUS, gpu_of
 from glmpp.partition import MAX_GPUS, balance_cache, cache_cost, largest, layer_list
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import MAX_CONTEXT, run_of, stage_request
+from glmpp.verdict.dry_run import MAX_CONTEXT, other_ranks, run_of, stage_request, with_ranks
 from glmpp.verdict.fit import Fit, Memory
 from glmpp.verdict.forks import TIMEOUT, run_stages
 from glmpp.verdict.installed import NO_VLLM, vllm_version
@@ -41,9 +41,9 @@ def layouts(
 ) -> Layouts:
     """Try every TP x PP, and EP where the model has experts, that takes exactly so many GPUs.
 
-    Of stages with the same kinds of layers one is run, its first shard: what they take is the same. All are loaded with the
-    load format. Where that loads, vLLM's own is asked, too, at the two ends: between them they are handed all that any stage
-    is, and without EP, on which the answer does not depend.
+    Of stages with the same kinds of layers one is run, its first and its last shard, and those between where it cannot be
+    told from these two what they read: what such stages take is the same. All are loaded with the load format. Where that
+    loads, vLLM's own is asked, too, at the two ends: between them they are handed all that any stage is.
 
     Args:
         gpus: in all.
@@ -70,13 +70,12 @@ def layouts(
     split = {one.deployment: counts for one in even if (counts := search.better(one))}
     balanced = search.run([replace(one, layer_counts=counts) for one, counts in split.items()], "loader")
     best = search.best(even, balanced)
-    asked = [one.deployment for one, _ in best if one.verdict == LOADS and not one.deployment.ep]
-    stock = search.run(asked, "installed", ends=True)
-    loads = {(one.deployment.tp, one.deployment.pp) for one in stock if one.verdict == LOADS}
+    stock = search.run([one.deployment for one, _ in best if one.verdict == LOADS], "installed", ends=True)
+    loads = {one.deployment for one in stock if one.verdict == LOADS}
     found = []
     for one, tokens in best:
-        guard = "installed" if (one.deployment.tp, one.deployment.pp) in loads else "loader"
-        found.append(replace(one, deployment=replace(one.deployment, guard=guard), even=tokens))
+        asked = replace(one.deployment, guard="installed")
+        found.append(replace(one, deployment=asked if asked in loads else one.deployment, even=tokens))
     result = Layouts(
         layouts=sorted(found, key=lambda one: one.rank),
         asked=(gpus, context),
@@ -90,6 +89,11 @@ def layouts(
     if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
         result.save(recorded)
     return result
+
+
+def has_experts(config: dict) -> bool:
+    """Whether a model has experts that could be spread."""
+    return any(text_config(config).get(name) for name in EXPERTS)
 
 
 def question(
@@ -125,7 +129,7 @@ class Search:
         self.timeout, self.progress, self.versions, self.left = timeout, progress, {}, {}
         self.kinds = layer_kinds(checkpoint)
         self.deployments = []
-        experts = any(text_config(checkpoint.config).get(name) for name in EXPERTS)
+        experts = has_experts(checkpoint.config)
         for tp in (size for size in range(gpus, 0, -1) if gpus % size == 0):
             if gpus // tp > len(self.kinds):
                 self.left[f"PP={gpus // tp}"] = f"the model has {len(self.kinds)} layers"
@@ -147,14 +151,21 @@ class Search:
             stages = distinct([self.kinds[stage.layers.start : stage.layers.stop] for stage in split])
             stages = [stage for stage in stages if not ends or stage in (0, len(split) - 1)]
             chosen.append(stages)
-            runs += [
-                {**run_of(deployment, stage), "layer_counts": deployment.partition, "layout": at} for stage in set(stages)
-            ]
+            ranks = [rank for stage in sorted(set(stages)) for rank in deployment.corners_of(stage)]
+            runs += [self.run_of(deployment, rank, at) for rank in ranks]
         if not runs:
             return []
         request = stage_request(self.checkpoint, replace(self.base, guard=guard), context=self.context)
         with progress_bar(what=f"{len(deployments)} layouts, {guard}", total=len(runs), show=self.progress) as bar:
             messages = run_stages(self.checkpoint, request, runs, bar, timeout=self.timeout)
+            between = []
+            for at, deployment in enumerate(deployments):
+                ran = [message for message in messages if message.get("layout", at) == at]
+                between += [self.run_of(deployment, rank, at) for rank in self.between(ran, deployment)]
+            if between:
+                bar.total += len(between)
+                more = run_stages(self.checkpoint, request, between, bar, timeout=self.timeout)
+                messages = with_ranks(messages, more)
         found = []
         for at, (deployment, stages) in enumerate(zip(deployments, chosen)):
             mine = [message for message in messages if message.get("layout", at) == at]
@@ -168,15 +179,25 @@ class Search:
             found.append(self.layout(report, stages))
         return found
 
+    def run_of(self, deployment: Deployment, rank: tuple[int, int, int], at: int) -> dict:
+        """A run of the layout with this number."""
+        return {**run_of(deployment, *rank), "layer_counts": deployment.partition, "layout": at}
+
+    def between(self, messages: list[dict], deployment: Deployment) -> list[tuple[int, int, int]]:
+        """Ranks between the first and the last shard of a stage, see `other_ranks`; none where one of these fails."""
+        if any(message.get("verdict", LOADS) != LOADS for message in messages):
+            return []
+        return other_ranks(messages, self.checkpoint, deployment)
+
     def layout(self, report: DryRunReport, stages: list[int]) -> Layout:
         """What came of one. Args: stages: of each stage the one that was run for it."""
-        by_rank = {one.stage.rank: one for one in report.stages}
-        failing = next((by_rank[rank] for rank in stages if not by_rank[rank].loads), None)
-        memories = [by_rank[rank].memory for rank in stages]
+        failing = next((one for one in report.stages if not one.loads), None)
+        first = {one.stage.rank: one for one in reversed(report.stages)}  # shards, of which the first is the fullest
+        memories = [first[rank].memory for rank in stages]
         found = Fit(memories, gpu_of(self.base.gpu), self.utilization) if all(memories) else None
         verdict = LOADS if failing is None else failing.verdict
         why = reason(failing) if failing else next((memory.why for memory in memories if memory and memory.why), "")
-        return Layout(report.deployment, verdict, why, found, None, len(by_rank))
+        return Layout(report.deployment, verdict, why, found, None, len(report.stages))
 
     def better(self, one: Layout) -> list[int] | None:
         """Layers per stage that leave enough more tokens than vLLM's split, by what each layer takes; None if none do."""
@@ -244,6 +265,9 @@ def distinct(stages: list[list[tuple]]) -> list[int]:
 
 def reason(failing: StageReport) -> str:
     """Why a rank does not load, in vLLM's words."""
+    if failing.verdict == INCOMPLETE and failing.cuts:
+        return f"{failing.label}: {len(failing.cuts)} tensors cut, {failing.cuts[0].tensor} first: {failing.cuts[0]}"
     if failing.verdict == INCOMPLETE:
-        return f"{failing.label}: {len(failing.unaccounted)} parameters at init, {failing.unaccounted[0]} first"
+        left = failing.unaccounted
+        return f"{failing.label}: {len(left)} parameters at init or in part, {left[0]} first: {failing.left[left[0]]}"
     return f"{failing.label}: {' '.join(str(failing.message or '').split())[:200]}"

@@ -27,7 +27,7 @@ def layouts_text(model: str, checkpoint: Checkpoint, found: Layouts, plugins: st
     share = next((one.fit.share for one in found.layouts if one.fit), found.utilization or 0)
     versions = shown(", ".join(f"{name} {version}" for name, version in found.versions.items()), MESSAGE)
     lines = [
-        headline(checkpoint),
+        *headline(checkpoint),
         f"{gpus} x {found.gpu.name}, {share:.0%} of {found.gpu.memory / 1e9:.1f} GB each; requests of {context:,} tokens",
         versions,
         "",
@@ -49,7 +49,7 @@ def layouts_text(model: str, checkpoint: Checkpoint, found: Layouts, plugins: st
     if any(one.deployment.guard == "loader" for one in serving):
         lines.append("(--load-format glmpp where vLLM's own load dies; glmpp has to be installed where vLLM runs)")
     ran = sum(one.ran for one in found.layouts)
-    lines += ["", f"run: {ran} ranks, of stages with the same kinds of layers one, its first shard"]
+    lines += ["", f"run: {ran} ranks, of stages with the same kinds of layers one, its first and last shard"]
     return joined(lines)
 
 

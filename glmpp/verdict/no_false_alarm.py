@@ -27,10 +27,10 @@ from glmpp.verdict.stage_report import INCOMPLETE, LOADS, StageReport
 from glmpp.verdict.sweep import FOLDER, dry_runs, tiny_checkpoint
 
 SIZES = (1, 2)
-EQUAL, REFUSED, NOT_COMPARABLE = "equal", "refused", "not comparable"
+EQUAL, REFUSED, CUT, NOT_COMPARABLE = "equal", "refused", "cut", "not comparable"
 FALSE_ALARM, UNEQUAL, MISSED = "false alarm", "unequal", "missed"
 WRONG = (FALSE_ALARM, UNEQUAL, MISSED)
-WORST_FIRST = (*WRONG, REFUSED, NOT_COMPARABLE, EQUAL)
+WORST_FIRST = (*WRONG, CUT, REFUSED, NOT_COMPARABLE, EQUAL)
 REFUSAL = re.compile(r"(\d+) parameters were left at init")
 
 
@@ -41,7 +41,8 @@ class Compared:
     Attributes:
         outcome: EQUAL; REFUSED: by the load format, and the bytes confirm every parameter that it names; NOT_COMPARABLE:
             neither loads; FALSE_ALARM: it refuses what stock loads completely, or names a parameter that the bytes do
-            not confirm; UNEQUAL: a parameter has other bytes; MISSED: it comes up although a parameter was left at init.
+            not confirm; UNEQUAL: a parameter has other bytes; MISSED: it comes up although a parameter was left at init;
+            CUT: it comes up, as stock does, and of a tensor not everything is read.
         why: kinds of what was refused, or the first difference.
         parameters: how many had the same SHA-256, over all stages and sizes.
     """
@@ -134,6 +135,8 @@ def compare_case(architecture: str, variant: str, gpu: str) -> Compared:
 
 def compare_stage(stock: StageReport, ours: StageReport, whole: StageReport, where: str) -> Compared:
     """A stage loaded by both. Where stock dies, PP=1 (`whole`) says what its parameters should hold."""
+    if ours.cuts and not ours.unaccounted:
+        return Compared(CUT, f"{where}: {ours.cuts[0].tensor}: {ours.cuts[0]}")
     if ours.verdict == INCOMPLETE:
         return Compared(MISSED, f"{where}: {ours.unaccounted[0]}")
     if ours.verdict == LOADS:

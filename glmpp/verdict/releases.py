@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glmpp.ledger import ABSENT, LOST, UNTIED
 from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ class Known:
     variant: str = ""
     why: str = ""
     place: str = ""
+
+    @property
+    def failure(self) -> tuple[str, str]:
+        """Its kind, and its file or the parameter that is left, as `glmpp.verdict.advice.failures` says them."""
+        kind, _, what = self.why.partition(": ")
+        return kind, self.place.rpartition(":")[0] or numberless(what)
 
 
 @dataclass(frozen=True)
@@ -102,11 +109,27 @@ class Record:
             None where none is known to, and where the one at hand is: then the fault is not the architecture's.
         """
         names = list(self.releases)
-        at = max(sum(number(name) <= number(release) for name in names) - 1, 0)
+        at = names.index(self.last(release))
         loading = [index for index, name in enumerate(names) if self.releases[name].verdict(architecture) == LOADS]
         if not loading or at in loading:
             return None
         return names[min(loading, key=lambda index: (abs(index - at), -index))]
+
+    def last(self, release: str) -> str:
+        """The last release of the record that is not after one; the first if all are."""
+        before = [name for name in self.releases if number(name) <= number(release)]
+        return before[-1] if before else next(iter(self.releases))
+
+    def knows(self, architecture: str, release: str, failures: set[tuple[str, str]]) -> bool:
+        """Whether what fails is what the record says of this architecture on this release, and nothing else fails.
+
+        The record has of a death the one file, of what is left at init the first parameter.
+        """
+        known = self.releases[self.last(release)].architectures.get(architecture, Known(NOT_KNOWN))
+        if known.verdict in (LOADS, NOT_KNOWN, NOT_THERE):
+            return known.verdict == NOT_THERE
+        alone = {kind for kind, _ in failures} <= {ABSENT, LOST, UNTIED} or failures == {known.failure}
+        return known.failure in failures and alone
 
     def table(self) -> DataFrame:
         """Architecture by release: verdicts."""
@@ -119,6 +142,11 @@ class Record:
         """The rows of `table` that are not LOADS on every release that knows the architecture."""
         table = self.table()
         return table[~table.isin([LOADS, NOT_THERE]).all(axis=1)]
+
+
+def numberless(name: str) -> str:
+    """A parameter's name whatever its layer."""
+    return re.sub(r"\d+", "0", name)
 
 
 def number(release: str) -> tuple[int, ...]:
@@ -134,9 +162,18 @@ def record() -> Record:
 
 def nearest_release(config: dict, release: str) -> dict[str, str] | None:
     """The nearest release that is known to load what a config names, and where that is from; None if there is none."""
-    names = config.get("architectures")
-    for architecture in names if isinstance(names, list) else ():
-        if isinstance(architecture, str) and (nearest := record().nearest(architecture, release)):
+    for architecture in architectures(config):
+        if nearest := record().nearest(architecture, release):
             source = f"from the record of {record().releases[nearest].recorded.removeprefix('on ')}, tiny checkpoints"
             return {"vllm": nearest, "architecture": architecture, "pp_size": PP, "source": source}
     return None
+
+
+def in_record(config: dict, release: str, failures: set[tuple[str, str]]) -> bool:
+    """Whether what fails is what the record says of what a config names."""
+    return any(record().knows(architecture, release, failures) for architecture in architectures(config))
+
+
+def architectures(config: dict) -> list[str]:
+    names = config.get("architectures")
+    return [name for name in (names if isinstance(names, list) else ()) if isinstance(name, str)]

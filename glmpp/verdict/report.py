@@ -177,13 +177,20 @@ def assemble(
     Args:
         stages: what the deployment makes of the checkpoint's config.
     """
+    from glmpp.verdict.readings import Readings
+
     messages = evidence["messages"]
     # What vLLM says counts: a config may give its layers in a way of its own.
     said = next((message["num_layers"] for message in messages if message.get("num_layers")), None)
     if stages is None or said not in (None, stages[0].num_layers):
         stages = deployment.stages(checkpoint.config, said or layer_count(checkpoint.config))
     ready = next(message for message in messages if message["kind"] == "ready")
-    reports = [stage_report(message, checkpoint, stages) for message in messages if message["kind"] == "stage"]
+    ran = [message for message in messages if message["kind"] == "stage"]
+    reports = [stage_report(message, checkpoint, stages) for message in ran]
+    readings = Readings(ran, checkpoint, (deployment.tp, deployment.dp))
+    unread = readings.unread()
+    for report, message in zip(reports, ran):
+        report.add_cuts(readings.of_rank(message), unread)
     control = next((report for report in reports if report.role == CONTROL), None)
     if (control and control.verdict == CANNOT_BUILD) or deployment.pp == 1:
         for report in reports:

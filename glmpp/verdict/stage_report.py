@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.ledger import EXPECTED, UNEXPECTED, Ledger, Left
+from glmpp.ledger import CUT, EXPECTED, LOADED, OTHER_RANK, UNEXPECTED, Ledger, Left
 from glmpp.partition import Stage
+from glmpp.verdict.cut import Cut
 from glmpp.verdict.fit import Memory
 
+PARTLY = "written in part"
 LOADS, DIES, CANNOT_BUILD = "loads", "dies", "cannot be built"
 INCOMPLETE, CANNOT_TELL = "loads, is not complete", "cannot tell"
 NO_DATA = "none"
@@ -21,6 +24,7 @@ class Death:
 
     Attributes:
         tensor: the checkpoint tensor that was handed over last; None when all of them had been, or none yet.
+        file: that it lies in, where the files that vLLM opens are not all named alike; otherwise None.
         exception, message, key, place, function: its type, text, the KeyError's key, `file:line` in vLLM or the model.
         traceback: the lines of vLLM and of the model, of the first death only.
     """
@@ -32,6 +36,7 @@ class Death:
     place: str
     function: str
     traceback: list[str] = field(default_factory=list)
+    file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,13 +104,15 @@ class StageReport:
         replica, replicas: the same for data parallelism.
         verdict: LOADS; DIES: an exception while loading; CANNOT_BUILD: an exception before that, although PP=1 builds, or
             because vLLM refuses the checkpoint on the GPU that is pretended;
-            INCOMPLETE: the load ends well and parameters that nobody accounts for were not written; CANNOT_TELL:
+            INCOMPLETE: the load ends well and parameters that nobody accounts for were not written, or there are cuts;
+            CANNOT_TELL:
             PP=1 cannot be built here either, or the model asks for the data of tensors that are too large to make up, or
             writes at an index that is one.
         role: STAGE, DRAFTER or CONTROL.
         deaths: all of them, when asked for; otherwise the first. A failed build is one.
         ledger: every tensor and every parameter, from the writes that were observed; None if the model was not built.
         left: what was left at init, or partly -> of which kind it is and why.
+        cuts: tensors of which all ranks together read a part, or this one reads other elements than it has scales of.
         memory: what the rank takes of its GPU; None if the model was not built.
     """
 
@@ -116,6 +123,7 @@ class StageReport:
     evidence: Evidence = field(default_factory=Evidence)
     ledger: Ledger | None = None
     left: dict[str, Left] = field(default_factory=dict)
+    cuts: list[Cut] = field(default_factory=list)
     times: Times = field(default_factory=Times)
     memory: Memory | None = None
     shard: int = 0
@@ -156,6 +164,23 @@ class StageReport:
         """Parameters left at init that nobody accounts for, and buffers that the checkpoint has a value for."""
         return [name for name, one in self.left.items() if one.kind != EXPECTED]
 
+    def is_partly_written(self, name: str) -> bool:
+        """Whether some of the elements of a parameter that was left were written."""
+        written = self.ledger.parameters.get(name, (0, 0))[0] if self.ledger else 0
+        return (self.ledger.filled.get(name, written) if self.ledger else 0) > 0
+
+    def what_is_left(self, name: str) -> str:
+        """In a word or two what is wrong with a parameter that was left."""
+        kind = self.left[name].kind
+        return PARTLY if kind != CUT and self.is_partly_written(name) else kind
+
+    def add_cuts(self, own: list[Cut], unread: list[Cut]) -> None:
+        """Args: own: of this rank's; unread: by all ranks, of which those count here that this stage should have."""
+        tensors = self.ledger.tensors if self.ledger and self.role == STAGE else {}
+        self.cuts = own + [cut for cut in unread if tensors.get(cut.tensor) in (LOADED, OTHER_RANK, UNEXPECTED)]
+        if self.cuts and self.verdict == LOADS:
+            self.verdict = INCOMPLETE
+
     @property
     def dropped(self) -> list[str]:
         """Tensors that were handed over and left no trace, and are not known to be somebody else's."""
@@ -171,6 +196,8 @@ def stage_report(message: dict, checkpoint: Checkpoint, stages: list[Stage]) -> 
     deaths = [Death(**_fields(Death, death)) for death in message.get("deaths", ())]
     if "exception" in message:  # the first, or why it could not be built; with its traceback
         deaths[:1] = [Death(**{"tensor": None, **_fields(Death, message)})]
+    if deaths and len({re.sub(r"\d+", "0", file) for file in checkpoint.files}) > 1:
+        deaths = [replace(one, file=checkpoint[one.tensor].file) if one.tensor in checkpoint else one for one in deaths]
     report = StageReport(
         stage=stages[0].whole() if message["control"] else stages[message["rank"]],
         verdict=message["verdict"],

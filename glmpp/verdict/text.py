@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.verdict.advice import fixed_in, nearest_in_record
-from glmpp.verdict.fit import LEFT_OUT, Fit
+from glmpp.ledger import CUT
+from glmpp.verdict.advice import Tried, fixed_in, nearest_in_record
+from glmpp.verdict.fit import LEFT_OUT, NO_FIT, Fit
 from glmpp.verdict.report import DryRunReport
 from glmpp.verdict.stage_report import (
     CANNOT_BUILD,
     CANNOT_TELL,
-    CONTROL,
     DIES,
+    DRAFTER,
     INCOMPLETE,
     LOADS,
     NO_DATA,
+    PARTLY,
     STAGE,
     StageReport,
 )
 from glmpp.words import MESSAGE, joined, quoted, shown
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 SHOWN = 4  # names on a line; --json has all of them
 
 
-def overall(report: DryRunReport) -> str:
-    """LOADS if every stage and the control do, completely; otherwise the first of DIES, INCOMPLETE, CANNOT_TELL."""
+def overall(report: DryRunReport, utilization: float | None = None) -> str:
+    """LOADS if every stage and the control do, completely, and it fits as far as it was counted; otherwise the first of
+    DIES, INCOMPLETE, NO_FIT, CANNOT_TELL. Args: utilization: as in `as_json`."""
     verdicts = {stage.verdict for stage in report.all}
     if verdicts & {DIES, CANNOT_BUILD}:
         return DIES
-    return next((verdict for verdict in (INCOMPLETE, CANNOT_TELL) if verdict in verdicts), LOADS)
+    if (found := report.fit(utilization)) and found.fits is False:
+        verdicts.add(NO_FIT)
+    return next((verdict for verdict in (INCOMPLETE, NO_FIT, CANNOT_TELL) if verdict in verdicts), LOADS)
 
 
 def as_json(
@@ -41,6 +48,8 @@ def as_json(
     again: DryRunReport | None = None,
     utilization: float | None = None,
     fixed: DryRunReport | None = None,
+    would_fit: Sequence[str] = (),
+    others: Tried | None = None,
 ) -> dict:
     """The report as plain values; `tests/check.schema.json` is its schema.
 
@@ -48,11 +57,18 @@ def as_json(
         again: the failing stages with the load format, see `glmpp.verdict.advice`.
         utilization: share of a GPU's memory that vLLM may take; default what it takes by default.
         fixed: the same with the fixes that are known.
+        would_fit: what was tried and does, see `glmpp.verdict.room`.
+        others: layouts of the same GPUs that were tried, see `glmpp.verdict.advice.try_layouts`.
     """
     known, found = fixed_in(report), report.fit(utilization)
     return {
         "schema": SCHEMA_VERSION,
-        "checkpoint": {"source": checkpoint.source, "tensors": len(checkpoint), "bytes": checkpoint.nbytes},
+        "checkpoint": {
+            "source": checkpoint.source,
+            "tensors": len(checkpoint),
+            "bytes": checkpoint.nbytes,
+            "notes": checkpoint.notes,
+        },
         "versions": report.versions,
         "guard": report.guard,
         "fixes": list(report.deployment.fixes),
@@ -61,7 +77,7 @@ def as_json(
         "tp_size": report.deployment.tp,
         "dp_size": report.deployment.dp,
         "ep": report.deployment.ep,
-        "verdict": overall(report),
+        "verdict": overall(report, utilization),
         "fit": found
         and {
             "gpu_memory_bytes": found.gpu.memory,
@@ -69,15 +85,20 @@ def as_json(
             "tokens": found.tokens,
             "context": found.context if found.known else None,
             "left_out": LEFT_OUT,
+            "fits": found.fits,
+            "lack": found.lack,
         },
+        "would_fit": [*would_fit],
+        "other_layouts": others and {"tried": others.names, "loads": others.loads and others.loads.layout},
         "stages": [_stage_json(stage, found) for stage in report.stages],
         "control": None if report.control is None else _stage_json(report.control),
         "stand_ins": report.stand_ins,
-        "with_load_format": again and {"verdict": overall(again), "stages": [_stage_json(stage) for stage in again.stages]},
+        "with_load_format": again
+        and {"verdict": overall(again, utilization), "stages": [_stage_json(stage) for stage in again.stages]},
         "with_fixes": fixed
         and {
             "fixes": list(fixed.deployment.fixes),
-            "verdict": overall(fixed),
+            "verdict": overall(fixed, utilization),
             "stages": [_stage_json(stage) for stage in fixed.stages],
         },
         "known_to_load_from": known and {"vllm": known.fixed_in, "source": known.source},
@@ -103,7 +124,8 @@ def _stage_json(stage: StageReport, found: Fit | None = None) -> dict:
             {key: getattr(death, key) for key in ("exception", "message", "key", "place", "function", "tensor")}
             for death in stage.deaths
         ],
-        "complete": None if stage.ledger is None or stage.deaths else not stage.unaccounted,
+        "complete": None if stage.ledger is None or stage.deaths else not (stage.unaccounted or stage.cuts),
+        "cut": [asdict(cut) for cut in stage.cuts],
         "left_at_init": {name: asdict(one) for name, one in stage.left.items()},
         "dropped": [] if stage.deaths else stage.dropped,
         "held": stage.held,
@@ -120,7 +142,7 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, ut
     """
     versions = shown(", ".join(f"{name} {version}" for name, version in report.versions.items()), MESSAGE)
     lines = [
-        headline(checkpoint),
+        *headline(checkpoint),
         f"{versions}; guard: {report.guard}; GPU: {report.deployment.gpu}"
         + (f"; fixes: {', '.join(report.deployment.fixes)}" if report.deployment.fixes else ""),
         *chosen(report),
@@ -129,20 +151,23 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, ut
     ends: dict[tuple, list[StageReport]] = {}
     for stage in report.all:
         alone = each or stage.role != STAGE
-        ends.setdefault((id(stage) if alone else 0, stage.verdict, *evidence_lines(stage)), []).append(stage)
+        ends.setdefault((id(stage) if alone else 0, stage.verdict, *_ending(stage)), []).append(stage)
     width = max(13, *(len(label(alike)) for alike in ends.values()))
     for alike in ends.values():
-        lines += [f"{label(alike):<{width}} layers {_layers(alike):<8} {alike[0].verdict}", *evidence_lines(alike[0])]
+        lines.append(f"{label(alike):<{width}} layers {_layers(alike):<8} {alike[0].verdict}")
+        lines += evidence_lines(alike[0], several=len(alike) > 1)
+    lines += held_lines(report)
     lines += ["", *lines_of_memory] if (lines_of_memory := memory_lines(report, utilization)) else []
     lines += ["", "stand-ins: " + ", ".join(map(shown, report.stand_ins))]
     if data := sorted({stage.data for stage in report.all if stage.data != NO_DATA and not stage.deaths}):
-        lines.append(f"failed without data, and was tried again on the CPU with values: {', '.join(data)}")
-    return joined([*lines, "", f"{report.deployment.layout}: {conclusion(report)}"])
+        lines.append(f"not complete without data, and tried again on the CPU with values: {', '.join(data)}")
+    return joined([*lines, "", f"{report.deployment.layout}: {conclusion(report, utilization)}"])
 
 
-def headline(checkpoint: Checkpoint) -> str:
-    """Which checkpoint, and how large it is."""
-    return f"{shown(str(checkpoint.source), MESSAGE)}: {len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB"
+def headline(checkpoint: Checkpoint) -> list[str]:
+    """Which checkpoint, how large it is, and what is to be told of the choice of its files."""
+    size = f"{len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB"
+    return [f"{shown(str(checkpoint.source), MESSAGE)}: {size}", *(f"    {note}" for note in checkpoint.notes)]
 
 
 def chosen(report: DryRunReport) -> list[str]:
@@ -155,29 +180,66 @@ def chosen(report: DryRunReport) -> list[str]:
     return lines
 
 
-def evidence_lines(stage: StageReport) -> list[str]:
-    """What a stage's verdict rests on, indented; [] for one that loads and leaves nothing to say."""
+def _ending(stage: StageReport) -> list[str]:
+    """What ranks that end alike have in common: the evidence, whatever the numbers of what is cut."""
+    cuts = set(_cut_lines(stage))
+    return [re.sub(r"\d+(\.\d+)?", "0", line) if line in cuts else line for line in evidence_lines(stage)]
+
+
+def evidence_lines(stage: StageReport, several: bool = False) -> list[str]:
+    """What a stage's verdict rests on, indented; [] for one that loads and leaves nothing to say.
+
+    Args:
+        several: other ranks end alike: what has numbers of this rank's own says so.
+    """
     lines = []
     for death in stage.deaths:
         said = shown(" ".join(death.message.split()), MESSAGE)
         lines.append(f"    KeyError: {quoted(death.key)}" if death.key else f"    {shown(death.exception)}: {said}")
         handed = f", handed {shown(death.tensor)}" if death.tensor else ""
+        handed += f" of {shown(death.file)}" if death.file else ""
         lines.append(f"        in {shown(death.place)} {shown(death.function)}{handed}")
     if stage.verdict == INCOMPLETE:
-        lines += _left_lines(stage)
+        lines += _left_lines(stage) + _cut_lines(stage, several)
     if stage.verdict == CANNOT_TELL and stage.evidence.unplaced:
         lines.append(f"    written at places that only data would tell: {_some([*stage.evidence.unplaced])}")
-    if stage.verdict in (LOADS, INCOMPLETE) and stage.dropped:
-        lines.append(f"    dropped without a trace: {_some(stage.dropped)}")
-    return lines + [f"    held to the end, though another stage's: {shown(name)}" for name in stage.held]
+    told = {stage.left[name].tensor for name in stage.unaccounted}
+    if stage.verdict in (LOADS, INCOMPLETE) and (dropped := [name for name in stage.dropped if name not in told]):
+        lines.append(f"    dropped without a trace: {_some(dropped)}")
+    return lines
+
+
+def held_lines(report: DryRunReport) -> list[str]:
+    """The rank that holds most of other stages' tensors while it loads, in the host's memory, and how much."""
+    holding = [stage for stage in report.all if stage.held and not stage.deaths]
+    if not holding:
+        return []
+    most = max(holding, key=lambda stage: sum(stage.held.values()))
+    size, first = f"{sum(most.held.values()) / 1e9:,.3f} GB of other stages' tensors", shown(next(iter(most.held)))
+    return ["", f"{label(holding)} hold{'s' * (len(holding) == 1)} up to {size} while loading, e.g. {first}"]
 
 
 def _left_lines(stage: StageReport) -> list[str]:
-    """What is wrong with the parameters left at init; those of one kind for one reason share a line."""
-    why: dict[str, list[str]] = {}
+    """What is wrong with the parameters left at init, or partly; those of one kind for one reason share a line."""
+    why: dict[tuple, list[str]] = {}
     for name in stage.unaccounted:
-        why.setdefault(str(stage.left[name]), []).append(name)
-    return [line for reason, names in why.items() for line in (f"    left at init: {_some(names)}", f"        {reason}")]
+        what = stage.what_is_left(name)
+        what = what if what in (PARTLY, CUT) else "left at init"
+        why.setdefault((what, str(stage.left[name])), []).append(name)
+    return [line for (what, reason), names in why.items() for line in (f"    {what}: {_some(names)}", f"        {reason}")]
+
+
+def _cut_lines(stage: StageReport, several: bool = False) -> list[str]:
+    """Tensors that are cut, those that are cut alike on one line: what differs in names are numbers."""
+    alike: dict[tuple, list] = {}
+    for cut in stage.cuts:
+        alike.setdefault((re.sub(r"\d+", "", cut.tensor), str(cut)), []).append(cut)
+    lines = []
+    for (_, said), cuts in alike.items():
+        more = f" and {len(cuts) - 1:,} more" if len(cuts) > 1 else ""
+        here = f" (on rank {stage.shard}; on the others likewise)" if several and cuts[0].scales else ""
+        lines += [f"    cut: {shown(cuts[0].tensor)}{more}", f"        {said}{here}"]
+    return lines
 
 
 def _some(names: list[str]) -> str:
@@ -188,7 +250,7 @@ def _some(names: list[str]) -> str:
 def memory_lines(report: DryRunReport, utilization: float | None = None) -> list[str]:
     """What each rank takes, those that take the same on one line, and what the deployment has room for."""
     found = report.fit(utilization)
-    if found is None:
+    if found is None or overall(report) == DIES:
         return []
     of = f"{found.share:.0%} of the {found.gpu.memory / 1e9:.1f} GB of {found.gpu.name}"
     lines = [f"memory, {of}; left out: {LEFT_OUT}"]
@@ -246,20 +308,25 @@ def _spans(numbers: list[int]) -> str:
     return ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
 
 
-def conclusion(report: DryRunReport) -> str:
-    """The answer in one line."""
+def conclusion(report: DryRunReport, utilization: float | None = None) -> str:
+    """The answer in one line. Args: utilization: as in `as_text`."""
     failing = [stage for stage in report.stages if not stage.loads]
     several = report.deployment.tp * report.deployment.dp > 1
     of = f"{len(report.stages)} ranks that were run" if several else f"{report.pp_size} stages"
-    found = overall(report)
+    found, room = overall(report, utilization), report.fit(utilization)
     if found == LOADS:
-        return "loads, complete"
+        return "loads, complete" + ("; whether it fits was not counted" if room and room.fits is None else "")
+    if found == NO_FIT:
+        return f"loads, and {NO_FIT}: {shown(room.lack, MESSAGE)}"
     if found == CANNOT_TELL:
         neither = report.control is not None and report.control.verdict == CANNOT_TELL
         return "cannot tell: " + ("PP=1 cannot be built here either" if neither else "see above")
     if found == INCOMPLETE:
-        kinds = Counter(stage.left[name].kind for stage in report.all for name in stage.unaccounted if stage.role != CONTROL)
-        said = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()) or "see PP=1"
+        left = {name: stage.what_is_left(name) for stage in report.stages for name in stage.unaccounted}
+        left |= {(DRAFTER, name): one.what_is_left(name) for one in report.drafters for name in one.unaccounted}
+        kinds = Counter(left.values())
+        kinds[CUT] += len({cut.tensor for stage in report.all for cut in stage.cuts})
+        said = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count) or "see PP=1"
         also = ", nor is PP=1" if report.control and not report.control.loads else ""
         return f"loads, and is not complete{also}: {said}"
     if report.control is not None and not report.control.loads:

@@ -22,7 +22,9 @@ import torch
 from findings import FINDINGS, FIXED, RELEASE, UPSTREAM, Entry
 from quantised import quantised
 
+from glmpp.engine import fixes
 from glmpp.ledger import digest
+from glmpp.verdict.advice import failures
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
@@ -155,6 +157,14 @@ def test_with_the_fix_every_stage_loads(entry):
 
 
 @each_swept
+def test_the_fix_is_offered_for_what_it_cures(entry):
+    for one in tried(entry.name):
+        config = {"architectures": [one.found.architecture]}
+        cured = [before for before, after in zip(one.before, one.after) if after.loads and not before.loads]
+        assert cured and all(entry.name in fixes.curing(RELEASE, config, failures(report)) for report in cured)
+
+
+@each_swept
 def test_bytes_equal_those_of_pp_1_and_of_the_file(entry):
     """A tied head is one parameter with the embedding at PP=1 and has a name of its own on a last stage. What vLLM pads is
     not compared: the padding holds what memory held."""
@@ -204,7 +214,9 @@ def test_experts_in_w4a16_with_scales_of_channels_load_with_the_fix_and_elsewher
     """The sweep makes no such checkpoint."""
     checkpoint = quantised("compressed-tensors, W4A16 channel", "moe")
     before, after = (
-        dry_run(checkpoint, Deployment(2, gpu=gpu, fixes=fixes), progress=False) for fixes in ([], ["w4a16_channel_experts"])
+        dry_run(checkpoint, Deployment(2, gpu=gpu, fixes=names), progress=False) for names in ([], ["w4a16_channel_experts"])
     )
     assert {stage.exception for stage in before.stages} == {as_it_is} and before.loads == (as_it_is is None)
     assert after.loads and after.control.loads
+    offered = [] if as_it_is is None else ["w4a16_channel_experts"]
+    assert fixes.curing(RELEASE, checkpoint.config, failures(before)) == offered

@@ -90,6 +90,7 @@ def add_fix() -> None:
 
     fix = ModuleType(f"{fixes.__name__}.{FIX}", "The faulty model looks up what is another stage's.\n")
     fix.RELEASES, fix.ARCHITECTURES = (contract.vllm_version().partition("+")[0],), ("FaultyForCausalLM",)
+    fix.CURES = (("KeyError", ""),)
 
     def apply() -> None:
         module = sys.modules[__name__]

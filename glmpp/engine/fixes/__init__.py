@@ -2,13 +2,17 @@
 
 A module of this package has a docstring (what is wrong, what the fix does), `RELEASES` that it was tried on,
 `ARCHITECTURES` that it is for, as in config.json, and `apply()`, which changes vLLM's classes and imports vLLM itself.
+`CURES` says for which failures it is offered: an exception and a pattern of the file that it rises in, or a kind of
+incompleteness and a pattern of the parameter; `SCHEME`, if there is one, which words the quantisation's config has.
 It has to be called before the model is built. That it cures, and changes nothing else, is shown by `make test-upstream`.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
+import re
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 
@@ -40,6 +44,22 @@ def about(name: str) -> str:
 def known(release: str | None, architectures: Iterable[str]) -> list[str]:
     """Names of the fixes that were tried on a release and are for one of a model's architectures."""
     return [name for name in NAMES if tried_on(name, release) and set(fix(name).ARCHITECTURES) & set(architectures)]
+
+
+def curing(release: str | None, config: dict, failures: Iterable[tuple[str, str]]) -> list[str]:
+    """Of the fixes that are known those that are for one of a load's failures.
+
+    Args:
+        failures: exception and file, or kind of incompleteness and parameter.
+    """
+    failures, found = list(failures), []
+    quantised = json.dumps(config.get("quantization_config") or {})
+    for name in known(release, config.get("architectures") or []):
+        one = fix(name)
+        fits = all(f'"{word}"' in quantised for word in getattr(one, "SCHEME", ()))
+        if fits and any(kind == what and re.search(where, place) for what, where in one.CURES for kind, place in failures):
+            found.append(name)
+    return found
 
 
 def tried_on(name: str, release: str | None) -> bool:

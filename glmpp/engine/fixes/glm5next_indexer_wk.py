@@ -7,6 +7,7 @@ before either of them buffers it.
 
 RELEASES = ("0.33.0",)
 ARCHITECTURES = ("Glm5NextForConditionalGeneration", "Glm5NextForCausalLM")
+CURES = (("KeyError", r"/glm5next/"),)
 
 
 def apply() -> None:

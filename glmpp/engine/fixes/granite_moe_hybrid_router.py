@@ -6,6 +6,7 @@ router and everything that is stored as it is go through, does not: KeyError at 
 
 RELEASES = ("0.33.0",)
 ARCHITECTURES = ("GraniteMoeHybridForCausalLM",)
+CURES = (("KeyError", r"/granitemoehybrid\.py"),)
 
 
 def apply() -> None:

@@ -8,6 +8,7 @@ layer of another stage passes as before.
 
 RELEASES = ("0.33.0",)
 ARCHITECTURES = ("LagunaForCausalLM",)
+CURES = (("lost", r"\.e_score_correction_bias$"),)
 STORED, MOVED = ".experts.e_score_correction_bias", ".experts.routed_experts.e_score_correction_bias"
 
 

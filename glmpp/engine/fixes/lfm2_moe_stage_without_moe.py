@@ -6,6 +6,7 @@ built. The fix lets such a stage be, with no counts, as a model without experts.
 
 RELEASES = ("0.33.0",)
 ARCHITECTURES = ("Lfm2MoeForCausalLM",)
+CURES = (("RuntimeError", r"/lfm2_moe\.py"),)
 
 
 def apply() -> None:

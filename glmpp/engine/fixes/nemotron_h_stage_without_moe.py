@@ -6,6 +6,7 @@ it say what this stage has, so that such a stage is built like a model without e
 
 RELEASES = ("0.33.0",)
 ARCHITECTURES = ("NemotronHForCausalLM",)
+CURES = (("AssertionError", r"/nemotron_h\.py"),)
 
 
 def apply() -> None:

@@ -18,6 +18,7 @@ AROUND = (
     "JambaForSequenceClassification",
 )
 ARCHITECTURES = (*CAUSAL, *AROUND)
+CURES = (("untied", r"lm_head\.weight$"),)
 
 
 def apply() -> None:

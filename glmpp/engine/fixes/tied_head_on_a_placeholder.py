@@ -7,6 +7,7 @@ of several the head takes the embedding's place, so that the embedding's tensor 
 
 RELEASES = ("0.33.0",)
 ARCHITECTURES = ("Ernie4_5_MoeForCausalLM", "FalconH1ForCausalLM")
+CURES = (("AttributeError", r"/(ernie45_moe|vocab_parallel_embedding)\.py"),)
 
 
 def apply() -> None:

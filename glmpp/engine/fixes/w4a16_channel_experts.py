@@ -7,6 +7,8 @@ listed are those that it was tried on.
 
 RELEASES = ("0.33.0",)
 ARCHITECTURES = ("Qwen3MoeForCausalLM",)
+CURES = (("AssertionError", r"^vllm/"),)
+SCHEME = ("pack-quantized", "channel")
 
 
 def apply() -> None:
