@@ -12,6 +12,7 @@ BLANK = re.compile(
 )
 
 MESSAGE = 500  # characters of a message or a path
+SHOWN = 4  # names of a list in a sentence
 
 
 def printable(text: str) -> str:
@@ -44,8 +45,9 @@ def quoted(name: str) -> str:
 
 
 def some(names: list[str]) -> str:
-    """A list in a sentence: of a long one three names and how many more there are."""
-    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3:,} more"
+    """A list in a sentence: of a long one the first names and how many more there are."""
+    first = ", ".join(map(shown, names[:SHOWN]))
+    return first if len(names) <= SHOWN else f"{first} and {len(names) - SHOWN:,} more"
 
 
 def joined(lines: Iterable[str]) -> str:

@@ -247,3 +247,15 @@ def test_forty_three_scales_that_a_repack_lost_do_not_come_up_green(tiny):
 def test_a_tower_that_a_stage_has_no_use_for_is_not_asked_for_bytes():
     """Its bare parameters vLLM (not yet 0.22.1) leaves without data: BLIP-2's query tokens, on the second of two stages."""
     assert compare_case("Blip2ForConditionalGeneration", "plain", "h100").outcome == EQUAL
+
+
+def test_a_model_that_comes_without_a_config_is_loaded_all_the_same(monkeypatch, tmp_path):
+    """Mistral's own format has params.json; whether the head should be tied is then not known here."""
+    import torch
+
+    from glmpp.engine import losses
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    monkeypatch.setattr(losses, "vocabularies", lambda model: {"model.embed_tokens": weight, "lm_head": weight})
+    config = SimpleNamespace(model=str(tmp_path), revision=None)
+    assert losses.dropped_heads(None, torch.nn.Module(), config) == {}

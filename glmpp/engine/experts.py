@@ -15,18 +15,23 @@ def expert_maps(model: torch.nn.Module) -> dict[str, set[int]]:
     """
     found = {}
     for path, module in model.named_modules():
-        numbers = getattr(vars(module).get("expert_map_manager"), "expert_map", None)
-        if numbers is not None and EXPERTS in f".{path}.":
+        held = _held(module)
+        if held is not None and EXPERTS in f".{path}.":
             stem = f"{path}.".rpartition(EXPERTS)[0]
-            found[stem + EXPERTS[:-1]] = {number for number, local in enumerate(numbers.tolist()) if local >= 0}
+            found[stem + EXPERTS[:-1]] = set(held)
     return found
 
 
 def expert_numbers(module: torch.nn.Module, count: int) -> list[int]:
     """The numbers of so many experts that a module has stacked, in the order of the stack."""
-    numbers = getattr(vars(module).get("expert_map_manager"), "expert_map", None)
-    held = [] if numbers is None else [number for number, local in enumerate(numbers.tolist()) if local >= 0]
+    held = _held(module) or []
     return held if len(held) == count else list(range(count))
+
+
+def _held(module: torch.nn.Module) -> list[int] | None:
+    """Numbers of the experts that a module holds, by vLLM's map; None if it has none."""
+    numbers = getattr(vars(module).get("expert_map_manager"), "expert_map", None)
+    return None if numbers is None else [number for number, local in enumerate(numbers.tolist()) if local >= 0]
 
 
 def held_experts(maps: dict[str, set[int]]) -> set[int] | None:

@@ -197,8 +197,10 @@ def dropped_heads(recorder: WriteRecorder, model: torch.nn.Module, model_config:
     weights, rename, found = vocabularies(model), mapped(model) or (lambda name: name), {}
     if len({id(weight) for weight in weights.values()}) == len(weights):
         return {}
-    # As it is in the file: vLLM may have changed its own.
-    config, _ = PretrainedConfig.get_config_dict(model_config.model, revision=model_config.revision)
+    try:  # as it is in the file: vLLM may have changed its own
+        config, _ = PretrainedConfig.get_config_dict(model_config.model, revision=model_config.revision)
+    except OSError:  # a model may come without one
+        return {}
     nested = [config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)]
     if not nested or nested[0].get("tie_word_embeddings") is not False:
         return {}

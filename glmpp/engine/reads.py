@@ -25,23 +25,29 @@ class Reads:
     operator made nothing is known, and all of the tensor counts as read.
 
     Attributes:
-        of: turn of a tensor -> regions that were read of it, see `region`.
+        whole: turns of tensors of which all was read at once.
+        of: turn of another -> regions that were read of it, see `region`.
         unknown: turns during which the model was given values of unknown origin.
     """
 
     def __init__(self):
+        self.whole: set[int] = set()
         self.of: dict[int, set[Region]] = {}
         self.unknown: set[int] = set()
+        # By number of a storage. As long as there is a weak reference to each no other gets the number of one that has gone.
         self._origins: dict[int, int | list[tuple[int, int]] | _Copy] = {}
-        self._alive: list[int] = []  # as long as these are held no other storage gets the number of one that has gone
+        self._last: int | None = None
 
     def hand_over(self, turn: int, tensor: torch.Tensor) -> None:
         """A storage holds one tensor, from its start; or several, a list of where each starts and its turn."""
+        if self._last is not None and torch.UntypedStorage._expired(self._last):  # most are other stages', and let go of
+            del self._origins[self._last]
+            torch.UntypedStorage._free_weak_ref(self._last)
         storage, start = tensor.untyped_storage(), tensor.storage_offset()
-        number = storage._cdata
+        number = self._last = storage._cdata
         there = self._origins.get(number)
         if there is None:
-            self._alive.append(storage._weak_ref())
+            storage._weak_ref()
         if there is None and not start:
             self._origins[number] = turn
         elif not isinstance(there, _Copy):
@@ -71,16 +77,17 @@ class Reads:
         if origin is None:
             return False
         if type(origin) is int and tensor.nbytes == tensor.untyped_storage().nbytes() and tensor.is_contiguous():
-            turn, where = origin, (0, tensor.nbytes, ())
+            self.whole.add(origin)
         else:
             turn, where = self._find(origin, *_layout(tensor))
-        self.of.setdefault(turn, set()).add(where)
+            self.of.setdefault(turn, set()).add(where)
         return True
 
     def copied(self, source: torch.Tensor, result: torch.Tensor) -> None:
         if (origin := self._origins.get(storage_of(source))) is not None:
             storage = result.untyped_storage()
-            self._alive.append(storage._weak_ref())
+            if storage._cdata not in self._origins:
+                storage._weak_ref()
             self._origins[storage._cdata] = _Copy(origin, _layout(source), _layout(result))
 
     def message(self, order: list[str], model: Iterable[torch.Tensor], nbytes: Mapping[str, int], loaded: set[str]) -> dict:
@@ -104,10 +111,10 @@ class Reads:
         def number(name: str, size: int) -> int:
             if (turn := turns.get(name)) is None:
                 return UNREAD
-            regions = self.of.get(turn)
-            if turn in self.unknown or not regions:
+            regions = self.of.get(turn, ())
+            if turn in self.unknown or not (regions or turn in self.whole):
                 return UNKNOWN
-            if (0, size, ()) in regions:
+            if turn in self.whole or (0, size, ()) in regions:
                 return WHOLE
             return kinds.setdefault(tuple(sorted(regions)), len(kinds) + PARTS)
 
@@ -121,7 +128,7 @@ class Reads:
         return turn, region(shape, steps, start - first, width)
 
     def __del__(self):
-        for number in self._alive:
+        for number in self._origins:
             torch.UntypedStorage._free_weak_ref(number)
 
 

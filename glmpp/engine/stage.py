@@ -195,6 +195,7 @@ class Stages:
             result.update(load.deaths[0], deaths=[{**death, "traceback": []} for death in load.deaths])
         account = Account(load, self.source.shapes, self.drafted() if place.drafter else None)
         result.update(account.message(self.request["model"] if data == REAL else None))
+        load.recorder.reads = None  # 40 MB for each stage of GLM-5.1; a load lies in a circle of references, and stays
         if not load.deaths and result["unplaced"]:
             result["verdict"] = "cannot tell"
         if not load.deaths and lazy:

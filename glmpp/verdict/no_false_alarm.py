@@ -20,6 +20,7 @@ from pathlib import Path
 
 from glmpp.errors import GlmppError
 from glmpp.gpus import target_name
+from glmpp.ledger import CUT
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.installed import ask_vllm
@@ -27,7 +28,7 @@ from glmpp.verdict.stage_report import INCOMPLETE, LOADS, StageReport
 from glmpp.verdict.sweep import FOLDER, dry_runs, tiny_checkpoint
 
 SIZES = (1, 2)
-EQUAL, REFUSED, CUT, NOT_COMPARABLE = "equal", "refused", "cut", "not comparable"
+EQUAL, REFUSED, NOT_COMPARABLE = "equal", "refused", "not comparable"
 FALSE_ALARM, UNEQUAL, MISSED = "false alarm", "unequal", "missed"
 WRONG = (FALSE_ALARM, UNEQUAL, MISSED)
 WORST_FIRST = (*WRONG, CUT, REFUSED, NOT_COMPARABLE, EQUAL)

@@ -104,10 +104,9 @@ class StageReport:
         replica, replicas: the same for data parallelism.
         verdict: LOADS; DIES: an exception while loading; CANNOT_BUILD: an exception before that, although PP=1 builds, or
             because vLLM refuses the checkpoint on the GPU that is pretended;
-            INCOMPLETE: the load ends well and parameters that nobody accounts for were not written, or there are cuts;
-            CANNOT_TELL:
-            PP=1 cannot be built here either, or the model asks for the data of tensors that are too large to make up, or
-            writes at an index that is one.
+            INCOMPLETE: the load ends well, and parameters that nobody accounts for were not written, or something is cut;
+            CANNOT_TELL: PP=1 cannot be built here either, or the model asks for the data of tensors that are too large to
+            make up, or writes at an index that is one.
         role: STAGE, DRAFTER or CONTROL.
         deaths: all of them, when asked for; otherwise the first. A failed build is one.
         ledger: every tensor and every parameter, from the writes that were observed; None if the model was not built.

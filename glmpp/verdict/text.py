@@ -25,10 +25,9 @@ from glmpp.verdict.stage_report import (
     STAGE,
     StageReport,
 )
-from glmpp.words import MESSAGE, joined, quoted, shown
+from glmpp.words import MESSAGE, joined, quoted, shown, some
 
 SCHEMA_VERSION = 7
-SHOWN = 4  # names on a line; --json has all of them
 
 
 def overall(report: DryRunReport, utilization: float | None = None) -> str:
@@ -202,10 +201,10 @@ def evidence_lines(stage: StageReport, several: bool = False) -> list[str]:
     if stage.verdict == INCOMPLETE:
         lines += _left_lines(stage) + _cut_lines(stage, several)
     if stage.verdict == CANNOT_TELL and stage.evidence.unplaced:
-        lines.append(f"    written at places that only data would tell: {_some([*stage.evidence.unplaced])}")
+        lines.append(f"    written at places that only data would tell: {some([*stage.evidence.unplaced])}")
     told = {stage.left[name].tensor for name in stage.unaccounted}
     if stage.verdict in (LOADS, INCOMPLETE) and (dropped := [name for name in stage.dropped if name not in told]):
-        lines.append(f"    dropped without a trace: {_some(dropped)}")
+        lines.append(f"    dropped without a trace: {some(dropped)}")
     return lines
 
 
@@ -226,7 +225,7 @@ def _left_lines(stage: StageReport) -> list[str]:
         what = stage.what_is_left(name)
         what = what if what in (PARTLY, CUT) else "left at init"
         why.setdefault((what, str(stage.left[name])), []).append(name)
-    return [line for (what, reason), names in why.items() for line in (f"    {what}: {_some(names)}", f"        {reason}")]
+    return [line for (what, reason), names in why.items() for line in (f"    {what}: {some(names)}", f"        {reason}")]
 
 
 def _cut_lines(stage: StageReport, several: bool = False) -> list[str]:
@@ -240,11 +239,6 @@ def _cut_lines(stage: StageReport, several: bool = False) -> list[str]:
         here = f" (on rank {stage.shard}; on the others likewise)" if several and cuts[0].scales else ""
         lines += [f"    cut: {shown(cuts[0].tensor)}{more}", f"        {said}{here}"]
     return lines
-
-
-def _some(names: list[str]) -> str:
-    some = ", ".join(map(shown, names[:SHOWN]))
-    return some if len(names) <= SHOWN else f"{some} and {len(names) - SHOWN:,} more"
 
 
 def memory_lines(report: DryRunReport, utilization: float | None = None) -> list[str]:
