@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,9 +57,13 @@ def clear_scratch() -> None:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Remove such a folder, and nothing else, whatever is asked for."""
+    """Remove such a folder, and nothing else, whatever is asked for; again, if a process that is being ended adds a file."""
     if NAME.fullmatch(folder.name):
-        shutil.rmtree(folder, ignore_errors=True)
+        for pause in (0, 0.1, 0.3, 1):
+            time.sleep(pause)
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
 
 
 def _locked(folder: Path) -> int | None:

@@ -16,7 +16,7 @@ from conftest import ROOT
 from glmpp import scratch
 from glmpp.ending import ended
 from glmpp.errors import GlmppError, KitError
-from glmpp.scratch import clear_scratch, make_scratch
+from glmpp.scratch import clear_scratch, make_scratch, remove_scratch
 
 CONFIG = ROOT / "data" / "glm-5.1-fp8" / "config.json"
 PLAN = [sys.executable, "-m", "glmpp", "plan", str(CONFIG), "--pp", "2"]
@@ -227,6 +227,24 @@ def test_nobody_takes_a_folder_that_has_just_been_made_for_a_leftover(temporary,
     monkeypatch.setattr(scratch.tempfile, "mkdtemp", mkdtemp)
     folder, lock = make_scratch()
     assert folder.is_dir() and times
+    os.close(lock)
+
+
+def test_a_file_that_comes_while_the_folder_is_removed_does_not_stay(temporary, monkeypatch):
+    """A fork that is being ended makes its log."""
+    folder, lock = make_scratch()
+    remove, times = scratch.shutil.rmtree, []
+
+    def rmtree(path: Path, **options) -> None:
+        if not times:
+            times.append(1)
+            path = path / "nothing"
+            (folder / "0.log").touch()
+        remove(path, **options)
+
+    monkeypatch.setattr(scratch.shutil, "rmtree", rmtree)
+    remove_scratch(folder)
+    assert not folder.exists() and times
     os.close(lock)
 
 

@@ -126,7 +126,7 @@ def test_a_process_that_breaks_off_while_it_imports_is_asked_for_its_last_words(
     running = server.Server.running(CPU)
     running.process.wait()
     with pytest.raises(GlmppError, match=r"broke off at the import of vLLM:\n    double free"):
-        forks.collect([fork(running, tiny)])
+        collected(running, tiny)
 
 
 @needs_vllm
@@ -134,17 +134,19 @@ def test_a_server_that_was_killed_before_it_answered_is_told_from_a_fork(tiny, o
     running = server.Server.running()
     running.process.kill()
     with pytest.raises(GlmppError, match="was killed at the import of vLLM"):
-        forks.collect([fork(running, tiny)])
+        collected(running, tiny)
 
 
-def fork(running: server.Server, tiny: Checkpoint) -> forks.Fork:
+def collected(running: server.Server, tiny: Checkpoint) -> list[dict]:
     path = tiny.directory.parent / "request.json"
     path.write_text("{}")
     turns = forks._turns([])
     try:
-        return forks.Fork(path, 0, (0, 1, 1), turns, running)
+        fork = forks.Fork(path, 0, (0, 1, 1), turns, running)
     finally:
         os.close(turns)
+    with fork:
+        return forks.collect([fork])
 
 
 def test_a_distribution_of_another_name_that_provides_the_module_counts(tmp_path):

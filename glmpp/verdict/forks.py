@@ -85,7 +85,10 @@ class Fork:
             raise GlmppError(f"the process at {SHARED} answers with what is no message: {short(line[:60])}") from None
         return message
 
-    def close(self) -> None:
+    def __enter__(self) -> Fork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End it if it is still at work."""
         os.close(self.pipe)
         if self.connection is not None:
@@ -124,23 +127,19 @@ def collect(forks: Sequence[Fork], bar: tqdm | None = None, timeout: float = TIM
     with selectors.DefaultSelector() as at_work:
         for fork in forks:
             at_work.register(fork.pipe, selectors.EVENT_READ, fork)
-        try:
-            while watched := at_work.get_map():
-                slowest: Fork = min((key.data for key in watched.values()), key=lambda fork: fork.since)
-                ready = at_work.select(max(0.0, slowest.since + timeout - time.monotonic()))
-                if not ready:
-                    raise GlmppError(f"{slowest.at} was not done after {timeout:g} s, and was ended; --timeout allows more")
-                for key, _ in ready:
-                    fork: Fork = key.data
-                    came = fork.read()
-                    if bar is not None:
-                        bar.update(sum(message["kind"] in ("stage", "load") for message in came))
-                    if not came:
-                        at_work.unregister(key.fileobj)
-                        fork.check()
-        finally:
-            for fork in forks:
-                fork.close()
+        while watched := at_work.get_map():
+            slowest: Fork = min((key.data for key in watched.values()), key=lambda fork: fork.since)
+            ready = at_work.select(max(0.0, slowest.since + timeout - time.monotonic()))
+            if not ready:
+                raise GlmppError(f"{slowest.at} was not done after {timeout:g} s, and was ended; --timeout allows more")
+            for key, _ in ready:
+                fork: Fork = key.data
+                came = fork.read()
+                if bar is not None:
+                    bar.update(sum(message["kind"] in ("stage", "load") for message in came))
+                if not came:
+                    at_work.unregister(key.fileobj)
+                    fork.check()
     for fork in forks:
         fork.check()
     return [message for fork in forks for message in fork.messages]
@@ -184,7 +183,8 @@ def ask(request: dict, bar: tqdm | None = None, timeout: float = TIMEOUT) -> lis
             fork = Fork(path, 0, (0, 1, 1), turns, Server.running(request.get("gpu")))
         finally:
             os.close(turns)
-        return collect([fork], bar, timeout)
+        with fork:
+            return collect([fork], bar, timeout)
 
 
 def run_stages(
@@ -205,13 +205,13 @@ def run_stages(
     Raises:
         GlmppError: as `collect`.
     """
-    with _folder({**request, "runs": runs}, checkpoint) as path:
+    with _folder({**request, "runs": runs}, checkpoint) as path, contextlib.ExitStack() as started:
         # The control goes first: it has all layers and takes the longest.
         turns = _turns(sorted(range(len(runs)), key=lambda at: not runs[at]["control"]))
         try:
             number = min(workers or cores(), max(len(runs), 1))
             server = Server.running(request["gpu"])
-            forks = [Fork(path, each, (0, 1, 1), turns, server) for each in range(number)]
+            forks = [started.enter_context(Fork(path, each, (0, 1, 1), turns, server)) for each in range(number)]
         finally:
             os.close(turns)
         return _in_order(collect(forks, bar, timeout))
@@ -227,12 +227,13 @@ def run_group(
     timeout: float = TIMEOUT,
 ) -> list[dict]:
     """The same with one fork for each rank, all joined in vLLM's process groups. There is no PP=1 control in it."""
-    with _folder({**request, "runs": runs}, checkpoint) as path:
+    with _folder({**request, "runs": runs}, checkpoint) as path, contextlib.ExitStack() as started:
         forks = []
         for rank in range(pp * tp):
             turns = _turns([at for at, run in enumerate(runs) if run["rank"] * tp + run["shard"] == rank])
             try:
-                forks.append(Fork(path, rank, (rank, pp * tp, tp), turns, Server.running(request["gpu"])))
+                fork = Fork(path, rank, (rank, pp * tp, tp), turns, Server.running(request["gpu"]))
+                forks.append(started.enter_context(fork))
             finally:
                 os.close(turns)
         return _in_order(collect(forks, bar, timeout))

@@ -188,6 +188,7 @@ class Server:
                 except subprocess.TimeoutExpired:
                     if SHARED not in os.environ:  # something in it keeps it from looking: a plugin
                         server.process.kill()
+                        server.process.wait()
                         remove_scratch(server.folder)
         cls.current.clear()
 
