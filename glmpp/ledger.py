@@ -20,17 +20,18 @@ LOADED, UNEXPECTED, NOT_REACHED = "loaded", "unexpected", "not reached"
 IGNORED, OTHER_RANK = "ignored by the model", "another rank's expert"
 COLUMNS = (LOADED, OTHER_STAGE, OTHER_RANK, SPECULATIVE, IGNORED, UNEXPECTED, NOT_REACHED)
 UNREAD, WHOLE, UNKNOWN, PARTS = range(4)  # what a rank reads of a tensor; PARTS and up: a kind of parts
-EXPECTED, LOST, UNTIED, ABSENT, CUT = "expected", "lost", "untied", "absent", "cut"
+EXPECTED, LOST, UNTIED, ABSENT, CUT, DROPPED = "expected", "lost", "untied", "absent", "cut", "dropped"
 
 
 @dataclass(frozen=True)
 class Left:
-    """What a load left at init, or partly: a parameter, or a buffer that the checkpoint has a value for.
+    """What a load left: a parameter at init, or partly; a buffer that the checkpoint has a value for; a tensor without use.
 
     Attributes:
         kind: EXPECTED: no checkpoint has to hold it; LOST: the checkpoint holds it, under a name that the model drops;
             UNTIED: the config ties it to the embedding, and the model does not; ABSENT: nothing like it was handed over;
-            CUT: it was written, and its elements do not belong to those beside them.
+            CUT: it was written, and its elements do not belong to those beside them; DROPPED: a tensor of a layer that the
+            stage holds, which its model has no parameter for.
         why: in words.
         tensor: the checkpoint's tensor that it should have come from, of LOST and UNTIED.
         in_file, in_model: the values where that tensor and the model first differ after a load of real bytes; None

@@ -82,6 +82,20 @@ def test_a_part_fits_its_scales_where_every_element_finds_its_own(group, size, t
         assert (compared(weight, scale, False) is None) == right
 
 
+@pytest.mark.parametrize("group", [16, 32, 128])
+@pytest.mark.parametrize(("size", "tp"), [(640, 2), (1856, 8), (1024, 16), (1024, 2), (512, 16)])
+def test_a_part_that_reads_just_the_scales_it_needs_fits_where_every_element_finds_its_own(group, size, tp):
+    """As vLLM 0.33.0 takes them; a part may lie within one group."""
+    count, part = math.ceil(size / group), size // tp
+    for rank in range(tp):
+        own = rank * part, (rank + 1) * part
+        theirs = own[0] // group, math.ceil(own[1] / group)
+        right = all((at - own[0]) // group + theirs[0] == at // group for at in range(*own))
+        weight = ((ROWS, size), ROWS * size * WIDTH, columns(*own, size))
+        scale = ((ROWS, count), ROWS * count * WIDTH, columns(*theirs, count))
+        assert (compared(weight, scale, False) is None) == (right or theirs == (0, count))
+
+
 def test_sizes_of_groups():
     assert groups(928, 116) == [8]
     assert groups(576, 5) == [128]

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from itertools import groupby
 
 from glmpp.engine.experts import expert_maps, held_experts, is_elsewhere
-from glmpp.engine.losses import confirmed, dropped, left
+from glmpp.engine.losses import confirmed, dropped, has_values, left
 from glmpp.engine.padding import padding
 from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
+from glmpp.engine.source import MADE_UP, REAL
 from glmpp.engine.stage_load import StageLoad
 from glmpp.engine.writes import loadable, parameters
-from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
+from glmpp.ledger import DROPPED, IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, Prefixes
 
 
@@ -58,21 +59,28 @@ class Account:
             return IGNORED
         return OTHER_STAGE if self._elsewhere.cover(place) else rest
 
-    def message(self, folder: str | None) -> dict:
+    def message(self, folder: str | None, data: str) -> dict:
         """The account as plain values; neighbours in the same column are one entry.
 
         Args:
-            folder: of the checkpoint, if its bytes were loaded: what was left at init is compared with them.
+            folder: of the checkpoint; None if there are no files.
+            data: REAL: what was left at init is compared with it; MADE_UP, NO_DATA: biases are looked up in the files.
         """
         load, recorder, model = self.load, self.load.recorder, self.load.built.model
         sizes, added = {name: p.numel() for name, p in parameters(model).items()}, padding(model)
         written, filled = recorder.written, recorder.filled
         columns = {name: self.column(name) for name in self.shapes}
         lacking = left(recorder, model, load.built.model_config)
-        if folder is not None:
+        unseen = []
+        if data == REAL:
             lacking = confirmed(lacking, model, folder, self.shapes)
+        else:
+            biases = [name for name, one in lacking.items() if one.kind == DROPPED and name.endswith("bias")]
+            unseen = biases if folder is None else []
+            zeros = [] if folder is None else [name for name in biases if not has_values(folder, name)]
+            lacking = {name: one for name, one in lacking.items() if name not in {*unseen, *zeros}}
         reads = None
-        if recorder.reads is not None and not load.deaths:
+        if data != MADE_UP and not load.deaths:  # whose elements all are one
             reads = recorder.reads.message(recorder.order, loadable(model).values(), load.nbytes, self._loaded)
         return {
             "reads": reads,
@@ -85,6 +93,7 @@ class Account:
             "experts": None if self.experts is None else sorted(self.experts),
             "padding": added,
             "left": {name: asdict(one) for name, one in lacking.items()},
+            "unseen": unseen,
             "unplaced": recorder.unplaced(added),
             "held": {name: size for name, size in load.held.items() if columns[name] in (OTHER_STAGE, OTHER_RANK)},
         }

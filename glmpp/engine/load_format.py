@@ -44,7 +44,7 @@ from glmpp.engine.writes import WriteRecorder
 from glmpp.errors import GlmppError, short, whole
 from glmpp.formats.index import INDEX_FILE, load_index, natural_key, shard_path
 from glmpp.formats.shard import READERS, read_shard
-from glmpp.ledger import EXPECTED, Left
+from glmpp.ledger import DROPPED, EXPECTED, Left
 from glmpp.words import shown
 
 LOAD_FORMAT = "glmpp"
@@ -128,6 +128,7 @@ class StageModelLoader(DefaultModelLoader):
         logger.info("%s: %s, %.2f s", stage_name(model_config), self.selection, time.perf_counter() - started)
         if self.written is not None:
             self.check(left(self.written, model, model_config), model_config)
+            self.written = None  # what was read of GLM-5.1 takes 40 MB
 
     def watch(self, model: torch.nn.Module, model_config: ModelConfig) -> WriteRecorder | None:
         """What notes which parameters a load writes; None for a model of which that does not say what was loaded."""
@@ -156,7 +157,8 @@ class StageModelLoader(DefaultModelLoader):
             f"{', '.join(map(shown, sorted(names, key=natural_key)))} ({why})" for why, names in sorted(unknown.items())
         )
         halves = "".join(f" {pair}." for pair in self.selection.unpaired()) if self.selection else ""
-        what = f"{stage_name(model_config)}: {count} parameters were left at init, or partly: {names}.{halves}"
+        dropped = ", or a tensor was dropped" * any(one.kind == DROPPED for one in left.values())
+        what = f"{stage_name(model_config)}: {count} parameters were left at init, or partly{dropped}: {names}.{halves}"
         logger.warning("%s", what)  # all of them: an error has room for some
         if self.incomplete == "warn":
             return

@@ -27,9 +27,9 @@ from glmpp.engine.padding import padding
 from glmpp.engine.selection import mapped, missing_prefixes, speculative_prefixes
 from glmpp.engine.writes import WriteRecorder, loadable
 from glmpp.formats.config import TEXT_CONFIGS
-from glmpp.formats.index import shard_path
+from glmpp.formats.index import natural_key, shard_path
 from glmpp.formats.shard import read_shard
-from glmpp.ledger import ABSENT, CUT, EXPECTED, LOST, UNTIED, Left, digest
+from glmpp.ledger import ABSENT, CUT, DROPPED, EXPECTED, LOST, UNTIED, Left, digest
 from glmpp.partition import Prefixes
 
 LAYER = re.compile(r"[^.]+\.\d+(?=\.)")  # "layers.3"
@@ -37,11 +37,13 @@ STACKED = re.compile(r"^w\d+_")  # "w13_weight" has what the checkpoint calls "g
 SCALE = re.compile(r"_scale(_inv)?$")
 SHOWN_EXPERTS = 16
 COMPUTED = "computed while the model is built"
-DROPPED = "{!r}, of the same layer and shape, was handed over and dropped"
+WAS_DROPPED = "{!r}, of the same layer and shape, was handed over and dropped"
 NOT_TIED = "tie_word_embeddings is true, and the model does not tie it to the embedding"
 TIED = "vLLM ties the head to {}, although tie_word_embeddings of the language model is false"
 SHARED_BLOCK = "its parts have {} rows, and a block of {} that two of them share has one scale"
 WRONG_PLACE = "one part of it was written more than once, and another never"
+WITHOUT_USE = re.compile(r"inv_freq$|masked_bias$|attn\.bias$|num_batches_tracked$|scale|zero|g_idx|perm$|weight_shape$")
+NO_PARAMETER = "the model has no parameter for it"
 NOTHING_LIKE_IT = "no tensor that it could be was handed over and dropped"
 
 
@@ -50,7 +52,8 @@ def left(recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelCon
     found = recorder.left_at_init(padding(model))
     sorted_out = losses(found, model, model_config, dropped(recorder, model), recorder.overwritten) if found else {}
     partly = {name: _partly(name, one, recorder, model) for name, one in sorted_out.items()}
-    return partly | dropped_heads(recorder, model, model_config) | shared_blocks(recorder, model)
+    found = partly | dropped_heads(recorder, model, model_config) | shared_blocks(recorder, model)
+    return found | without_place(recorder, model, model_config, found)
 
 
 def _partly(name: str, one: Left, recorder: WriteRecorder, model: torch.nn.Module) -> Left:
@@ -151,7 +154,7 @@ def losses(
             tensor = next((t for t in by_layer[_layer(name)] if places[t] == name), None)
             if tensor is not None:
                 computed = leaf == "inv_freq"
-                found[name] = Left(EXPECTED, COMPUTED) if computed else Left(LOST, DROPPED.format(tensor), tensor)
+                found[name] = Left(EXPECTED, COMPUTED) if computed else Left(LOST, WAS_DROPPED.format(tensor), tensor)
             continue
         if name in expected:
             found[name] = Left(EXPECTED, expected[name])
@@ -161,7 +164,7 @@ def losses(
         like = [t for t in by_layer[_layer(name)] if any(_fits(dropped[t], one) for one in shapes)]
         if like:
             nearest = max(like, key=lambda tensor: SequenceMatcher(None, places[tensor], name, autojunk=False).ratio())
-            found[name] = Left(LOST, DROPPED.format(nearest), nearest)
+            found[name] = Left(LOST, WAS_DROPPED.format(nearest), nearest)
         elif isinstance(modules[path], ParallelLMHead) and tied:
             found[name] = Left(UNTIED, NOT_TIED)
         elif name in overwritten:
@@ -169,6 +172,44 @@ def losses(
         else:
             found[name] = Left(ABSENT, NOTHING_LIKE_IT)
     return found
+
+
+def without_place(
+    recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig, found: Mapping[str, Left]
+) -> dict[str, Left]:
+    """Dropped tensors of a layer or a module that the model of the stage has; biases of zeros apart.
+
+    What was read counts as stored, and so does what may be a part of a tensor that was computed and stored beside it: some
+    loaders keep several tensors until the last one has come. Scales and orders of columns are judged by
+    `glmpp.verdict.readings`.
+
+    Args:
+        found: what was left. A tensor of a layer with such a parameter may be that parameter's.
+    """
+    paths, rename = dict(model.named_modules(remove_duplicate=False)), mapped(model) or (lambda name: name)
+    elsewhere = Prefixes([*missing_prefixes(model), *speculative_prefixes(model, model_config)])
+    experts, shapes = held_experts(expert_maps(model)), dict(zip(recorder.order, recorder.shapes))
+    told = {_layer(name) for name, one in found.items() if one.kind != EXPECTED}
+    read = {name for turn, name in enumerate(recorder.order, 1) if recorder.reads.has_read(turn)}
+    computed = {_beside(recorder.order[turn - 1], shapes) for turn in recorder.reads.unknown if turn}
+    unused = {}
+    for name in sorted(dropped(recorder, model).keys() - read - recorder.zeros, key=natural_key):
+        place = rename(name)
+        if place is None or place in loadable(model) or elsewhere.cover(place) or is_elsewhere(name, experts):
+            continue
+        path, _, leaf = place.rpartition(".")
+        if getattr(paths.get(path), leaf, None) is not None:
+            continue  # another's, as a tied head's
+        layer = LAYER.search(place)
+        is_here = path in paths or (layer and place[: layer.end()] in paths)
+        if is_here and not WITHOUT_USE.search(name) and _layer(place) not in told and _beside(name, shapes) not in computed:
+            unused[name] = Left(DROPPED, NO_PARAMETER, name)
+    return unused
+
+
+def _beside(name: str, shapes: Mapping[str, Sequence[int]]) -> tuple[str, int]:
+    """The path and the number of dimensions that a tensor shares with those that it may be put together with."""
+    return name.rpartition(".")[0].rpartition(".")[0], len(shapes[name])
 
 
 def shared_blocks(recorder: WriteRecorder, model: torch.nn.Module) -> dict[str, Left]:
@@ -192,8 +233,8 @@ def shared_blocks(recorder: WriteRecorder, model: torch.nn.Module) -> dict[str, 
 
 
 def dropped_heads(recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig) -> dict[str, Left]:
-    """Heads of a wrapper's language model that are the embedding although its own config says that they are not, and of
-    which the checkpoint has a tensor that was dropped -> what became of it."""
+    """Heads that are the embedding although the language model's own config says that they are not, and of which the
+    checkpoint has a tensor that was dropped -> what became of it."""
     weights, rename, found = vocabularies(model), mapped(model) or (lambda name: name), {}
     if len({id(weight) for weight in weights.values()}) == len(weights):
         return {}
@@ -201,8 +242,8 @@ def dropped_heads(recorder: WriteRecorder, model: torch.nn.Module, model_config:
         config, _ = PretrainedConfig.get_config_dict(model_config.model, revision=model_config.revision)
     except OSError:  # a model may come without one
         return {}
-    nested = [config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)]
-    if not nested or nested[0].get("tie_word_embeddings") is not False:
+    of_text, *_ = [*(config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)), config]
+    if of_text.get("tie_word_embeddings") is not False:
         return {}
     places = {rename(name) or name: name for name in dropped(recorder, model)}
     for path, weight in weights.items():
@@ -234,6 +275,9 @@ def confirmed(
     modules, proven = dict(model.named_modules(remove_duplicate=False)), {}
     tensors = loadable(model) | {f"{path}.weight": weight for path, weight in vocabularies(model).items()}
     for name, one in found.items():
+        if one.kind == DROPPED:  # no value of the model could be its
+            proven[name] = one
+            continue
         source = one.tensor
         if one.kind == UNTIED:
             shape = _stored_shape(modules[name.rpartition(".")[0]], tensors[name])
@@ -246,6 +290,11 @@ def confirmed(
             one = replace(one, tensor=source, in_file=_value(stored, at), in_model=_value(tensors[name], at))
         proven[name] = one
     return proven
+
+
+def has_values(folder: str, name: str) -> bool:
+    """Whether an element of a stored tensor is not zero."""
+    return bool(_read(folder, name).any())
 
 
 def _read(folder: str, name: str) -> torch.Tensor:

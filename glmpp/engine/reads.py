@@ -83,6 +83,10 @@ class Reads:
             self.of.setdefault(turn, set()).add(where)
         return True
 
+    def has_read(self, turn: int) -> bool:
+        """Whether something was read of a tensor; also where that is not known."""
+        return turn in self.whole or turn in self.of or turn in self.unknown
+
     def copied(self, source: torch.Tensor, result: torch.Tensor) -> None:
         if (origin := self._origins.get(storage_of(source))) is not None:
             storage = result.untyped_storage()

@@ -24,7 +24,8 @@ from glmpp.engine.guards import Guard
 from glmpp.engine.load_format import StageModelLoader, register
 from glmpp.engine.memory import memory
 from glmpp.engine.packages import what_to_install
-from glmpp.engine.source import Source, answer_for_headers
+from glmpp.engine.reads import Reads
+from glmpp.engine.source import MADE_UP, NO_DATA, REAL, Source, answer_for_headers
 from glmpp.engine.stage_load import StageLoad
 from glmpp.engine.targets import tensors_on
 from glmpp.engine.unanswered import UnansweredOnMeta
@@ -37,7 +38,6 @@ from glmpp.words import some
 
 SMALL_ENOUGH = 2_000_000_000  # bytes of a checkpoint and of a model that are tried again with data, on the CPU
 ROOM = 3_000_000_000  # bytes that a stage may take, and five times those that are tried; of GLM-5.1's on meta one has 1 GB
-NO_DATA, MADE_UP, REAL = "none", "made up", "the checkpoint's"  # what the tensors that are handed over hold
 
 
 def limit_memory(nbytes: int) -> None:
@@ -139,8 +139,10 @@ class Stages:
         with UnansweredOnMeta() as asked:
             result = self.attempt(place, NO_DATA, moves=True)
         if asked.found and not is_complete(result):
-            said = f"{result.get('message', 'the load is not complete')} ({NO_VERDICT[NO_ANSWER]}: {asked.found[0]})"
-            result.update(verdict="cannot tell", message=said)
+            why = f"{NO_VERDICT[NO_ANSWER]}: {asked.found[0]}"
+            result.update(verdict="cannot tell", why=why)
+            if "message" in result:
+                result["message"] += f" ({why})"
         return result
 
     def attempt(self, place: Place, data: str, moves: bool = False) -> dict:
@@ -185,7 +187,6 @@ class Stages:
         result["patched"] = self.guard.install()
         places = tensors_on(device) if moves else contextlib.nullcontext()
         load = StageLoad(built, self.guard, lambda *how: self.loader(*how, data=data), self.source.nbytes, device)
-        load.reads = data != MADE_UP  # whose elements all are one
         started = time.perf_counter()
         with places:
             load.run(self.request["all_deaths"])
@@ -194,13 +195,18 @@ class Stages:
         if load.deaths:
             result.update(load.deaths[0], deaths=[{**death, "traceback": []} for death in load.deaths])
         account = Account(load, self.source.shapes, self.drafted() if place.drafter else None)
-        result.update(account.message(self.request["model"] if data == REAL else None))
-        load.recorder.reads = None  # 40 MB for each stage of GLM-5.1; a load lies in a circle of references, and stays
+        result.update(account.message(self.request["model"] if self.has_files else None, data))
+        load.recorder.reads = Reads()  # 40 MB for each stage of GLM-5.1; a load lies in a circle of references, and stays
         if not load.deaths and result["unplaced"]:
             result["verdict"] = "cannot tell"
+        if not load.deaths and (unseen := result["unseen"]):
+            said = (
+                f"{some(unseen)}: dropped, as the model has no parameter for it; its values would tell whether it is needed"
+            )
+            result.update(verdict="cannot tell", why=said)
         if not load.deaths and lazy:
             said = f"{len(lazy)} parameters take their shape from what is loaded, and are not looked at, e.g. {lazy[0]}"
-            result.update(verdict="cannot tell", message=said)
+            result.update(verdict="cannot tell", why=said)
         if self.request["weights"] == "real":
             # What belongs to a tower that this stage has no use for, vLLM itself leaves without data.
             held = {name: p for name, p in parameters(built.model).items() if not p.is_meta}

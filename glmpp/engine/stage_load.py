@@ -15,7 +15,6 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from glmpp.engine.build import Built
 from glmpp.engine.failures import describe, is_kits, on_behalf
 from glmpp.engine.guards import Guard
-from glmpp.engine.reads import Reads
 from glmpp.engine.targets import is_gpu
 from glmpp.engine.writes import WriteRecorder
 
@@ -32,7 +31,6 @@ class StageLoad:
         recorder, loader: of the last pass over the checkpoint.
         held: tensor -> bytes, of those that the model still held when the last one, or HELD_FOR others, had been handed
             over; {} for a model that makes a list of all of them first.
-        reads: whether it is watched what is read of the tensors.
     """
 
     def __init__(self, built: Built, guard: Guard, make_loader: Callable, nbytes: dict[str, int], device: str):
@@ -46,7 +44,6 @@ class StageLoad:
         self.error: Exception | None = None
         self.dead: set[str] = set()
         self.loader = None
-        self.reads = True
 
     def run(self, all_deaths: bool) -> None:
         """Load until the end or the first death.
@@ -78,8 +75,7 @@ class StageLoad:
     def load_all(self) -> None:
         """What vLLM does."""
         self.guard.reset()
-        reads = Reads() if self.reads else None
-        self.recorder, self.exhausted, self.held = WriteRecorder(self.built.model, reads), False, {}
+        self.recorder, self.exhausted, self.held = WriteRecorder(self.built.model), False, {}
         self.loader = self.make_loader(self.built.config, self.hand_over)
         with self.surroundings():
             self.loader.load_weights(self.built.model, self.built.model_config)

@@ -33,13 +33,15 @@ class WriteRecorder:
     Attributes:
         order: names handed over so far, when the weights pass through `hand_over`.
         shapes: of these tensors, one for each.
-        reads: what is read of them, if it is asked for.
+        zeros: names of biases that were handed over with zeros alone; those without data are not among them.
+        reads: what is read of them.
     """
 
-    def __init__(self, model: torch.nn.Module, reads: Reads | None = None):
-        self.model, self.reads = model, reads
+    def __init__(self, model: torch.nn.Module):
+        self.model, self.reads = model, Reads()
         self.order: list[str] = []
         self.shapes: list[torch.Size] = []
+        self.zeros: set[str] = set()
         self._homes: dict[int, _Home] = {}
         self._starts: dict[str, int] = {}
         self._kinds: dict[tuple, tuple] = {}  # each once: there are a hundred thousand writes, and few kinds
@@ -56,8 +58,9 @@ class WriteRecorder:
         for name, tensor in weights:
             self.order.append(name)
             self.shapes.append(tensor.shape)
-            if self.reads is not None:
-                self.reads.hand_over(len(self.order), tensor)
+            if name.endswith("bias") and not tensor.is_meta and not tensor.any():
+                self.zeros.add(name)
+            self.reads.hand_over(len(self.order), tensor)
             yield name, tensor
 
     def __enter__(self) -> WriteRecorder:
@@ -81,8 +84,7 @@ class WriteRecorder:
 
     def note_sources(self, storage: int | None, sources: Iterable[object]) -> None:
         """An operator has written into a storage, from its other arguments."""
-        if self.reads is not None:
-            self.reads.note(sources, storage in self._homes, len(self.order), self._homes)
+        self.reads.note(sources, storage in self._homes, len(self.order), self._homes)
 
     def note(self, tensor: torch.Tensor, storage: int, find_place: Callable[[], _Place | None] | None) -> None:
         """An operator has written a tensor: all of it, or a part that can be found."""
@@ -504,8 +506,7 @@ def _copying(operator: Callable) -> Callable:
         with torch._C._ExcludeDispatchKeyGuard(_KEYS):
             result = on_behalf(operator, source, *args, **kwargs)
             for recorder in _active:
-                if recorder.reads is not None:
-                    recorder.reads.copied(source, result)
+                recorder.reads.copied(source, result)
         return result
 
     return kernel

@@ -129,12 +129,13 @@ def groups(size: int, count: int) -> list[Fraction]:
 
 
 def _fits(own: Ranges, theirs: Ranges, group: Fraction, sizes: tuple[int, int], strict: bool) -> bool:
-    """Whether what is read of the scales is what the elements need, and begins where they begin."""
+    """Whether what is read of the scales is what the elements need, and begins where they begin, if they need several."""
     size, count = sizes
     for start, after in own:
         first, last = start // group, ceil(after / group)
         if not any(begin <= first and last <= end for begin, end in theirs):
             return False
-        if theirs != [(0, count)] and (start % group or (strict and after % group and after != size)):
+        is_shifted = start % group and last - first > 1
+        if theirs != [(0, count)] and (is_shifted or (strict and after % group and after != size)):
             return False
     return True

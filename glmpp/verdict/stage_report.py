@@ -57,6 +57,7 @@ class Evidence:
         experts: numbers of those that the rank holds; None: a part or all of each.
         held: tensors of other stages that the model held to the end, or while 50 others were handed over -> bytes.
         digests: SHA-256 per parameter (weights "real" only).
+        why: what keeps a verdict from being told, where that is no exception.
         unplaced: parameter -> elements, at most, that were written at an index of which only data would tell where it is.
     """
 
@@ -73,6 +74,7 @@ class Evidence:
     experts: list[int] | None = None
     held: dict[str, int] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    why: str = ""
     unplaced: dict[str, int] = field(default_factory=dict)
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from itertools import groupby
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.ledger import CUT
+from glmpp.ledger import CUT, DROPPED
 from glmpp.verdict.advice import Tried, fixed_in, nearest_in_record
 from glmpp.verdict.fit import LEFT_OUT, NO_FIT, Fit
 from glmpp.verdict.report import DryRunReport
@@ -202,6 +202,8 @@ def evidence_lines(stage: StageReport, several: bool = False) -> list[str]:
         lines += _left_lines(stage) + _cut_lines(stage, several)
     if stage.verdict == CANNOT_TELL and stage.evidence.unplaced:
         lines.append(f"    written at places that only data would tell: {some([*stage.evidence.unplaced])}")
+    if stage.evidence.why and not stage.deaths:
+        lines.append(f"    {shown(stage.evidence.why, MESSAGE)}")
     told = {stage.left[name].tensor for name in stage.unaccounted}
     if stage.verdict in (LOADS, INCOMPLETE) and (dropped := [name for name in stage.dropped if name not in told]):
         lines.append(f"    dropped without a trace: {some(dropped)}")
@@ -223,7 +225,7 @@ def _left_lines(stage: StageReport) -> list[str]:
     why: dict[tuple, list[str]] = {}
     for name in stage.unaccounted:
         what = stage.what_is_left(name)
-        what = what if what in (PARTLY, CUT) else "left at init"
+        what = what if what in (PARTLY, CUT, DROPPED) else "left at init"
         why.setdefault((what, str(stage.left[name])), []).append(name)
     return [line for (what, reason), names in why.items() for line in (f"    {what}: {some(names)}", f"        {reason}")]
 
