@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ collect_ignore = [
 
 # test_mutations.py runs tests against a changed copy of the package: make sure that it is the copy that is imported.
 if expected := os.environ.get("GLMPP_MUTANT"):
+    sys.path.insert(0, os.path.join(expected, "tools"))
     assert Path(glmpp.__file__).is_relative_to(expected), f"imported {glmpp.__file__}, expected the copy in {expected}"
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # so would more forks for a dry run, see `side_by_side`

@@ -64,6 +64,13 @@ def test_imports_point_one_way(name):
         assert not across, f"{name} imports {other}: between them lies the boundary of a process"
 
 
+def test_the_package_imports_nothing_from_tools():
+    """They are not installed with it."""
+    tools = {path.stem for path in (PACKAGE.parent / "tools").iterdir() if path.suffix == ".py" or path.is_dir()}
+    for name in FILES:
+        assert tools.isdisjoint(other.partition(".")[0] for other in imports(name) | imports(name, inside=True)), name
+
+
 def test_there_is_no_circle_of_imports():
     graph = {name: (imports(name) | imports(name, inside=True)) & FILES.keys() for name in FILES}
     TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
@@ -90,7 +97,7 @@ def run(program: str) -> str:
 
 def test_the_kit_brings_no_tables_and_no_plots_into_a_process_that_does_not_ask():
     heavy = "{'pandas', 'matplotlib', 'huggingface_hub', 'transformers', 'vllm'}"
-    modules = "glmpp, glmpp.cli, glmpp.verdict.dry_run, glmpp.verdict.layouts, glmpp.verdict.sweep"
+    modules = "glmpp, glmpp.cli, glmpp.verdict.dry_run, glmpp.verdict.layouts"
     assert run(f"import {modules}, sys; print({heavy} & sys.modules.keys())") == "set()\n"
 
 

@@ -20,7 +20,7 @@ SKIP = """    if name.startswith(tuple(pp_missing_layer_names)):
         return True
     layer ="""
 
-# file, source to replace, replacement, test that must fail
+# file in glmpp/, source to replace, replacement, test that must fail
 MUTATIONS = {
     "the skip": (
         "loader.py::load_fp8_indexer_wk",
@@ -306,13 +306,13 @@ MUTATIONS = {
         "test_vllm_layouts.py::test_a_rank_that_waits_for_others_is_not_told_dead[building]",
     ),
     "of an architecture's variants the worst": (
-        "verdict/release_sweep.py::known_of",
-        "told[0] if told",
-        "told[-1] if told",
+        "../tools/sweep/releases.py::known_of",
+        "worst_first[0] if",
+        "worst_first[-1] if",
         "test_releases.py::test_of_the_variants_the_worst_is_kept_with_where_it_dies",
     ),
     "a refusal of what stock loads": (
-        "verdict/no_false_alarm.py::compare_stage",
+        "../tools/sweep/same_bytes.py::compare_stage",
         "if stock.verdict == LOADS:",
         "if False:",
         "test_no_false_alarm.py::test_a_stage_loaded_by_both[refused for nothing]",
@@ -335,7 +335,8 @@ MUTATIONS = {
 
 
 def copy_of_the_package(folder: Path) -> Path:
-    shutil.copytree(ROOT / "glmpp", folder / "glmpp")  # with the bytecode of what is not changed
+    for part in ("glmpp", "tools/sweep"):
+        shutil.copytree(ROOT / part, folder / part)  # with the bytecode of what is not changed
     (folder / "data").symlink_to(ROOT / "data")
     return folder
 

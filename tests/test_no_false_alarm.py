@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 from conftest import ROOT
-
-from glmpp.ledger import ABSENT, EXPECTED, UNTIED, Ledger, Left
-from glmpp.partition import make_stages
-from glmpp.verdict.no_false_alarm import (
+from sweep.cases import Sweep
+from sweep.same_bytes import (
     EQUAL,
     FALSE_ALARM,
     MISSED,
@@ -19,8 +17,10 @@ from glmpp.verdict.no_false_alarm import (
     Comparison,
     compare_stage,
 )
+
+from glmpp.ledger import ABSENT, EXPECTED, UNTIED, Ledger, Left
+from glmpp.partition import make_stages
 from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS, Death, Evidence, StageReport
-from glmpp.verdict.sweep_report import Sweep
 
 STAGE = make_stages({"num_hidden_layers": 2}, 1)[0]
 HEAD, SCALE = {"head": Left(UNTIED, "w")}, {"kv_scale": Left(EXPECTED, "w")}

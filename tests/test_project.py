@@ -18,9 +18,9 @@ from conftest import ROOT
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from sweep.cases import Sweep
 
 from glmpp.engine import fixes
-from glmpp.verdict.sweep_report import Sweep
 
 try:
     import tomllib

@@ -6,13 +6,13 @@ import re
 
 import pytest
 from conftest import ROOT
+from sweep.cases import Case, Finding, Sweep
+from sweep.releases import cases_of, known_of, release_of, renewed, save
 
 from glmpp.ledger import Left
 from glmpp.verdict import releases
-from glmpp.verdict.release_sweep import cases_of, known_of, release_of
 from glmpp.verdict.releases import NOT_KNOWN, NOT_THERE, Known, Record, Release, nearest_release, number, record
 from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
-from glmpp.verdict.sweep_report import Case, Finding, Sweep
 
 AFFECTED = ("0.20.2", "0.21.0", "0.22.1")
 
@@ -132,7 +132,7 @@ def test_tied_is_tried_only_where_nothing_else_counts(tmp_path):
 def test_a_saved_record_is_read_back(tmp_path):
     one = made({"0.23.0": LOADS, "0.22.1": DIES})
     one.releases["0.22.1"].architectures["C"] = Known(DIES, "fp8", "KeyError: x", "vllm/a.py:7")
-    one.save(tmp_path / "r.json")
+    save(one, tmp_path / "r.json")
     again = Record.load(tmp_path / "r.json")
     assert again.releases == one.releases and list(again.releases) == ["0.22.1", "0.23.0"]
     assert '"A": "loads"' in (tmp_path / "r.json").read_text()
@@ -141,7 +141,7 @@ def test_a_saved_record_is_read_back(tmp_path):
 def test_a_record_is_renewed_whole_or_for_some_architectures_alone():
     before, later = made({"0.22.1": DIES, "0.23.0": LOADS}), made({"0.23.0": INCOMPLETE, "0.24.0": LOADS})
     before.releases["0.23.0"].architectures["B"] = Known(LOADS)
-    part, whole = before.renewed(later, whole=False), before.renewed(later)
+    part, whole = renewed(before, later, whole=False), renewed(before, later)
     assert list(part.releases) == list(whole.releases) == ["0.22.1", "0.23.0", "0.24.0"]
     assert part.releases["0.23.0"].architectures == {"A": Known(INCOMPLETE), "B": Known(LOADS)}
     assert whole.releases["0.23.0"].architectures == {"A": Known(INCOMPLETE)}
@@ -185,5 +185,5 @@ def test_beside_another_targets_sweep_only_what_differs_is_kept(tmp_path):
 def test_the_command_renews_what_is_recorded():
     import versions
 
-    renewed = {environment.name for environment in [*versions.RELEASES, versions.NEWEST]}
-    assert renewed == {f"vllm-{name}" for name in record().releases}
+    tried = {environment.name for environment in [*versions.RELEASES, versions.NEWEST]}
+    assert tried == {f"vllm-{name}" for name in record().releases}

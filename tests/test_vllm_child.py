@@ -21,7 +21,7 @@ from glmpp.verdict import forks, server
 from glmpp.verdict.deployment import Deployment, Helper
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.forks import ask
-from glmpp.verdict.installed import vllm_version
+from glmpp.verdict.installed import ask_vllm, vllm_version
 from glmpp.verdict.report import DryRunReport
 from glmpp.verdict.stage_report import LOADS
 
@@ -173,11 +173,18 @@ def test_a_distribution_of_another_name_that_provides_the_module_counts(tmp_path
     assert done.stdout == "9.8\n", done.stderr
 
 
+@needs_vllm
+def test_a_function_of_the_askers_own_is_called_where_vllm_is_imported(tmp_path):
+    (tmp_path / "own.py").write_text("import sys\n\ndef add(a, b):\n    return a + b, 'vllm' in sys.modules\n")
+    request = {"kind": "function_call", "folder": str(tmp_path), "function": "own:add", "arguments": {"a": 1, "b": 2}}
+    assert ask_vllm(request)["returned"] == [3, True]
+
+
 # --- one process for several kernels ------------------------------------------------------------------------------
 
 ASKS = (
-    "import sys; from glmpp.verdict.server import Server; from glmpp.verdict.installed import ask_vllm\n"
-    "print(Server.running('cpu').process is None, len(ask_vllm({'kind': 'architectures'})['names']) > 100)"
+    "import sys; from glmpp.verdict.server import Server; from glmpp.verdict.installed import vllm_pp_indices\n"
+    "print(Server.running('cpu').process is None, vllm_pp_indices([(8, 2)]))"
 )
 
 
@@ -186,7 +193,7 @@ def test_a_process_that_shares_its_vllm_serves_those_that_it_starts(monkeypatch)
     monkeypatch.setenv(server.SHARED, os.environ.get(server.SHARED, ""))  # put back in the end
     server.Server.share(CPU)
     done = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True)
-    assert done.stdout == "True True\n", done.stderr
+    assert done.stdout == "True [[(0, 4), (4, 8)]]\n", done.stderr
     assert not server.Server.current[CPU].ended()  # it outlives them
 
 
@@ -209,7 +216,7 @@ def test_those_that_are_started_together_import_one_after_another(own_server, tm
     server.Server.share(CPU, "h100")
     for one in server.Server.current.values():  # the next has its turn, although this one fails
         with pytest.raises(GlmppError, match="cannot be imported"):
-            ask({"kind": "architectures", "gpu": one.target})
+            ask({"kind": "pp_indices", "gpu": one.target})
     assert (tmp_path / "said").read_text().split() == ["begins", "ends"] * 2
 
 

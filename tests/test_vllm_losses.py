@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import silent
+from sweep.same_bytes import EQUAL, compare_case
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.ledger import ABSENT, EXPECTED, LOST, UNTIED, Left
 from glmpp.synthetic import checkpoint_without
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.no_false_alarm import EQUAL, compare_case
 from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
 from glmpp.verdict.text import as_text, evidence_lines
 

@@ -8,21 +8,21 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from sweep.block_fp8 import block_fp8
+from sweep.cases import NUMBER, Sweep
+from sweep.releases import try_release
+from sweep.run import sweep, tiny_checkpoint
+from sweep.same_bytes import EQUAL, NOT_COMPARABLE, REFUSED, compare
+from sweep.tiny_models import rename
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import quantize
-from glmpp.engine.tiny_models import rename
 from glmpp.errors import GlmppError
 from glmpp.formats.tensor import TensorSpec
 from glmpp.ledger import UNTIED
 from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.no_false_alarm import EQUAL, NOT_COMPARABLE, REFUSED, compare
-from glmpp.verdict.release_sweep import try_release
 from glmpp.verdict.releases import NOT_THERE, Known, record
 from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
-from glmpp.verdict.sweep import sweep, tiny_checkpoint
-from glmpp.verdict.sweep_report import NUMBER, Sweep
-from glmpp.verdict.variants import block_fp8
 
 affected = pytest.mark.skipif(vllm_version() != "0.22.1", reason="pins what the last affected release does")
 

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import resource
 import shutil
@@ -208,74 +207,37 @@ def processor_seconds() -> float:
 
 def sweep(options: argparse.Namespace) -> int:
     """Try all architectures of the newest release and renew what notebook 06 shows of it."""
-    program = """
-import json, sys
-from pathlib import Path
-from glmpp.verdict.sweep import sweep
-from glmpp.verdict.sweep_report import Sweep
-gpu, target, only, beside = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
-found = sweep(only, gpu=gpu)
-if beside:
-    found = found.beside(Sweep.load(beside))
-elif only:
-    found = Sweep.load(target).renewed(found)
-found.save(target)
-"""
     for gpu, beside in SWEPT.items():
         if not (beside and options.only):  # of some alone it could not be said what differs
-            in_environment(NEWEST, program, gpu, swept(gpu), json.dumps(options.only), swept(beside) if beside else "")
+            run_sweep(NEWEST, options, "cases", gpu, swept(gpu), *(["--beside", swept(beside)] if beside else []))
     return 0
 
 
 def same_bytes(options: argparse.Namespace) -> int:
     """Load what counts on the newest release by stock and by the load format, and renew what notebook 06 shows of it."""
-    program = """
-import json, sys
-from pathlib import Path
-from glmpp.verdict.no_false_alarm import Comparison, compare
-from glmpp.verdict.sweep_report import Sweep
-swept, target, only = Sweep.load(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-counted = [(case.architecture, case.variant) for case in swept.counted]
-found = compare([case for case in counted if not only or case[0] in only], swept.gpu)
-if only:
-    before = Comparison.load(target)
-    found.cases, found.of = {**before.cases, **found.cases}, len(counted)
-    found.seconds += before.seconds
-found.save(target)
-"""
-    target = RECORDED / f"no-false-alarm-{NEWEST.name}.json"
-    in_environment(NEWEST, program, swept("h100"), target, json.dumps(options.only))
+    run_sweep(NEWEST, options, "bytes", swept("h100"), RECORDED / f"no-false-alarm-{NEWEST.name}.json")
     return 0
 
 
 def releases(options: argparse.Namespace) -> int:
     """Try what counts on the newest release on those before it, and renew the record that the package brings."""
-    from glmpp.verdict.release_sweep import release_of
-    from glmpp.verdict.releases import Record
-    from glmpp.verdict.sweep_report import Sweep
+    from sweep.cases import Sweep
+    from sweep.releases import release_of, renewed, save
 
-    program = """
-import json, sys
-from glmpp.verdict.release_sweep import cases_of, try_release
-from glmpp.verdict.releases import Record
-from glmpp.verdict.sweep_report import Sweep
-only = json.loads(sys.argv[3])
-cases = [case for case in cases_of(Sweep.load(sys.argv[1])) if not only or case[0] in only]
-release = try_release(cases, "h100")
-Record({release.versions["vllm"]: release}).save(sys.argv[2])
-"""
+    from glmpp.verdict.releases import Record
+
     newest = Sweep.load(swept("h100"))
     found = Record.load()
     for environment in RELEASES:
         with tempfile.TemporaryDirectory() as elsewhere:
             share = Path(elsewhere, "release.json")
-            in_environment(environment, program, swept("h100"), share, json.dumps(options.only))
-            found = found.renewed(Record.load(share), whole=not options.only)
-            found.save()
+            run_sweep(environment, options, "release", swept("h100"), share)
+            found = renewed(found, Record.load(share), whole=not options.only)
+            save(found)
     tried = {
         name for environment in RELEASES for name in found.releases[environment.name.removeprefix("vllm-")].architectures
     }
-    found.renewed(Record({newest.versions["vllm"]: release_of(newest, tried)})).save()
+    save(renewed(found, Record({newest.versions["vllm"]: release_of(newest, tried)})))
     return 0
 
 
@@ -283,10 +245,12 @@ def swept(gpu: str) -> Path:
     return RECORDED / f"sweep-{NEWEST.name}-{gpu}.json"
 
 
-def in_environment(environment: Environment, program: str, *arguments: str | Path) -> None:
-    """Run a program with this checkout, from a folder that has no other copy of it."""
+def run_sweep(environment: Environment, options: argparse.Namespace, *arguments: str | Path) -> None:
+    """Run a command of `tools/sweep` with this checkout, from a folder that has no other copy of it."""
+    only = ["--only", *options.only] if options.only else []
+    variables = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
     with installed(environment) as folder, tempfile.TemporaryDirectory() as elsewhere:
-        run(folder / "bin" / "python", "-c", program, *arguments, cwd=elsewhere)
+        run(folder / "bin" / "python", "-m", "sweep", *arguments, *only, cwd=elsewhere, env=variables)
 
 
 def report(results: dict[str, bool]) -> int:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 from vllm.distributed.utils import get_pp_indices
-from vllm.model_executor.models.registry import ModelRegistry
 
 from glmpp.engine import contract, load_time
 from glmpp.engine.groups import Place, init_groups, pretend, set_layer_counts
 from glmpp.engine.stage import Stages
-from glmpp.engine.tiny_models import make
 
 
 def serve(request: dict, world: dict, turns: int, send: Callable[[dict], None]) -> None:
@@ -28,10 +26,8 @@ def serve(request: dict, world: dict, turns: int, send: Callable[[dict], None]) 
     """
     kind = request["kind"]
     send({"kind": "begins", "what": f"the answer about {kind.replace('_', ' ')}"})
-    if kind == "tiny_model":
-        return send({"kind": kind, **make(request["architecture"], Path(request["directory"]), request["tied"])})
-    if kind == "architectures":
-        return send({"kind": kind, "names": sorted(ModelRegistry.get_supported_archs()), "versions": versions()})
+    if kind == "function_call":
+        return send({"kind": kind, "returned": call(request["folder"], request["function"], request["arguments"])})
     if kind == "pp_indices":
         set_layer_counts(request["layer_counts"])
         indices = [[get_pp_indices(layers, rank, size) for rank in range(size)] for layers, size in request["cases"]]
@@ -49,6 +45,18 @@ def serve(request: dict, world: dict, turns: int, send: Callable[[dict], None]) 
         if world["size"] == 1:
             pretend(place)
         send({"kind": "stage", "run": at, **run, **stages.run(place)})
+
+
+def call(folder: str, function: str, arguments: dict) -> object:
+    """What a function of the asker's own returns, here where vLLM is imported.
+
+    Args:
+        folder: where its module is looked for first.
+        function: "module:function".
+    """
+    sys.path.insert(0, folder)
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)(**arguments)
 
 
 def versions() -> dict[str, str | None]:

@@ -1,29 +1,24 @@
 """Since when does it load? Architectures by releases of vLLM, from a record that is part of the package.
 
-Each release's share is made in an environment of that release (`release_sweep`, `tools/versions.py releases`): tiny
-checkpoints of every architecture that counts on the newest, as they are and in block FP8, at PP=1 and PP=2, on a pretended
-GPU. Of an architecture's variants the worst is what is kept.
+`make releases` makes each release's share in an environment of that release: tiny checkpoints of every architecture that
+counts on the newest, as they are and in block FP8, at PP=1 and PP=2, on a pretended GPU. Of an architecture's variants the
+worst is what is kept.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from glmpp.ledger import ABSENT, LOST, UNTIED
-from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from glmpp.verdict.stage_report import LOADS
 
 RECORD = Path(__file__).with_name("releases.json")
 PP = 2
 NOT_THERE, NOT_KNOWN = "not there yet", "not known"
-WORST_FIRST = (DIES, CANNOT_BUILD, INCOMPLETE, NOT_KNOWN, LOADS)
 
 
 @dataclass(frozen=True)
@@ -79,26 +74,6 @@ class Record:
             }
         return cls({name: Release(**release) for name, release in content.items()})
 
-    def save(self, path: str | Path = RECORD) -> None:
-        """An architecture a line; where there is nothing else to say, its verdict alone."""
-        parts = []
-        for name, release in self.releases.items():
-            head = asdict(release)
-            told = {one: known if known["why"] else known["verdict"] for one, known in head.pop("architectures").items()}
-            lines = ",\n".join(f"{json.dumps(one)}: {json.dumps(known)}" for one, known in told.items())
-            parts.append(f'{json.dumps(name)}: {json.dumps(head)[:-1]}, "architectures": {{\n{lines}\n}}}}')
-        Path(path).write_text("{\n" + ",\n".join(parts) + "\n}\n")
-
-    def renewed(self, later: Record, whole: bool = True) -> Record:
-        """This record with later shares in place of its own: whole ones, or their architectures alone."""
-        releases = dict(self.releases)
-        for name, share in later.releases.items():
-            before = releases.get(name)
-            if before and not whole:
-                share = replace(before, architectures=dict(sorted({**before.architectures, **share.architectures}.items())))
-            releases[name] = share
-        return Record(releases)
-
     def nearest(self, architecture: str, release: str) -> str | None:
         """The nearest release that is known to load an architecture, of two as near the newer.
 
@@ -130,18 +105,6 @@ class Record:
             return known.verdict == NOT_THERE
         alone = {kind for kind, _ in failures} <= {ABSENT, LOST, UNTIED} or failures == {known.failure}
         return known.failure in failures and alone
-
-    def table(self) -> DataFrame:
-        """Architecture by release: verdicts."""
-        from pandas import DataFrame
-
-        names = sorted({one for release in self.releases.values() for one in release.architectures})
-        return DataFrame({name: [of.verdict(one) for one in names] for name, of in self.releases.items()}, index=names)
-
-    def not_loading(self) -> DataFrame:
-        """The rows of `table` that are not LOADS on every release that knows the architecture."""
-        table = self.table()
-        return table[~table.isin([LOADS, NOT_THERE]).all(axis=1)]
 
 
 def numberless(name: str) -> str:

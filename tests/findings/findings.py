@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from glmpp.verdict.sweep_report import Case
+from sweep.cases import Case
 
 UPSTREAM = Path(__file__).resolve().parents[2] / "upstream"
 CONTENT = json.loads((UPSTREAM / "findings.json").read_text())

@@ -21,6 +21,8 @@ import pytest
 import torch
 from findings import FINDINGS, FIXED, RELEASE, UPSTREAM, Entry
 from quantised import quantised
+from sweep.cases import Case, Sweep
+from sweep.run import VARIANTS, dry_runs, judge, tiny_checkpoint
 
 from glmpp.engine import fixes
 from glmpp.ledger import digest
@@ -29,8 +31,6 @@ from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import dry_run
 from glmpp.verdict.installed import vllm_version
 from glmpp.verdict.report import DryRunReport
-from glmpp.verdict.sweep import VARIANTS, dry_runs, judge, tiny_checkpoint
-from glmpp.verdict.sweep_report import Case, Sweep
 
 pytestmark = pytest.mark.skipif(vllm_version() != RELEASE, reason=f"findings of vLLM {RELEASE}")
 NAMES = [entry.name for entry in FIXED]

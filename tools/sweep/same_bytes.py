@@ -1,31 +1,25 @@
-"""No false alarm: what stock loads completely the load format loads, bit for bit; what it refuses the bytes confirm.
+"""Compare the load format "glmpp" with vLLM's own on the sweep's tiny checkpoints: the same bytes, and no false alarm.
 
-A case is one of the sweep's tiny checkpoints, loaded with its real bytes at PP=1 and PP=2, by vLLM's own load format and by
-"glmpp": of every parameter the SHA-256 of both.
+Each is loaded with its real bytes at PP=1 and PP=2 by both. What stock loads completely must have the same SHA-256 in every
+parameter. What the load format refuses must be incomplete in stock's load, too.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from glmpp.errors import GlmppError
 from glmpp.gpus import target_name
 from glmpp.ledger import CUT
-from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.installed import ask_vllm
 from glmpp.verdict.stage_report import INCOMPLETE, LOADS, StageReport
-from glmpp.verdict.sweep import FOLDER, dry_runs, tiny_checkpoint
+from sweep.run import FOLDER, MACHINE, call_in_vllm, dry_runs, tiny_checkpoint, today, try_all
 
 SIZES = (1, 2)
 EQUAL, REFUSED, NOT_COMPARABLE = "equal", "refused", "not comparable"
@@ -92,7 +86,6 @@ def compare(
     cases: list[tuple[str, str]],
     gpu: str | None = None,
     workers: int | None = None,
-    until: float | None = None,
     progress: bool | None = None,
 ) -> Comparison:
     """Compare the load formats on cases, (architecture, variant) each.
@@ -100,18 +93,12 @@ def compare(
     Args:
         gpu: the GPU that is pretended, as in `Deployment`.
         workers: cases at a time; default the number of cores.
-        until: `time.time()` after which no case is begun.
     """
     started, gpu = time.perf_counter(), target_name(gpu)
-    versions = ask_vllm({"kind": "architectures", "gpu": gpu})["versions"]
-
-    def one(case: tuple[str, str]) -> tuple[str, Compared] | None:
-        return None if until is not None and time.time() > until else (", ".join(case), compare_case(*case, gpu))
-
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        done = list(progress_bar(pool.map(one, cases), "comparing bytes", total=len(cases), show=progress))
-    machine, today = f"{platform.machine()}, {os.cpu_count()} cores, CPU only", f"on {time.strftime('%Y-%m-%d')}"
-    return Comparison(dict(filter(None, done)), len(cases), versions, machine, gpu, time.perf_counter() - started, today)
+    _, versions = call_in_vllm("known_architectures", gpu)
+    compared = try_all(lambda case: compare_case(*case, gpu), cases, "comparing bytes", workers, progress)
+    done = {", ".join(case): one for case, one in zip(cases, compared)}
+    return Comparison(done, len(cases), versions, MACHINE, gpu, time.perf_counter() - started, today())
 
 
 def compare_case(architecture: str, variant: str, gpu: str) -> Compared:
@@ -125,13 +112,13 @@ def compare_case(architecture: str, variant: str, gpu: str) -> Compared:
         except GlmppError as error:
             return Compared(NOT_COMPARABLE, FOLDER.sub("…", str(error).splitlines()[0]))
     whole = stock[0].stages[0]
-    told = [
+    stages = [
         compare_stage(one, other, whole, f"PP={report.pp_size} stage {one.stage.rank}")
         for report, of_ours in zip(stock, ours)
         for one, other in zip(report.stages, of_ours.stages)
     ]
-    worst = min(told, key=lambda one: WORST_FIRST.index(one.outcome))
-    return Compared(worst.outcome, FOLDER.sub("…", worst.why), sum(one.parameters for one in told))
+    worst = min(stages, key=lambda one: WORST_FIRST.index(one.outcome))
+    return Compared(worst.outcome, FOLDER.sub("…", worst.why), sum(one.parameters for one in stages))
 
 
 def compare_stage(stock: StageReport, ours: StageReport, whole: StageReport, where: str) -> Compared:
@@ -144,7 +131,7 @@ def compare_stage(stock: StageReport, ours: StageReport, whole: StageReport, whe
         should = next((one for one in (stock, whole) if one.verdict == LOADS), None)
         if should is None:
             return Compared(MISSED, f"{where}: {', '.join(stock.unaccounted[:1]) or stock.verdict}")
-        return _by_digest(should, ours, where)
+        return compare_digests(should, ours, where)
     refusal = REFUSAL.search(ours.message or "") if ours.exception == GlmppError.__name__ else None
     if stock.verdict == LOADS:
         return Compared(FALSE_ALARM, f"{where}: {(ours.message or '')[:200]}")
@@ -152,14 +139,11 @@ def compare_stage(stock: StageReport, ours: StageReport, whole: StageReport, whe
         return Compared(NOT_COMPARABLE, f"{where}: {ours.verdict}: {ours.exception} {(ours.message or '')[:120]}")
     if int(refusal[1]) != len(ours.unaccounted):
         return Compared(FALSE_ALARM, f"{where}: names {refusal[1]}, the bytes confirm {len(ours.unaccounted)}")
-    return Compared(REFUSED, ", ".join(f"{count} {kind}" for kind, count in _kinds(ours).items()))
+    kinds = Counter(ours.left[name].kind for name in ours.unaccounted)
+    return Compared(REFUSED, ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
 
 
-def _kinds(stage: StageReport) -> Mapping[str, int]:
-    return Counter(stage.left[name].kind for name in stage.unaccounted)
-
-
-def _by_digest(should: StageReport, ours: StageReport, where: str) -> Compared:
+def compare_digests(should: StageReport, ours: StageReport, where: str) -> Compared:
     """Of all parameters but those that both leave at init as expected, or that are padded: these hold what memory held."""
     padded = ours.ledger.padding
     names = [name for name in ours.digests if name not in padded and (name not in ours.left or name not in should.left)]

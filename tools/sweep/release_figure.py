@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from glmpp.lab.figures import BLUE, GREY, ORANGE, PALE, PURPLE, RED, STYLE, ink
 from glmpp.verdict.releases import NOT_KNOWN, NOT_THERE, Record
@@ -21,11 +22,8 @@ CONTROL = "GlmMoeDsaForCausalLM"
 
 
 def since_when(record: Record) -> Figure:
-    """Architectures (rows) by releases (columns), the worst verdict of the variants at PP=1 and 2; the control on top.
-
-    Rows that are LOADS wherever the architecture is there are left out.
-    """
-    table = record.not_loading()
+    """Architectures (rows) by releases (columns), the worst verdict of the variants at PP=1 and 2; the control on top."""
+    table = not_loading(record)
     names = [CONTROL, *(name for name in table.index if name != CONTROL)]
     with plt.style.context(STYLE):
         fig, ax = plt.subplots(figsize=(10, 0.21 * len(names) + 0.6))
@@ -43,3 +41,11 @@ def since_when(record: Record) -> Figure:
         ax.spines[["left", "bottom"]].set_visible(False)
     plt.close(fig)
     return fig
+
+
+def not_loading(record: Record) -> DataFrame:
+    """Verdicts, architecture by release, of those that do not load on every release that has them."""
+    names = sorted({one for release in record.releases.values() for one in release.architectures})
+    verdicts = {name: [release.verdict(one) for one in names] for name, release in record.releases.items()}
+    table = DataFrame(verdicts, index=names)
+    return table[~table.isin([LOADS, NOT_THERE]).all(axis=1)]

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of other architectures, from transformers' own classes, for `glmpp.verdict.sweep`.
+"""Tiny checkpoints of other architectures, from transformers' own classes; runs in a process that has imported vLLM.
 
 The sizes below replace those of a default config, wherever a field of that name occurs, in nested configs too. They are
 multiples of 128, so that a block-FP8 variant has whole blocks, and six layers hold every kind of layer of the patterns in
@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from glmpp.engine.hub_names import ADDED, GIVEN, PUBLISHED, RENAMED, SENTENCE_TRANSFORMERS, TENSORS, TIED, TRANSPOSED
+from glmpp.errors import GlmppError
+from sweep.hub_names import ADDED, GIVEN, PUBLISHED, RENAMED, SENTENCE_TRANSFORMERS, TENSORS, TIED, TRANSPOSED
 
 LAYERS = 6
 
@@ -112,23 +113,33 @@ def shrink(config) -> None:
         config.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
 
 
-def make(architecture: str, directory: Path, tied: bool) -> dict:
+def known_architectures() -> tuple[list[str], dict[str, str | None]]:
+    """Names of the architectures that the installed vLLM has, and the versions of what is installed."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from glmpp.engine.answers import versions
+
+    return sorted(ModelRegistry.get_supported_archs()), versions()
+
+
+def make(architecture: str, directory: str, tied: bool) -> None:
     """Write a tiny checkpoint, random values, as transformers saves it: under the names of the hub.
 
-    Returns:
-        {} or, when there is none to be had, {"why": …}.
+    Raises:
+        GlmppError: there is none to be had; the message says why.
     """
     import transformers
     from vllm.model_executor.models.registry import ModelRegistry
 
     kind = getattr(transformers, architecture, None)
     if kind is None:
-        return {"why": "transformers has no class of this name"}
+        raise GlmppError("transformers has no class of this name")
     try:
-        if not ModelRegistry.models[architecture].inspect_model_cls().supports_pp:
-            return {"why": "does not declare pipeline support"}
+        supports_pp = ModelRegistry.models[architecture].inspect_model_cls().supports_pp
     except Exception as error:
-        return {"why": f"cannot be imported: {one_line(error)}"}
+        raise GlmppError(f"cannot be imported: {one_line(error)}") from error
+    if not supports_pp:
+        raise GlmppError("does not declare pipeline support")
     transformers.logging.set_verbosity_error()
     try:
         config = kind.config_class(**GIVEN.get(kind.config_class.model_type, {}))
@@ -141,9 +152,8 @@ def make(architecture: str, directory: Path, tied: bool) -> dict:
         model.config.architectures = [architecture]
         model.save_pretrained(directory)
     except Exception as error:
-        return {"why": f"no tiny config: {one_line(error)}"}
-    as_on_the_hub(directory, architecture, config.model_type)
-    return {}
+        raise GlmppError(f"no tiny config: {one_line(error)}") from error
+    as_on_the_hub(Path(directory), architecture, config.model_type)
 
 
 def as_on_the_hub(directory: Path, architecture: str, model_type: str) -> None:

@@ -1,4 +1,4 @@
-"""What a sweep found: cases, findings, what is not complete, and how two sweeps differ."""
+"""What a sweep found: its cases and findings, as tables and as a file."""
 
 from __future__ import annotations
 
@@ -163,8 +163,8 @@ class Sweep:
         for case in self.cases:
             if case.why.startswith(NOT_TOLD):
                 rows.setdefault((case.architecture, " ".join(case.why.split())), []).append(case.variant)
-        told = [{"architecture": one, "variants": ", ".join(variants), "why": why} for (one, why), variants in rows.items()]
-        return DataFrame(told, columns=["architecture", "variants", "why"])
+        listed = [(architecture, ", ".join(variants), why) for (architecture, why), variants in rows.items()]
+        return DataFrame(listed, columns=["architecture", "variants", "why"])
 
     def renewed(self, later: Sweep) -> Sweep:
         """This sweep with a later one's cases in place of its own; the seconds stay those of the whole."""
@@ -173,8 +173,8 @@ class Sweep:
 
     def beside(self, other: Sweep) -> Sweep:
         """This sweep without the cases of which another target's says the same: class, verdicts, faults and reasons."""
-        same = {(case.architecture, case.variant): _said(case) for case in other.cases}
-        kept = [case for case in self.cases if same.get((case.architecture, case.variant)) != _said(case)]
+        same = {(case.architecture, case.variant): _summary(case) for case in other.cases}
+        kept = [case for case in self.cases if same.get((case.architecture, case.variant)) != _summary(case)]
         return replace(self, cases=kept)
 
     def save(self, path: str | Path) -> None:
@@ -203,16 +203,16 @@ def differences(one: Sweep, other: Sweep) -> DataFrame:
         twin = others.get((case.architecture, case.variant))
         if twin is None or (case.model_class, case.verdicts) == (twin.model_class, twin.verdicts):
             continue
-        told = {f"{what}, {sweep.gpu}": how for sweep, of in ((one, case), (other, twin)) for what, how in _told(of).items()}
-        rows.append({"architecture": case.architecture, "variant": case.variant, **dict(sorted(told.items()))})
+        columns = {**_columns(case, one.gpu), **_columns(twin, other.gpu)}
+        rows.append({"architecture": case.architecture, "variant": case.variant, **dict(sorted(columns.items()))})
     return DataFrame(rows)
 
 
-def _said(case: Case) -> tuple:
+def _summary(case: Case) -> tuple:
     faults = [(found.pp_size, found.stage, found.key, found.with_load_format) for found in case.findings]
     return case.model_class, case.verdicts, case.why, sorted(case.left), faults
 
 
-def _told(case: Case) -> dict[str, str]:
+def _columns(case: Case, gpu: str) -> dict[str, str]:
     verdicts = ", ".join(f"PP={size} {verdict}" for size, verdict in case.verdicts.items())
-    return {"class": (case.model_class or "").removeprefix("vllm."), "verdicts": verdicts or case.why}
+    return {f"class, {gpu}": (case.model_class or "").removeprefix("vllm."), f"verdicts, {gpu}": verdicts or case.why}

@@ -1,4 +1,4 @@
-"""What the hub's configs and checkpoints say where transformers' classes say otherwise, for `glmpp.engine.tiny_models`."""
+"""What the hub's configs and checkpoints say where transformers' classes say otherwise, for `tiny_models`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Is the class of bugs still alive? Every architecture of the installed vLLM that declares pipeline support, tried.
+"""Try the architectures of the installed vLLM that declare pipeline support, each with tiny checkpoints.
 
 A case is an architecture with a tiny checkpoint that transformers saves, under the names of the hub: as it is, with tied
-embeddings, and in block FP8. PP=1 must load for a case to count; then every stage of PP=2 and PP=3 is built and loaded by
-the installed vLLM, and what fails is tried again with the load format "glmpp". A case whose load is not complete is loaded
-once more with its real bytes, which have the last word.
+embeddings, or in block FP8. A case counts if PP=1 loads. Then every stage of PP=2 and PP=3 is built and loaded by the
+installed vLLM. What fails is tried again with the load format "glmpp". A case whose load is not complete is loaded once
+more with its real bytes, and these decide.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
@@ -25,17 +26,19 @@ from glmpp.gpus import target_name
 from glmpp.progress import progress_bar
 from glmpp.verdict.deployment import Deployment
 from glmpp.verdict.dry_run import run_of, stage_request
-from glmpp.verdict.forks import run_stages
+from glmpp.verdict.forks import TIMEOUT, run_stages
 from glmpp.verdict.installed import ask_vllm
 from glmpp.verdict.report import DryRunReport, assemble
 from glmpp.verdict.stage_report import CANNOT_TELL, INCOMPLETE, LOADS, StageReport
-from glmpp.verdict.sweep_report import Case, Finding, Sweep
-from glmpp.verdict.variants import write_block_fp8
+from sweep.block_fp8 import write_block_fp8
+from sweep.cases import Case, Finding, Sweep
 
 SIZES = (1, 2, 3)
 VARIANTS = ("plain", "tied", "fp8")
 SECONDS_PER_CASE = 120
-FOLDER = re.compile(r"/[^\s'\"]*glmpp-\w+(/model)?")
+FOLDER = re.compile(r"/[^\s'\"]*glmpp-\w+(/model)?")  # of a case's checkpoint
+MACHINE = f"{platform.machine()}, {os.cpu_count()} cores, CPU only"
+TOOLS = Path(__file__).resolve().parents[1]
 
 
 def sweep(
@@ -57,34 +60,51 @@ def sweep(
         GlmppError: an architecture that the installed vLLM does not have, or vLLM is not installed.
     """
     started, gpu = time.perf_counter(), target_name(gpu)
-    known = ask_vllm({"kind": "architectures", "gpu": gpu})
+    names, versions = call_in_vllm("known_architectures", gpu)
     if architectures is None:
-        architectures = known["names"]
-    if unknown := sorted(set(architectures) - set(known["names"])):
-        raise GlmppError(f"vLLM {known['versions']['vllm']} has no architecture {unknown[0]!r}")
+        architectures = names
+    if unknown := sorted(set(architectures) - set(names)):
+        raise GlmppError(f"vLLM {versions['vllm']} has no architecture {unknown[0]!r}")
     cases = [(architecture, variant) for architecture in architectures for variant in variants]
+    done = try_all(lambda case: try_case(*case, gpu), cases, "sweeping", workers, progress)
+    return Sweep(done, versions, MACHINE, time.perf_counter() - started, gpu)
+
+
+def call_in_vllm(function: str, gpu: str | None, timeout: float = TIMEOUT, **arguments: Any) -> Any:
+    """What a function of `tiny_models` returns in a fork of the process that has imported vLLM.
+
+    Raises:
+        GlmppError: vLLM is not installed, or the function raised it.
+    """
+    request = {"kind": "function_call", "folder": str(TOOLS), "function": f"sweep.tiny_models:{function}", "gpu": gpu}
+    return ask_vllm({**request, "arguments": arguments}, timeout)["returned"]
+
+
+def try_all(try_one: Callable, cases: list, what: str, workers: int | None, progress: bool | None) -> list:
+    """What a function returns for each case, some of them at a time, under a bar that says what is done."""
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        done = pool.map(lambda case: try_case(*case, gpu), cases)
-        done = list(progress_bar(done, "sweeping", total=len(cases), show=progress))
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, CPU only"
-    return Sweep(done, known["versions"], machine, time.perf_counter() - started, gpu)
+        return list(progress_bar(pool.map(try_one, cases), what, total=len(cases), show=progress))
+
+
+def today() -> str:
+    return f"on {time.strftime('%Y-%m-%d')}"
 
 
 def try_case(architecture: str, variant: str, gpu: str, sizes: tuple[int, ...] = SIZES) -> Case:
     """Make a tiny checkpoint, load it at every size, PP=1 first, and again with the load format where that fails."""
     case, started = Case(architecture, variant), time.perf_counter()
+    stock, ours = Deployment(guard="installed", gpu=gpu), Deployment(guard="loader", gpu=gpu)
     with tempfile.TemporaryDirectory(prefix="glmpp-") as folder:
         try:
             checkpoint = tiny_checkpoint(architecture, variant, Path(folder, "model"), gpu)
-            judge(case, dry_runs(checkpoint, Deployment(guard="installed", gpu=gpu), sizes))
+            judge(case, dry_runs(checkpoint, stock, sizes))
             if case.left:
-                prove(case, dry_runs(checkpoint, Deployment(guard="installed", gpu=gpu), (1,), "real"))
+                prove(case, dry_runs(checkpoint, stock, (1,), "real"))
         except GlmppError as error:
             case.why = str(error).splitlines()[0]
         if case.findings:
             with contextlib.suppress(GlmppError):  # then they stay, with "cannot tell"
-                failing = tuple(found.pp_size for found in case.findings)
-                confirm(case, dry_runs(checkpoint, Deployment(guard="loader", gpu=gpu), failing))
+                confirm(case, dry_runs(checkpoint, ours, tuple(found.pp_size for found in case.findings)))
     case.why = FOLDER.sub("…", case.why)
     case.seconds = round(time.perf_counter() - started, 1)
     return case
@@ -92,18 +112,10 @@ def try_case(architecture: str, variant: str, gpu: str, sizes: tuple[int, ...] =
 
 def tiny_checkpoint(architecture: str, variant: str, directory: Path, gpu: str | None = None) -> Checkpoint:
     """A case's checkpoint. Raises GlmppError, with the reason as its message, when there is none to be had."""
-    request = {
-        "kind": "tiny_model",
-        "architecture": architecture,
-        "directory": str(directory),
-        "tied": variant == "tied",
-        "gpu": gpu,
-    }
-    made = ask_vllm(request, SECONDS_PER_CASE)
-    if "why" in made:
-        raise GlmppError(made["why"])
+    tied = variant == "tied"
+    call_in_vllm("make", gpu, SECONDS_PER_CASE, architecture=architecture, directory=str(directory), tied=tied)
     checkpoint = Checkpoint.from_directory(directory)
-    if variant == "tied" and any(name.endswith("lm_head.weight") for name in checkpoint):
+    if tied and any(name.endswith("lm_head.weight") for name in checkpoint):
         raise GlmppError("cannot be tied")
     return write_block_fp8(checkpoint, directory.with_name("block-fp8")) if variant == "fp8" else checkpoint
 
@@ -119,8 +131,8 @@ def dry_runs(
     for size in sizes:
         of_size = [message for message in messages if message.get("size", size) == size]
         evidence = {"real_group": False, "seconds": 0.0, "messages": of_size}
-        of_its_size = replace(deployment, pp=size)
-        reports.append(assemble(evidence, checkpoint, of_its_size, of_its_size.stages(checkpoint.config)))
+        sized = replace(deployment, pp=size)
+        reports.append(assemble(evidence, checkpoint, sized, sized.stages(checkpoint.config)))
     return reports
 
 
@@ -132,13 +144,14 @@ def judge(case: Case, reports: list[DryRunReport]) -> None:
         case.why = "not vLLM's own class: the transformers backend"
     elif whole.verdict not in (LOADS, INCOMPLETE):
         case.why = f"PP=1 {whole.verdict}: {whole.exception or ''} {(whole.message or '')[:150]}"
-    for report in reports if case.counts else ():
+    if not case.counts:
+        return
+    for report in reports:
         failing = [stage for stage in report.stages if fails(stage, whole.unaccounted)]
         case.verdicts[report.pp_size] = failing[0].verdict if failing else whole.verdict
         if failing:
             case.findings.append(finding(report.pp_size, failing[0]))
-    if case.counts:
-        case.left = {name: whole.left[name] for name in whole.unaccounted}
+    case.left = {name: whole.left[name] for name in whole.unaccounted}
 
 
 def fails(stage: StageReport, left: Iterable[str]) -> bool:
@@ -149,7 +162,7 @@ def fails(stage: StageReport, left: Iterable[str]) -> bool:
 
 
 def prove(case: Case, reports: list[DryRunReport]) -> None:
-    """What a load of real bytes says of the parameters that PP=1 leaves at init."""
+    """Keep of what PP=1 leaves at init only what a load of real bytes confirms."""
     (whole,) = reports[0].stages
     case.left = {name: whole.left[name] for name in whole.unaccounted}
     if not case.left:
@@ -172,10 +185,9 @@ def finding(pp_size: int, stage: StageReport) -> Finding:
 
 
 def confirm(case: Case, reports: list[DryRunReport]) -> None:
-    """What the same pipeline sizes do with the load format: every stage has to load for a finding to count as cured."""
+    """Say of each finding what the load format does: it is cured if every stage of that pipeline size loads."""
     by_size = {report.pp_size: report for report in reports}
     for found in case.findings:
-        left = [stage for stage in by_size[found.pp_size].stages if fails(stage, case.left)]
-        found.with_load_format = (
-            LOADS if not left else f"{left[0].verdict}: {left[0].place or ', '.join(left[0].unaccounted)}"
-        )
+        failing = [stage for stage in by_size[found.pp_size].stages if fails(stage, case.left)]
+        where = failing and (failing[0].place or ", ".join(failing[0].unaccounted))
+        found.with_load_format = f"{failing[0].verdict}: {where}" if failing else LOADS

@@ -1,4 +1,4 @@
-"""Variants of a tiny checkpoint: its linear layers in block FP8, as names and as bytes."""
+"""A tiny checkpoint's linear layers in block FP8: as names, and as bytes."""
 
 from __future__ import annotations
 
@@ -43,10 +43,9 @@ def block_fp8(checkpoint: Checkpoint) -> Checkpoint:
         GlmppError: nothing is left to quantise.
     """
     specs: list[TensorSpec] = []
-    kept: dict[str, None] = {}
+    kept: list[str] = []
     delta_attention = tuple(name.partition("f_a_proj.")[0] for name in checkpoint if ".f_a_proj." in name)
     for spec in checkpoint.values():
-        module = spec.name.removesuffix(".weight")
         stays = NOT_QUANTISED.search(spec.name) or spec.name.startswith(delta_attention or ("\0",))
         # vLLM's Glm5Next builds latent attention in BF16 and has no place for these two scales.
         stays = stays or (delta_attention and re.search(r"\.(wq_b|kv_b_proj)\.", spec.name))
@@ -55,7 +54,7 @@ def block_fp8(checkpoint: Checkpoint) -> Checkpoint:
             specs.append(TensorSpec(f"{spec.name}_scale_inv", "F32", tuple(-(-size // BLOCK) for size in spec.shape)))
         else:
             specs.append(TensorSpec(spec.name, spec.dtype, spec.shape))
-            kept[module] = None
+            kept.append(spec.name.removesuffix(".weight"))
     if not any(spec.is_scale for spec in specs):
         raise GlmppError("nothing to quantise")
     quantization = {
@@ -63,6 +62,6 @@ def block_fp8(checkpoint: Checkpoint) -> Checkpoint:
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": list(kept),
+        "modules_to_not_convert": kept,
     }
     return Checkpoint(specs, {**checkpoint.config, "quantization_config": quantization})
