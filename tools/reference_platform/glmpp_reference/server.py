@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from glmpp.errors import GlmppError
-from glmpp.lab.oracle import Answer
-from glmpp.lab.served import LONGEST, TOKENS
 from glmpp.partition import PARTITION_VARIABLE
+from glmpp_reference.oracle import Answer
+from glmpp_reference.served import LONGEST, TOKENS
 
 LINE = re.compile(r"^(?:\((?P<who>[^)]*?) pid=\d+\) )?(?:[A-Z]+ [\d-]+ [\d:]+ (?:\[[^\]]*\] ?)?)?(?P<text>.*)$")
 ERROR = re.compile(r"^(?P<kind>[\w.]*(?:Error|Exception)): (?P<message>.*)$")
@@ -35,19 +35,16 @@ class Server:
         directory: the checkpoint's.
         pp_size: pipeline stages, each a process of its own; they share the cores that there are.
         load_format: "auto" for vLLM's own, or "glmpp".
-        skip: a wrong fix to run with, a name in `glmpp.engine.reference.wrong_fixes`.
-        dtype: "float32", in which tokens can be compared, or "bfloat16".
+        skip: a wrong fix to run with, a name in `wrong_fixes.WRONG`.
     """
 
-    def __init__(
-        self, directory: str | Path, pp_size: int, load_format: str = "auto", skip: str = "", dtype: str = "float32"
-    ):
-        self.directory, self.pp_size = Path(directory), pp_size
+    def __init__(self, directory: str | Path, pp_size: int, load_format: str = "auto", skip: str = ""):
+        self.directory = Path(directory)
         self.port = free_port()
         self.arguments = [
             *("--pipeline-parallel-size", str(pp_size)),
             *("--load-format", load_format),
-            *("--dtype", dtype),
+            *("--dtype", "float32"),  # in which tokens can be compared
         ]
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != PARTITION_VARIABLE},
@@ -115,14 +112,14 @@ class Server:
             request.data = json.dumps(body).encode()
         return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=300)
 
-    def complete(self, asked: list[list[int]], tokens: int = TOKENS, logprobs: int = 5) -> list[Answer]:
+    def complete(self, asked: list[list[int]]) -> list[Answer]:
         """Greedy completions of all prompts in one request, that is, in one batch."""
         body = {
             "model": "model",
             "prompt": asked,
-            "max_tokens": tokens,
+            "max_tokens": TOKENS,
             "temperature": 0,
-            "logprobs": logprobs,
+            "logprobs": 5,
             "ignore_eos": True,
         }
         try:

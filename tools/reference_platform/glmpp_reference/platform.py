@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 
-from glmpp.engine import contract
-
 ASKED_FOR_BY = "GLMPP_REFERENCE"
 
 
@@ -19,17 +17,14 @@ def asked_for() -> bool:
 
 def activate() -> str | None:
     """The platform's class, or None if nobody asked for it: then vLLM chooses as if this package were not there."""
-    return "glmpp.engine.reference.cpu.ReferencePlatform" if asked_for() else None
+    return "glmpp_reference.cpu.ReferencePlatform" if asked_for() else None
 
 
 def register() -> None:
     """Put the kernels where vLLM looks for them: the quantisation "fp8" and the operator `SparseAttnIndexer`."""
     if not asked_for():
         return
-    try:
-        from glmpp.engine.reference import attention, indexer, linear
-    except ImportError:
-        contract.require(contract.REFERENCE)  # says which name of vLLM has moved
-        raise
+    from glmpp_reference import attention, indexer, linear  # not above: they ask vLLM for its platform
+
     for kernels in (attention, indexer, linear):
         kernels.register()

@@ -7,8 +7,8 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.sparse_attn_indexer import SparseAttnIndexer
 from vllm.v1.attention.backends.mla.indexer import DeepseekV32IndexerBackend
 
-from glmpp.engine.reference import wrong_fixes
-from glmpp.engine.reference.attention import BatchBuilder, ReferenceBackend, write_rows
+from glmpp_reference import wrong_fixes
+from glmpp_reference.attention import BatchBuilder, ReferenceBackend, write_rows
 
 
 class IndexerBackend(DeepseekV32IndexerBackend):

@@ -8,8 +8,8 @@ import torch
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 
-from glmpp.engine.reference.platform import ASKED_FOR_BY
 from glmpp.errors import GlmppError
+from glmpp_reference.platform import ASKED_FOR_BY
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -20,7 +20,7 @@ class ReferencePlatform(CpuPlatform):
     @classmethod
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None) -> str:
         if attn_selector_config.use_mla and attn_selector_config.use_sparse:
-            return "glmpp.engine.reference.attention.ReferenceBackend"
+            return "glmpp_reference.attention.ReferenceBackend"
         return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
 
     @classmethod
