@@ -12,7 +12,7 @@
 # make lab          open JupyterLab at the first notebook
 # make sweep        every architecture of the newest vLLM, as notebook 06 shows it
 # make same-bytes   what counts there, by stock and by the load format: the same bytes, or a refusal that they confirm
-# make releases     what counts there, on ten releases of vLLM; renews glmpp/verdict/releases.json
+# make releases     what counts there, on ten releases of vLLM; renews glmpp/dryrun/releases.json
 # make fuzz         20,000 hostile or broken inputs, by every way in
 # make bench        measure against the peers
 #
@@ -113,7 +113,7 @@ sweep: $(READY)
 same-bytes: $(READY)
 	$(BIN)/python tools/versions.py bytes
 
-# Since when does it load? What counts on the newest release, on those before it; renews glmpp/verdict/releases.json.
+# Since when does it load? What counts on the newest release, on those before it; renews glmpp/dryrun/releases.json.
 releases: $(READY)
 	$(BIN)/python tools/versions.py releases
 

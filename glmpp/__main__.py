@@ -17,7 +17,7 @@ def run_and_leave() -> int:
     try:
         return run()
     finally:
-        if server := sys.modules.get("glmpp.verdict.server"):
+        if server := sys.modules.get("glmpp.dryrun.server"):
             server.Server.close_all()
 
 

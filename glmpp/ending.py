@@ -20,8 +20,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from glmpp.engine.contract import vllm_version
 from glmpp.errors import GlmppError, KitError, chain, says_no_memory
+from glmpp.serving.contract import vllm_version
 from glmpp.words import printable
 
 CANNOT_TELL, FAULT, NO_READER = 2, 3, 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 141

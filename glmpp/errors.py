@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from glmpp.words import printable, shown
 
@@ -90,3 +91,8 @@ def is_pydantics(error: BaseException) -> bool:
 def says_no_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, whatever its type."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
+
+
+def on_behalf(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function for somebody else: what it raises is the caller's caller's, not the kit's."""
+    return function(*args, **kwargs)

@@ -16,12 +16,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads 
 
 import glmpp
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun import server, workers
+from glmpp.dryrun.installed import vllm_version
 from glmpp.formats.config import load_config
 from glmpp.formats.glm5 import reduced_config
 from glmpp.gpus import CPU, default_target
 from glmpp.synthetic import write_checkpoint
-from glmpp.verdict import forks, server
-from glmpp.verdict.installed import vllm_version
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where the vLLM process finds a plugin of the tests, as if it were installed; see plugins/faulty.py.
@@ -39,7 +39,7 @@ if expected := os.environ.get("GLMPP_MUTANT"):
     assert Path(glmpp.__file__).is_relative_to(expected), f"imported {glmpp.__file__}, expected the copy in {expected}"
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # so would more forks for a dry run, see `side_by_side`
-    forks.cores = lambda: 1
+    workers.cores = lambda: 1
 
 # No example fails for being slow: the machine may be busy with something else.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -75,7 +75,7 @@ def interruptible():
 @pytest.fixture
 def side_by_side(monkeypatch):
     """How many forks share the stages of a dry run, whatever the number of cores."""
-    return lambda number: monkeypatch.setattr(forks, "cores", lambda: number)
+    return lambda number: monkeypatch.setattr(workers, "cores", lambda: number)
 
 
 @pytest.fixture

@@ -13,15 +13,15 @@ from conftest import ROOT
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.fit import Fit, KVCache, Memory
+from glmpp.dryrun.report_text import _spans
 from glmpp.errors import GlmppError
 from glmpp.formats.tensor import TensorSpec
 from glmpp.gpus import GPUS
+from glmpp.layouts.layout import Layout, Layouts
 from glmpp.partition import make_stages, stage_bytes
 from glmpp.progress import progress_bar
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.fit import Fit, KVCache, Memory
-from glmpp.verdict.layout import Layout, Layouts
-from glmpp.verdict.text import _spans
 
 CONFIG = ROOT / "data" / "glm-5.1-fp8"
 pytestmark = pytest.mark.usefixtures("no_partition_variable")

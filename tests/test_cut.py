@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmpp.verdict.regions import between_ranks, compared, covered, groups, ranges
+from glmpp.dryrun.cuts.regions import between_ranks, compared, covered, groups, ranges
 
 ROWS, COLUMNS, WIDTH = 6, 48, 2  # of a tensor, and bytes of an element
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from glmpp import scratch
+from glmpp.dryrun import scratch
+from glmpp.dryrun.scratch import clear_scratch, make_scratch, remove_scratch
 from glmpp.ending import ended
 from glmpp.errors import GlmppError, KitError
-from glmpp.scratch import clear_scratch, make_scratch, remove_scratch
 
 CONFIG = ROOT / "data" / "glm-5.1-fp8" / "config.json"
 PLAN = [sys.executable, "-m", "glmpp", "plan", str(CONFIG), "--pp", "2"]
@@ -193,12 +193,12 @@ def temporary(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_process_left_the_next_one_clears_and_nothing_else(temporary):
-    (temporary / "glmpp.scratch.notes").mkdir()  # somebody's own
-    (temporary / "glmpp.scratch.abcdefgh").write_text("a file")
-    (temporary / "glmpp.scratch.abcdefg1").symlink_to(temporary / "glmpp.scratch.notes")
+    (temporary / "glmpp.dryrun.scratch.notes").mkdir()  # somebody's own
+    (temporary / "glmpp.dryrun.scratch.abcdefgh").write_text("a file")
+    (temporary / "glmpp.dryrun.scratch.abcdefg1").symlink_to(temporary / "glmpp.dryrun.scratch.notes")
     program = (
         "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
-        "from glmpp.scratch import make_scratch\n"
+        "from glmpp.dryrun.scratch import make_scratch\n"
         "folder, lock = make_scratch(); (folder / 'held').mkdir(); print(folder, flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, temporary]
@@ -210,7 +210,7 @@ def test_what_a_killed_process_left_the_next_one_clears_and_nothing_else(tempora
         process.wait()
     clear_scratch()
     left = {path.name for path in temporary.iterdir()}
-    assert left == {"glmpp.scratch.notes", "glmpp.scratch.abcdefgh", "glmpp.scratch.abcdefg1"}
+    assert left == {"glmpp.dryrun.scratch.notes", "glmpp.dryrun.scratch.abcdefgh", "glmpp.dryrun.scratch.abcdefg1"}
 
 
 def test_nobody_takes_a_folder_that_has_just_been_made_for_a_leftover(temporary, monkeypatch):
@@ -270,7 +270,7 @@ def test_nothing_stays_when_a_signal_ends_it(tmp_path, tiny, name, when):
     program = (
         "import sys, signal; signal.signal(2, signal.default_int_handler)\n"
         "from glmpp import __main__, dry_run, Deployment, Checkpoint\n"
-        "from glmpp.verdict.deployment import Helper\n"
+        "from glmpp.dryrun.deployment import Helper\n"
         "deployment = Deployment(2, gpu='cpu', guard=Helper(sys.argv[2]))\n"
         "__main__.run = lambda: dry_run(Checkpoint.from_directory(sys.argv[1]), deployment, progress=False)\n"
         "__main__.main()"

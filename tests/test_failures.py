@@ -10,9 +10,9 @@ import pydantic
 import pytest
 import torch
 
-from glmpp.engine import failures
-from glmpp.engine.failures import FAULT, KIT, NO_ANSWER, PACKAGE, RANKS, REFUSAL, describe, kind_of, without_paths
-from glmpp.errors import GlmppError
+from glmpp.dryrun.pretend import failures
+from glmpp.dryrun.pretend.failures import FAULT, KIT, NO_ANSWER, PACKAGE, RANKS, REFUSAL, describe, kind_of, without_paths
+from glmpp.errors import GlmppError, on_behalf
 
 CONFIG, MODEL, LAYER = "vllm.config.model", "vllm.model_executor.models.deepseek_v2", "vllm.model_executor.layers.linear"
 INSTALLED = "lib/python3.11/site-packages"
@@ -31,7 +31,7 @@ def caught(*calls: tuple[str, str, str]) -> BaseException:
         code = compile(source, path, "exec")
 
         def step(code=code, module=module, inner=inner):
-            exec(code, {"__name__": module, "inner": inner, "torch": torch, "failures": failures})
+            exec(code, {"__name__": module, "inner": inner, "torch": torch, "failures": failures, "on_behalf": on_behalf})
 
         inner = step
     with pytest.raises(Exception) as found:
@@ -177,7 +177,7 @@ except ImportError:
         ("faulty", "raise MemoryError", NO_ANSWER),
         ("faulty", "torch.nn.Module()(1)", FAULT),
         ("faulty", IN_A_FALLBACK, FAULT),
-        ("faulty", "def again(): failures.on_behalf(again)\nagain()", FAULT),
+        ("faulty", "def again(): on_behalf(again)\nagain()", FAULT),
         (LAYER, RAISES.format("KeyError"), FAULT),
         (MODEL, "{}['layers.0']", FAULT),
         (MODEL, RAISES.format("AttributeError"), FAULT),
@@ -247,14 +247,17 @@ Config(size=1)
 @pytest.mark.parametrize(
     ("calls", "kind"),
     [
-        ([(MODEL, "inner()"), ("glmpp.engine.account", "None.columns")], KIT),
-        ([(MODEL, "inner()"), ("glmpp.engine.account", "inner()"), ("torch._ops", "raise TypeError('no')")], KIT),
-        ([(MODEL, "inner()"), ("glmpp.engine.account", "import no_such_package")], KIT),
-        ([("glmpp.engine.stage", "inner()"), (MODEL, "{}['layers.0']")], FAULT),
+        ([(MODEL, "inner()"), ("glmpp.dryrun.child.tensor_outcomes", "None.columns")], KIT),
+        (
+            [(MODEL, "inner()"), ("glmpp.dryrun.child.tensor_outcomes", "inner()"), ("torch._ops", "raise TypeError('no')")],
+            KIT,
+        ),
+        ([(MODEL, "inner()"), ("glmpp.dryrun.child.tensor_outcomes", "import no_such_package")], KIT),
+        ([("glmpp.dryrun.child.run_stage", "inner()"), (MODEL, "{}['layers.0']")], FAULT),
         ([(MODEL, "inner()"), ("glmpp.loader", "{}['layers.0']")], FAULT),  # the helper that is looked at
         ([(MODEL, "inner()"), ("glmpp_plugin", "{}['layers.0']")], FAULT),
-        ([(MODEL, "inner()"), ("glmpp.engine.writes", "failures.on_behalf(int, 'x')")], FAULT),
-        ([("glmpp.engine.stage", "inner()"), ("glmpp.engine.writes", "failures.on_behalf(int, 'x')")], KIT),
+        ([(MODEL, "inner()"), ("glmpp.serving.write_tracking", "on_behalf(int, 'x')")], FAULT),
+        ([("glmpp.dryrun.child.run_stage", "inner()"), ("glmpp.serving.write_tracking", "on_behalf(int, 'x')")], KIT),
     ],
 )
 def test_what_rises_in_the_kits_own_code_is_the_kits_fault(calls, kind, tmp_path):

@@ -20,13 +20,13 @@ from conftest import ROOT
 from safetensors.torch import save_file
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.deployment import Deployment, Helper
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.server import Server
+from glmpp.dryrun.stage_report import LOADS
 from glmpp.errors import GlmppError
 from glmpp.formats.shard import read_shard
 from glmpp.synthetic import write_checkpoint
-from glmpp.verdict.deployment import Deployment, Helper
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.server import Server
-from glmpp.verdict.stage_report import LOADS
 
 PATIENCE = 5 if "GLMPP_MUTANT" in os.environ else 60  # seconds for what comes at once; where it is to fail, not for long
 linux = pytest.mark.skipif(sys.platform != "linux", reason="vLLM runs on Linux")
@@ -180,8 +180,8 @@ def test_an_interrupt_ends_the_child_and_the_next_run_works(needs_vllm, endless,
 @pytest.mark.vllm
 def test_no_process_stays_when_the_kernel_is_killed(needs_vllm, own_server, endless):
     program = (
-        "import glmpp, sys; from glmpp.verdict.server import Server\n"
-        "from glmpp.verdict.deployment import Deployment, Helper\n"
+        "import glmpp, sys; from glmpp.dryrun.server import Server\n"
+        "from glmpp.dryrun.deployment import Deployment, Helper\n"
         "checkpoint = glmpp.Checkpoint.from_config(sys.argv[1])\n"
         "print(Server.running().process.pid, flush=True)\n"
         "glmpp.dry_run(checkpoint, Deployment(8, guard=Helper(sys.argv[2])), progress=False)"
@@ -201,7 +201,7 @@ def test_no_process_stays_when_the_kernel_is_killed(needs_vllm, own_server, endl
 @pytest.mark.parametrize(("gone", "said"), [(False, "alive"), (True, "")])
 def test_a_fork_whose_server_went_before_it_was_tied_to_it_ends(gone, said):
     program = (
-        "import os, sys, time; from glmpp.engine.clients import end_with_parent\n"
+        "import os, sys, time; from glmpp.dryrun.child.clients import end_with_parent\n"
         "gone = bool(sys.argv[1:])\n"
         "read, write = os.pipe()\n"
         "if os.fork() == 0:\n"
@@ -223,7 +223,7 @@ def test_a_fork_whose_server_went_before_it_was_tied_to_it_ends(gone, said):
 # What the process that imports vLLM does with its clients, without vLLM: the fork says that it is at work, and stays so.
 CLIENTS = """
 import os, socket, sys, time
-from glmpp.engine.clients import Clients
+from glmpp.dryrun.child.clients import Clients
 clients, me = Clients(int(sys.argv[1])), os.getuid()
 if sys.argv[2:] == ["another"]:
     os.getuid = lambda: me + 1

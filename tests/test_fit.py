@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.fit import Fit, KVCache, Memory
+from glmpp.dryrun.stage_report import DIES, LOADS
 from glmpp.formats.tensor import TensorSpec
 from glmpp.gpus import GPUS
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.fit import Fit, KVCache, Memory
-from glmpp.verdict.layout import Layout, Layouts
-from glmpp.verdict.layouts import CONTEXT, distinct, layer_kinds
-from glmpp.verdict.layouts_text import layouts_json, layouts_text, serve_line
-from glmpp.verdict.stage_report import DIES, LOADS
+from glmpp.layouts.layout import Layout, Layouts
+from glmpp.layouts.search import CONTEXT, distinct, layer_kinds
+from glmpp.layouts.text import layouts_json, layouts_text, serve_line
 
 H200 = GPUS["h200"]
 

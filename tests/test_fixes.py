@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from glmpp.engine import fixes
+from glmpp.dryrun.advice import other_layouts, serve_line
+from glmpp.dryrun.deployment import Deployment
 from glmpp.errors import GlmppError
-from glmpp.verdict.advice import other_layouts, serve_line
-from glmpp.verdict.deployment import Deployment
+from glmpp.serving import fixes
 
 GRANITE, ROUTER = "GraniteMoeHybridForCausalLM", "granite_moe_hybrid_router"
 FOLDER = Path(fixes.__file__).parent

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmpp import gpus
+from glmpp.dryrun import server
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.fit import Fit, Memory
+from glmpp.dryrun.stage_report import LOADS
 from glmpp.errors import GlmppError
 from glmpp.gpus import ARCHITECTURES, CPU, GPUS, default_target, gpu_of, target_name
-from glmpp.verdict import server
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.fit import Fit, Memory
-from glmpp.verdict.layout import Layout, Layouts
-from glmpp.verdict.stage_report import LOADS
+from glmpp.layouts.layout import Layout, Layouts
 
 MIB, GIB = 2**20, 2**30
 

@@ -18,10 +18,10 @@ FILES = {
     ".".join(("glmpp", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-# From the ground up; a room imports from those below it. `engine.contract` needs no vLLM: it says which one there is; nor
-# does `engine.fixes`, before a fix is applied: it says which there are.
-ROOMS = ["formats", "core", "engine", "verdict", "lab"]
-ENGINE_FOR_ALL = {"glmpp.engine.contract", "glmpp.engine.fixes"}
+# From the ground up; a room imports from those below it, and of those that need vLLM only what needs none before it is used.
+ROOMS = ["formats", "core", "serving", "pretend", "child", "cuts", "dryrun", "layouts", "cli", "lab"]
+IN_A_PROCESS_WITH_VLLM = {"serving", "pretend", "child"}
+FOR_ALL = {"glmpp.serving.contract", "glmpp.serving.fixes", "glmpp.dryrun.scratch", "glmpp.dryrun.same_user"}
 # On the ground beside them: imported by every room.
 GROUND = {"glmpp.errors", "glmpp.progress", "glmpp.words"}
 # What an import inside a function is for: packages that may be missing, or that are slow and rarely needed.
@@ -49,19 +49,25 @@ def imports(name: str, inside: bool = False) -> set[str]:
 
 
 def room(name: str) -> str:
-    parts = name.split(".")
-    return parts[1] if len(parts) > 2 or parts[-1] in ROOMS else "core"
+    folder = FILES[name].parent.name
+    return folder if folder in ROOMS else "core"
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_imports_point_one_way(name):
-    """`glmpp` and `glmpp.cli` stand above all rooms."""
-    if name in ("glmpp", "glmpp.cli"):
+    """`glmpp` and its command stand above all rooms."""
+    if name in ("glmpp", "glmpp.__main__"):
         return
-    for other in (imports(name) | imports(name, inside=True)) & FILES.keys() - GROUND - ENGINE_FOR_ALL:
+    for other in (imports(name) | imports(name, inside=True)) & FILES.keys() - GROUND - FOR_ALL:
         assert ROOMS.index(room(other)) <= ROOMS.index(room(name)), f"{name} imports {other}"
-        across = room(other) == "engine" and room(name) != "engine"
+        across = room(other) in IN_A_PROCESS_WITH_VLLM and room(name) not in IN_A_PROCESS_WITH_VLLM
         assert not across, f"{name} imports {other}: between them lies the boundary of a process"
+
+
+def test_no_room_is_crowded():
+    """A newcomer finds a file by its name: a dozen in a room are what one can look over."""
+    for folder in {path.parent for path in FILES.values()}:
+        assert len({path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}) <= 13, folder
 
 
 def test_the_package_imports_nothing_from_tools():
@@ -97,7 +103,7 @@ def run(program: str) -> str:
 
 def test_the_kit_brings_no_tables_and_no_plots_into_a_process_that_does_not_ask():
     heavy = "{'pandas', 'matplotlib', 'huggingface_hub', 'transformers', 'vllm'}"
-    modules = "glmpp, glmpp.cli, glmpp.verdict.dry_run, glmpp.verdict.layouts"
+    modules = "glmpp, glmpp.cli, glmpp.dryrun.dry_run, glmpp.layouts.search"
     assert run(f"import {modules}, sys; print({heavy} & sys.modules.keys())") == "set()\n"
 
 
@@ -112,7 +118,7 @@ from vllm.model_executor.layers import vocab_parallel_embedding
 from vllm.model_executor.layers.quantization import kv_cache
 from vllm.model_executor.models import utils
 before = set(sys.modules)
-import glmpp.engine.load_format
+import glmpp.serving.load_format
 print({"pandas", "matplotlib", "huggingface_hub"} & (sys.modules.keys() - before))
 """
     assert run(program).splitlines()[-1] == "set()"  # after what vLLM logs
@@ -123,7 +129,7 @@ def test_the_parts_that_a_serving_process_needs_cost_under_50_ms_of_processor_ti
     program = """
 import time, torch, safetensors.torch, tqdm
 started = time.process_time()
-import glmpp, glmpp.formats.shard, glmpp.formats.index, glmpp.engine.contract, glmpp.engine.writes
+import glmpp, glmpp.formats.shard, glmpp.formats.index, glmpp.serving.contract, glmpp.serving.write_tracking
 print(time.process_time() - started)
 """
     assert min(float(run(program)) for _ in range(3)) < 0.05

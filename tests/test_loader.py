@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import dequantize, quantize
-from glmpp.engine.writes import WriteRecorder
 from glmpp.errors import GlmppError
 from glmpp.formats.tensor import torch_dtypes
 from glmpp.ledger import LOADED, UNEXPECTED, Ledger, digest
@@ -27,6 +26,7 @@ from glmpp.loader import (
     load_stage,
 )
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, make_stages
+from glmpp.serving.write_tracking import WriteRecorder
 
 SPLITS = [(1, None), (2, None), (3, None), (4, None), (8, None), (3, [1, 9, 2])]
 HIDDEN, HEAD = 256, 128

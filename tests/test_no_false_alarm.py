@@ -18,9 +18,9 @@ from sweep.same_bytes import (
     compare_stage,
 )
 
+from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS, Death, Evidence, StageReport
 from glmpp.ledger import ABSENT, EXPECTED, UNTIED, Ledger, Left
 from glmpp.partition import make_stages
-from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS, Death, Evidence, StageReport
 
 STAGE = make_stages({"num_hidden_layers": 2}, 1)[0]
 HEAD, SCALE = {"head": Left(UNTIED, "w")}, {"kv_scale": Left(EXPECTED, "w")}

@@ -128,7 +128,7 @@ def test_a_wrong_claim_fails_its_notebook(tmp_path):
 
 def test_a_verdict_that_is_missing_fails_its_notebook_where_vllm_is_installed(monkeypatch):
     outcome = walkthrough.Outcome("00_some.ipynb", seconds=1.0, passed=2, expected=3, error=None)
-    monkeypatch.setattr("glmpp.verdict.installed.vllm_version", lambda: "0.22.1")
+    monkeypatch.setattr("glmpp.dryrun.installed.vllm_version", lambda: "0.22.1")
     assert not outcome.ok and "FAILED: verdicts are missing" in outcome.row()
-    monkeypatch.setattr("glmpp.verdict.installed.vllm_version", lambda: None)
+    monkeypatch.setattr("glmpp.dryrun.installed.vllm_version", lambda: None)
     assert outcome.ok

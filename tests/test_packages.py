@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-from glmpp.engine import packages  # noqa: E402
-from glmpp.engine.packages import what_to_install  # noqa: E402
+from glmpp.dryrun.child import packages  # noqa: E402
+from glmpp.dryrun.pretend.failures import what_to_install  # noqa: E402
 
 
 @pytest.mark.parametrize(

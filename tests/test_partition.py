@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.deployment import Deployment
 from glmpp.errors import GlmppError
 from glmpp.formats.index import natural_key
 from glmpp.formats.tensor import TensorSpec
+from glmpp.layouts.split import balance, balance_cache, best_split
 from glmpp.partition import (
     OTHER_STAGE,
     OWN,
@@ -20,16 +22,12 @@ from glmpp.partition import (
     UNKNOWN,
     Prefixes,
     Stage,
-    balance,
-    balance_cache,
-    best_split,
     layer_list,
     make_stages,
     owned,
     partition_layers,
     stage_bytes,
 )
-from glmpp.verdict.deployment import Deployment
 
 
 def counts(ranges: list[range]) -> list[int]:

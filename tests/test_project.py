@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from sweep.cases import Sweep
 
-from glmpp.engine import fixes
+from glmpp.serving import fixes
 
 try:
     import tomllib

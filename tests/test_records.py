@@ -11,15 +11,14 @@ import pytest
 from conftest import ROOT
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.deployment import Deployment, Helper
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.report import DryRunReport, digest
 from glmpp.errors import GlmppError
 from glmpp.lab import engine
 from glmpp.lab.layouts import logged, parts_of_layer
-from glmpp.verdict.deployment import Deployment, Helper
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.layouts import layouts
-from glmpp.verdict.load_time import GLMPP, STOCK, LoadTimes, load_times
-from glmpp.verdict.record import digest
-from glmpp.verdict.report import DryRunReport
+from glmpp.lab.load_time import GLMPP, STOCK, LoadTimes, load_times
+from glmpp.layouts.search import layouts
 
 RECORDED = ROOT / "data" / "recorded"
 PP8 = Deployment(8, gpu="h200")

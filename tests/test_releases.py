@@ -9,10 +9,10 @@ from conftest import ROOT
 from sweep.cases import Case, Finding, Sweep
 from sweep.releases import cases_of, known_of, release_of, renewed, save
 
+from glmpp.dryrun import releases
+from glmpp.dryrun.releases import NOT_KNOWN, NOT_THERE, Known, Record, Release, nearest_release, number, record
+from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 from glmpp.ledger import Left
-from glmpp.verdict import releases
-from glmpp.verdict.releases import NOT_KNOWN, NOT_THERE, Known, Record, Release, nearest_release, number, record
-from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 
 AFFECTED = ("0.20.2", "0.21.0", "0.22.1")
 

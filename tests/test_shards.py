@@ -272,7 +272,7 @@ def test_a_cut_header_is_refused_before_it_is_read(tmp_path, content):
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the page cache")
 def test_of_a_shard_that_is_wanted_in_part_only_that_part_is_read(tmp_path):
     """Cold: 2 tensors of 20, 3 MB each. The library's way of handing out all 20 reads the whole file."""
-    from glmpp.engine.load_time import drop_from_cache, resident_bytes
+    from glmpp.dryrun.child.load_time import drop_from_cache, resident_bytes
 
     path = tmp_path / "a.safetensors"
     save_file({f"t{i:02}": torch.full((3, 1024, 1024), i, dtype=torch.int8) for i in range(20)}, path)

@@ -18,14 +18,15 @@ from conftest import ROOT
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.cli.advice_text import NO_RELEASE
+from glmpp.dryrun import server
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.report_text import as_text
+from glmpp.dryrun.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, INCOMPLETE, LOADS
 from glmpp.errors import KitError
 from glmpp.formats.tensor import TensorSpec
-from glmpp.verdict import server
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, INCOMPLETE, LOADS
-from glmpp.verdict.text import as_text
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_partition_variable")]
@@ -204,13 +205,15 @@ def test_what_no_tensor_has_an_answer_to_is_a_death(fault, tmp_path):
 def test_a_fault_of_the_kit_is_said_to_be_one_and_ends_with_3(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = faulty.write_faulty("breaks the kit", tmp_path)
-    with pytest.raises(KitError, match=r"TypeError: 'NoneType' object is not callable\n(.|\n)*glmpp/engine/account\.py:\d+"):
+    with pytest.raises(
+        KitError, match=r"TypeError: 'NoneType' object is not callable\n(.|\n)*glmpp/dryrun/child/tensor_outcomes\.py:\d+"
+    ):
         dry_run(Checkpoint.from_directory(model), 2, progress=False)
     code, out, err = command(capsys, "check", model, "--pp", 2)
     assert code == 3 and out == ""
     (report,) = tmp_path.glob("glmpp-fault-*.txt")
     assert err == f"glmpp: a fault of glmpp, and no verdict; please report it with {report}\n"
-    assert "glmpp/engine/account.py" in report.read_text() and f"vLLM {vllm_version()}" in report.read_text()
+    assert "glmpp/dryrun/child/tensor_outcomes.py" in report.read_text() and f"vLLM {vllm_version()}" in report.read_text()
 
 
 def test_a_fault_of_the_command_itself_ends_with_3_too(tiny, tmp_path, capsys, monkeypatch):
@@ -287,7 +290,7 @@ def checked_by_command(fault: str, tmp_path, capsys) -> tuple[str, dict]:
     report = json.loads(out)
     jsonschema.validate(report, SCHEMA)
     assert code == again == 1 and report["known_to_load_from"] is report["nearest_in_record"] is None
-    assert cli.NO_RELEASE not in text  # of this architecture the record says nothing
+    assert NO_RELEASE not in text  # of this architecture the record says nothing
     return text, report
 
 

@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.engine import contract
+from glmpp.dryrun import server, workers
+from glmpp.dryrun.deployment import Deployment, Helper
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import ask_vllm, vllm_version
+from glmpp.dryrun.report import DryRunReport
+from glmpp.dryrun.stage_report import LOADS
+from glmpp.dryrun.workers import ask
 from glmpp.errors import GlmppError
 from glmpp.gpus import CPU
-from glmpp.verdict import forks, server
-from glmpp.verdict.deployment import Deployment, Helper
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.forks import ask
-from glmpp.verdict.installed import ask_vllm, vllm_version
-from glmpp.verdict.report import DryRunReport
-from glmpp.verdict.stage_report import LOADS
+from glmpp.serving import contract
 
 pytestmark = pytest.mark.vllm
 needs_vllm = pytest.mark.skipif(vllm_version() is None, reason="builds the installed vLLM's classes")
@@ -140,13 +140,13 @@ def test_a_server_that_was_killed_before_it_answered_is_told_from_a_fork(tiny, o
 def collected(running: server.Server, tiny: Checkpoint) -> list[dict]:
     path = tiny.directory.parent / "request.json"
     path.write_text("{}")
-    turns = forks._turns([])
+    turns = workers._turns([])
     try:
-        fork = forks.Fork(path, 0, (0, 1, 1), turns, running)
+        fork = workers.Fork(path, 0, (0, 1, 1), turns, running)
     finally:
         os.close(turns)
     with fork:
-        return forks.collect([fork])
+        return workers.collect([fork])
 
 
 def test_a_distribution_of_another_name_that_provides_the_module_counts(tmp_path):
@@ -158,7 +158,7 @@ def test_a_distribution_of_another_name_that_provides_the_module_counts(tmp_path
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-abacus\nVersion: 9.8\n")
     (info / "top_level.txt").write_text("vllm\n")
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from glmpp.engine import contract; print(contract.vllm_version())"
+        "import sys; sys.path.insert(0, sys.argv[1]); from glmpp.serving import contract; print(contract.vllm_version())"
     )
     base = subprocess.run([sys.executable, "-S", "-c", "import sys; print(sys.path)"], capture_output=True, text=True)
     assert base.returncode == 0
@@ -183,7 +183,7 @@ def test_a_function_of_the_askers_own_is_called_where_vllm_is_imported(tmp_path)
 # --- one process for several kernels ------------------------------------------------------------------------------
 
 ASKS = (
-    "import sys; from glmpp.verdict.server import Server; from glmpp.verdict.installed import vllm_pp_indices\n"
+    "import sys; from glmpp.dryrun.server import Server; from glmpp.dryrun.installed import vllm_pp_indices\n"
     "print(Server.running('cpu').process is None, vllm_pp_indices([(8, 2)]))"
 )
 
@@ -270,12 +270,12 @@ def test_every_fork_is_ended_when_one_of_them_breaks_down(tiny, tmp_path, side_b
 
 @needs_vllm
 def test_runs_that_take_too_long_are_ended_and_said_to_be(tiny, full):
-    from glmpp.verdict.dry_run import run_of, stage_request
+    from glmpp.dryrun.dry_run import run_of, stage_request
 
     deployment = Deployment(8, guard="helper")
     runs = [run_of(deployment, rank) for rank in range(8)]
     with pytest.raises(GlmppError, match=r"was not done after 0\.01 s, and was ended"):
-        forks.run_stages(full, stage_request(full, deployment), runs, timeout=0.01)
+        workers.run_stages(full, stage_request(full, deployment), runs, timeout=0.01)
 
 
 @needs_vllm

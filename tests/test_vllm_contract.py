@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import glmpp
-from glmpp.engine import contract
 from glmpp.errors import GlmppError
+from glmpp.serving import contract
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -63,15 +63,15 @@ def test_a_name_that_was_elsewhere_before_is_found_there(monkeypatch):
 
 def test_the_load_format_and_the_dry_run_ask_before_they_use_anything():
     program = (
-        "from glmpp.engine import contract; contract.NAMES = {'vllm.version:Gone': contract.LOAD_FORMAT}\n"
-        "import glmpp.engine.load_format"
+        "from glmpp.serving import contract; contract.NAMES = {'vllm.version:Gone': contract.LOAD_FORMAT}\n"
+        "import glmpp.serving.load_format"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode != 0 and "has no vllm.version:Gone" in done.stderr
     program = (
         "import sys; sys.argv = ['child', '0']\n"
-        "from glmpp.engine import contract, child; contract.NAMES = {'vllm.version:Gone': contract.DRY_RUN}\n"
-        "child.preload('cpu')"
+        "from glmpp.serving import contract; contract.NAMES = {'vllm.version:Gone': contract.DRY_RUN}\n"
+        "from glmpp.dryrun.child.main import preload; preload('cpu')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode != 0 and "has no vllm.version:Gone" in done.stderr
@@ -81,7 +81,7 @@ def test_missing_layer_names_have_the_form_that_the_fix_leans_on():
     """Module paths with a dot at the end: what `name.startswith` needs, so that layer 1 is not taken for layer 11."""
     from vllm.model_executor.models.utils import PPMissingLayer, get_pp_missing_layer_names
 
-    from glmpp.engine.selection import missing_prefixes
+    from glmpp.serving.stage_filter import missing_prefixes
 
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList(

@@ -23,12 +23,12 @@ import torch
 from safetensors.torch import save_file
 
 from glmpp.checkpoint import Checkpoint, TensorSpec
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.report import DryRunReport
+from glmpp.dryrun.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, INCOMPLETE, LOADS
 from glmpp.ledger import ABSENT, LOADED
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import DryRunReport
-from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, INCOMPLETE, LOADS
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

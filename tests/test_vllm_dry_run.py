@@ -7,15 +7,15 @@ import re
 import pytest
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.deployment import Deployment, Helper
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.report import DryRunReport
+from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 from glmpp.errors import GlmppError
 from glmpp.ledger import LOADED, NOT_REACHED, UNEXPECTED
 from glmpp.loader import SPECULATIVE, load_stage, stage_parameters
 from glmpp.partition import OTHER_STAGE, make_stages
-from glmpp.verdict.deployment import Deployment, Helper
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import DryRunReport
-from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

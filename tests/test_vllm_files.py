@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.dry_run import dry_run
 from glmpp.formats.index import INDEX_FILE
-from glmpp.verdict.dry_run import dry_run
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_partition_variable")]

@@ -14,12 +14,12 @@ from models import write_model
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
-from glmpp.engine import fixes
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.stage_report import DIES, LOADS
 from glmpp.errors import GlmppError
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.stage_report import DIES, LOADS
+from glmpp.serving import fixes
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -94,7 +94,7 @@ def test_check_with_a_fix_says_so_and_ends_with_0(faulty_model, capsys, names):
 @pytest.fixture
 def load_format(monkeypatch):
     """The module, in the place of one stage of one; its fix only notes that it was applied."""
-    from glmpp.engine import load_format
+    from glmpp.serving import load_format
 
     one = SimpleNamespace(rank_in_group=0, world_size=1, is_first_rank=True, is_last_rank=True)
     monkeypatch.setattr(load_format, "get_pp_group", lambda: one)

@@ -21,18 +21,18 @@ from models import write_model
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.advice import serve_line
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.report import DryRunReport
+from glmpp.dryrun.report_text import overall
+from glmpp.dryrun.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, LOADS
 from glmpp.errors import GlmppError
 from glmpp.formats.glm5 import reduced_config
 from glmpp.gpus import CPU
 from glmpp.partition import OTHER_STAGE
 from glmpp.synthetic import write_checkpoint
-from glmpp.verdict.advice import serve_line
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import DryRunReport
-from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, LOADS
-from glmpp.verdict.text import overall
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

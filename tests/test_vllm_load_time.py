@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from glmpp.errors import GlmppError
+from glmpp.lab.load_time import FLOOR, GLMPP, PARTS, STOCK, LoadTimes, load_times, project
 from glmpp.partition import OTHER_STAGE, make_stages, stage_bytes
-from glmpp.verdict.load_time import FLOOR, GLMPP, PARTS, STOCK, LoadTimes, load_times, project
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

@@ -9,12 +9,12 @@ import silent
 from sweep.same_bytes import EQUAL, compare_case
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.report_text import as_text, evidence_lines
+from glmpp.dryrun.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
 from glmpp.ledger import ABSENT, EXPECTED, LOST, UNTIED, Left
 from glmpp.synthetic import checkpoint_without
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
-from glmpp.verdict.text import as_text, evidence_lines
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -131,8 +131,8 @@ def test_what_the_second_half_of_a_pair_writes_is_the_firsts_only_if_the_pair_is
     order, parameters, into, is_kept
 ):
     torch = pytest.importorskip("torch")
-    from glmpp.engine.losses import dropped
-    from glmpp.engine.writes import WriteRecorder
+    from glmpp.serving.unloaded import dropped
+    from glmpp.serving.write_tracking import WriteRecorder
 
     model, layer = torch.nn.Module(), torch.nn.Module()
     model.layers = torch.nn.ModuleList([layer])
@@ -154,8 +154,8 @@ def test_what_the_second_half_of_a_pair_writes_is_the_firsts_only_if_the_pair_is
 
 def test_a_half_that_comes_after_the_other_was_stored_was_not_waited_for(small):
     torch = pytest.importorskip("torch")
-    from glmpp.engine.losses import dropped
-    from glmpp.engine.writes import WriteRecorder
+    from glmpp.serving.unloaded import dropped
+    from glmpp.serving.write_tracking import WriteRecorder
 
     small.layers[0]["fused"] = torch.nn.Linear(4, 8, bias=False)
     weights = [("layers.0.low.weight", torch.ones(8, 4)), ("layers.0.low.weight_scale", torch.ones(1))]
@@ -180,7 +180,7 @@ CONFIG = SimpleNamespace(runner_type="generate", hf_text_config=SimpleNamespace(
 
 
 def test_a_dropped_tensor_is_taken_for_a_parameter_of_its_layer_and_shape_only(small):
-    from glmpp.engine.losses import losses
+    from glmpp.serving.unloaded import losses
 
     def kind(dropped: dict[str, tuple[int, ...]]) -> tuple[str, str | None]:
         one = losses(["layers.0.mix.weight"], small, CONFIG, dropped, set())["layers.0.mix.weight"]
@@ -197,7 +197,7 @@ def test_a_finding_that_the_bytes_do_not_confirm_is_none(small, tmp_path):
     """The model has the tensor's bytes, whichever way they came."""
     from safetensors.torch import save_file
 
-    from glmpp.engine.losses import confirmed
+    from glmpp.serving.unloaded import confirmed
 
     name, weight = "layers.0.mix.weight", small.layers[0]["mix"].weight.detach()
     (tmp_path / "config.json").write_text("{}")
@@ -214,7 +214,7 @@ def test_what_is_shown_is_where_they_differ_first(small, tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
-    from glmpp.engine.losses import confirmed
+    from glmpp.serving.unloaded import confirmed
 
     name, weight = "layers.0.mix.weight", small.layers[0]["mix"].weight
     weight.data = torch.zeros(8, 4)
@@ -253,9 +253,9 @@ def test_a_model_that_comes_without_a_config_is_loaded_all_the_same(monkeypatch,
     """Mistral's own format has params.json; whether the head should be tied is then not known here."""
     import torch
 
-    from glmpp.engine import losses
+    from glmpp.serving import unloaded
 
     weight = torch.nn.Parameter(torch.zeros(1))
-    monkeypatch.setattr(losses, "vocabularies", lambda model: {"model.embed_tokens": weight, "lm_head": weight})
+    monkeypatch.setattr(unloaded, "vocabularies", lambda model: {"model.embed_tokens": weight, "lm_head": weight})
     config = SimpleNamespace(model=str(tmp_path), revision=None)
-    assert losses.dropped_heads(None, torch.nn.Module(), config) == {}
+    assert unloaded.dropped_heads(None, torch.nn.Module(), config) == {}

@@ -13,18 +13,18 @@ from models import SIZES, write_model
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.report import DryRunReport
+from glmpp.dryrun.report_text import as_text
+from glmpp.dryrun.stage_report import LOADS
 from glmpp.errors import GlmppError
 from glmpp.formats.config import load_config
 from glmpp.formats.glm5 import reduced_config
 from glmpp.formats.tensor import TensorSpec
 from glmpp.gpus import CPU, GPUS
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.layouts import layouts
-from glmpp.verdict.report import DryRunReport
-from glmpp.verdict.stage_report import LOADS
-from glmpp.verdict.text import as_text
+from glmpp.layouts.search import layouts
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

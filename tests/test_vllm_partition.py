@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import vllm_pp_indices
+from glmpp.dryrun.report_text import as_json, as_text
+from glmpp.dryrun.stage_report import LOADS
 from glmpp.errors import GlmppError
 from glmpp.ledger import LOADED
 from glmpp.partition import make_stages, partition_layers
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.installed import vllm_pp_indices
-from glmpp.verdict.stage_report import LOADS
-from glmpp.verdict.text import as_json, as_text
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

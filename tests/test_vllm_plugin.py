@@ -18,6 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 from glmpp.errors import GlmppError
 from glmpp.formats.index import INDEX_FILE
 from glmpp.formats.shard import read_shard
@@ -25,10 +29,6 @@ from glmpp.ledger import ABSENT, EXPECTED, LOADED, UNEXPECTED, Left
 from glmpp.loader import SPECULATIVE
 from glmpp.partition import OTHER_STAGE, make_stages
 from glmpp.synthetic import checkpoint_without
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -37,16 +37,17 @@ affected = pytest.mark.skipif(vllm_version() != "0.22.1", reason="pins what the 
 
 @pytest.fixture(scope="module")
 def plugin():
-    from glmpp.engine import load_format
+    from glmpp.serving import load_format
 
     return load_format
 
 
 def selecting():
     """Imported late: this file is collected where there is no vLLM, too."""
-    from glmpp.engine import selection
 
-    return selection
+    from glmpp.serving import stage_filter
+
+    return stage_filter
 
 
 @pytest.fixture
@@ -514,7 +515,7 @@ def test_one_line_says_what_a_stage_was_handed(plugin, stage_of, monkeypatch, fo
 
 
 def test_padding_is_what_vllms_own_attributes_say():
-    from glmpp.engine.padding import padding
+    from glmpp.serving.padding import padding
 
     model, moe = torch.nn.Module(), torch.nn.Module()
     model.experts = moe
@@ -547,7 +548,7 @@ def test_padding_is_what_vllms_own_attributes_say():
 def test_kv_cache_scales_and_what_a_drafter_shares_are_accounted_for(plugin, stage_of):
     from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
-    from glmpp.engine.left_at_init import accounted
+    from glmpp.serving.left_at_init import accounted
 
     drafted = ["model.embed_tokens", "model.layers.6.shared_head.head", "model.layers.6.eh_proj"]
     model = model_with([], ["attn", "mlp", *drafted])
@@ -708,7 +709,7 @@ def test_a_tensor_that_is_missing_ends_the_load_with_its_parameters_name(tiny, l
     (_, one) = report.stages
     assert (one.verdict, one.exception) == (DIES, "GlmppError")
     assert "stage 1 of 4: 1 parameters were left at init, or partly" in one.message and parameter in one.message
-    assert one.place.startswith("glmpp/engine/load_format.py:")
+    assert one.place.startswith("glmpp/serving/load_format.py:")
     assert one.unaccounted == [n for n in one.ledger.parameters if n in one.message]
 
 

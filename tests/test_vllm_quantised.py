@@ -18,11 +18,11 @@ from quantised import ELSEWHERE, FORMATS, Model, cases, quantised
 from safetensors.torch import save_file
 
 from glmpp.checkpoint import Checkpoint, TensorSpec
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, LOADS
 from glmpp.ledger import LOADED, digest
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, LOADS
 
 pytest.importorskip("vllm")
 VLLM = vllm_version()

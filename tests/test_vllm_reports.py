@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.stage_report import CANNOT_BUILD, INCOMPLETE, LOADS
+from glmpp.layouts.search import layouts
 from glmpp.partition import SPECULATIVE
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.layouts import layouts
-from glmpp.verdict.stage_report import CANNOT_BUILD, INCOMPLETE, LOADS
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_partition_variable")]

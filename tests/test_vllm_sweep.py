@@ -17,12 +17,12 @@ from sweep.tiny_models import rename
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import quantize
+from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.releases import NOT_THERE, Known, record
+from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 from glmpp.errors import GlmppError
 from glmpp.formats.tensor import TensorSpec
 from glmpp.ledger import UNTIED
-from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.releases import NOT_THERE, Known, record
-from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 
 affected = pytest.mark.skipif(vllm_version() != "0.22.1", reason="pins what the last affected release does")
 

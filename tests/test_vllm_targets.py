@@ -17,16 +17,16 @@ from quantised import quantised
 
 import glmpp
 from glmpp.checkpoint import Checkpoint
-from glmpp.engine.targets import properties
+from glmpp.dryrun import server
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.pretend.targets import properties
+from glmpp.dryrun.report import DryRunReport
+from glmpp.dryrun.report_text import as_text
+from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, LOADS
 from glmpp.errors import GlmppError
 from glmpp.gpus import ARCHITECTURES, CPU, GPUS, default_target, gpu_of
-from glmpp.verdict import server
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import DryRunReport
-from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, LOADS
-from glmpp.verdict.text import as_text
 
 pytestmark = pytest.mark.vllm
 needs_vllm = pytest.mark.skipif(vllm_version() is None, reason="builds the installed vLLM's classes")
@@ -185,8 +185,8 @@ def test_a_report_of_a_gpu_that_only_one_machine_has_says_the_same_on_another(ti
 PROGRAM = """
 import sys
 import glmpp
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
 checkpoint = glmpp.Checkpoint.from_directory(sys.argv[1])
 for gpu in sys.argv[2:]:
     try:
@@ -224,7 +224,7 @@ def test_another_capability_would_be_seen(tiny, tmp_path):
 
 @needs_vllm
 def test_without_the_stand_in_library_the_error_says_so_and_the_cpu_still_works(tiny, tmp_path):
-    environment = changed(tmp_path, "engine/driver.py", "file.write(image)", "file.write(b'')")
+    environment = changed(tmp_path, "dryrun/pretend/libcuda_stub.py", "file.write(image)", "file.write(b'')")
     broken, works = said(environment, tiny, "h200", CPU)
     assert "the stand-in for libcuda.so.1 cannot be loaded" in broken and "use the target cpu" in broken
     assert works == f"cpu {LOADS}"
@@ -268,7 +268,7 @@ def test_a_report_says_which_gpu_was_pretended_and_what_was_chosen(tiny, tmp_pat
 REAL = """
 import json, sys, torch
 from vllm import LLM
-from glmpp.engine.choices import choices
+from glmpp.dryrun.child.selected_kernels import choices
 
 seen = torch.cuda.get_device_properties(0)
 llm = LLM(sys.argv[1], skip_tokenizer_init=True, enforce_eager=True, max_model_len=512, load_format="glmpp")

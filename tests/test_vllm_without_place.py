@@ -11,9 +11,9 @@ from reports import LLAMA, Tensors, llama, plain, put, qwen3_moe, write
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.stage_report import CANNOT_TELL
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.stage_report import CANNOT_TELL
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_partition_variable")]

@@ -24,6 +24,8 @@ from safetensors.torch import save_file
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import chosen_ranks, dry_run
 from glmpp.errors import GlmppError, positive, short, whole
 from glmpp.formats.files import MAX_CONFIG_BYTES, MAX_JSON_BYTES, parse_json
 from glmpp.formats.glm5 import FIELDS, QUANTIZATION, reduced_config
@@ -32,11 +34,10 @@ from glmpp.formats.index import INDEX_FILE
 from glmpp.formats.shard import read_shard
 from glmpp.formats.tensor import TensorSpec
 from glmpp.formats.weights import weight_files
-from glmpp.partition import MAX_GPUS, balance, dealt, make_stages, owned, parse_counts, partition_layers
+from glmpp.layouts.search import layouts
+from glmpp.layouts.split import balance
+from glmpp.partition import MAX_GPUS, dealt, make_stages, owned, parse_counts, partition_layers
 from glmpp.synthetic import write_checkpoint
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import chosen_ranks, dry_run
-from glmpp.verdict.layouts import layouts
 
 CONFIG = ROOT / "data" / "glm-5.1-fp8" / "config.json"
 NAN, INF = math.nan, math.inf

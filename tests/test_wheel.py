@@ -30,7 +30,7 @@ def installed(tmp_path_factory) -> Path:
 def test_of_vllms_entry_points_it_has_the_load_format_s_alone(installed):
     (found,) = distributions(path=[str(installed)])
     entries = {(entry.group, entry.name): entry.value for entry in found.entry_points if entry.group != "console_scripts"}
-    assert entries == {("vllm.general_plugins", "glmpp"): "glmpp.engine.load_format:register"}
+    assert entries == {("vllm.general_plugins", "glmpp"): "glmpp.serving.load_format:register"}
     assert {path.parts[0] for path in found.files if path.suffix == ".py"} == {"glmpp"}
 
 
@@ -51,5 +51,7 @@ print(json.dumps([loader.__name__, loader.__file__, [name for name in sys.module
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=installed)
     assert done.returncode == 0, done.stderr
     name, file, modules = json.loads(done.stdout.splitlines()[-1])  # after what vLLM logs
-    assert name == "glmpp.engine.load_format" and Path(file).is_relative_to(installed)
-    assert [one for one in modules if one.startswith(("glmpp.verdict", "glmpp.lab", "glmpp_reference"))] == []
+    assert name == "glmpp.serving.load_format" and Path(file).is_relative_to(installed)
+    assert [
+        one for one in modules if one.startswith(("glmpp.dryrun", "glmpp.layouts", "glmpp.lab", "glmpp_reference", "sweep"))
+    ] == []

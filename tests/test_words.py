@@ -17,20 +17,21 @@ from safetensors.torch import save_file
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.advice import PLUGINS_VARIABLE
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.fit import Fit, KVCache, Memory
+from glmpp.dryrun.report import DryRunReport
+from glmpp.dryrun.report_text import as_text
+from glmpp.dryrun.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS, Death, Evidence, StageReport
 from glmpp.errors import GlmppError, KitError
 from glmpp.formats.index import INDEX_FILE
 from glmpp.formats.tensor import TensorSpec
 from glmpp.gpus import GPUS
+from glmpp.layouts.layout import Layout, Layouts
+from glmpp.layouts.plan import plan_text
+from glmpp.layouts.text import layouts_text
 from glmpp.ledger import ABSENT, LOADED, LOST, UNEXPECTED, Ledger, Left
 from glmpp.partition import make_stages
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.fit import Fit, KVCache, Memory
-from glmpp.verdict.layout import Layout, Layouts
-from glmpp.verdict.layouts_text import layouts_text
-from glmpp.verdict.plan import plan_text
-from glmpp.verdict.report import DryRunReport
-from glmpp.verdict.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS, Death, Evidence, StageReport
-from glmpp.verdict.text import as_text
 from glmpp.words import joined, printable, quoted, shown
 
 # Surrogates, controls, bidi, separators and all, a few of them often; short or thousands of characters long.
@@ -229,9 +230,9 @@ def test_a_checkpoints_words_forge_no_line_of_an_error(tiny, tmp_path, capsys):
     ],
 )
 def test_the_line_to_paste_lets_vllm_load_the_kits_plugin(plugins, before, tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv(cli.PLUGINS_VARIABLE, raising=False)
+    monkeypatch.delenv(PLUGINS_VARIABLE, raising=False)
     if plugins is not None:
-        monkeypatch.setenv(cli.PLUGINS_VARIABLE, plugins)
+        monkeypatch.setenv(PLUGINS_VARIABLE, plugins)
     monkeypatch.setattr(cli, "open_checkpoint", lambda *_: checkpoint_of("x"))
     monkeypatch.setattr(cli, "layouts", lambda *_, **__: layouts_of("x"))
     (tmp_path / "a $(b)").mkdir()
@@ -248,11 +249,11 @@ def test_the_line_to_paste_lets_vllm_load_the_kits_plugin(plugins, before, tmp_p
 @pytest.mark.usefixtures("no_partition_variable")
 def test_a_cure_is_pasted_with_the_kits_plugin_and_without_a_name_that_needs_escaping(tmp_path, capsys, monkeypatch):
     pytest.importorskip("vllm")
-    monkeypatch.delenv(cli.PLUGINS_VARIABLE, raising=False)
+    monkeypatch.delenv(PLUGINS_VARIABLE, raising=False)
     model = faulty.write_faulty("unguarded lookup", tmp_path)
     for pasted, before in ((str(model), ""), ("MODEL", "VLLM_PLUGINS=faulty,glmpp ")):
         _, out, _ = told_by(capsys, "check", model, "--pp", 2)
         (line,) = (line for line in out if " serve " in line)
         assert line == f"    {before}vllm serve {shlex.quote(pasted)} --pipeline-parallel-size 2 --load-format glmpp"
         model = model.rename(tmp_path / "m\nforged")
-        monkeypatch.setenv(cli.PLUGINS_VARIABLE, "faulty")  # now: the process that has imported vLLM serves other tests, too
+        monkeypatch.setenv(PLUGINS_VARIABLE, "faulty")  # now: the process that has imported vLLM serves other tests, too

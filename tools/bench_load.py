@@ -20,12 +20,12 @@ from importlib.metadata import version
 import torch
 from machine import processor
 
+from glmpp.dryrun.deployment import Deployment
 from glmpp.formats.shard import read_shard
+from glmpp.lab.load_time import FILTERED, FLOOR, GLMPP, STOCK, load_times
 from glmpp.lab.notebook import DATA, all_names_checkpoint
 from glmpp.partition import OTHER_STAGE, make_stages
 from glmpp.progress import progress_bar
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.load_time import FILTERED, FLOOR, GLMPP, STOCK, load_times
 
 PP_SIZE, RANK, RUNS = 8, 3, 5
 SIZES = (1, 8, 16)

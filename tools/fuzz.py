@@ -32,13 +32,14 @@ from safetensors.torch import save
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.server import SHARED, Server
 from glmpp.errors import GlmppError
 from glmpp.formats.glm5 import reduced_config
 from glmpp.formats.index import INDEX_FILE
-from glmpp.partition import PARTITION_VARIABLE, balance, make_stages, stage_bytes
+from glmpp.layouts.split import balance
+from glmpp.partition import PARTITION_VARIABLE, make_stages, stage_bytes
 from glmpp.progress import progress_bar
-from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.server import SHARED, Server
 
 SECONDS, BYTES = 10, 2_000_000_000
 GLM = Path(__file__).resolve().parent.parent / "data" / "glm-5.1-fp8" / "config.json"
@@ -345,7 +346,7 @@ def load_format(rng: random.Random, place: Path) -> str:
     """The load format's own options. What is accepted has a meaning, and may switch the check off only by name."""
     from vllm.config.load import LoadConfig
 
-    from glmpp.engine.load_format import StageModelLoader
+    from glmpp.serving.load_format import StageModelLoader
 
     own = {
         "num_threads": VALUES,

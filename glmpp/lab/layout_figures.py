@@ -8,10 +8,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from glmpp.dryrun.stage_report import LOADS
 from glmpp.lab.figures import BLUE, ORANGE, PALE, RED, STAGE_COLOURS, STYLE, ink
 from glmpp.lab.layouts import HERE, NOWHERE
-from glmpp.verdict.layout import Layout, Layouts
-from glmpp.verdict.stage_report import LOADS
+from glmpp.layouts.layout import Layout, Layouts
 
 
 def said(one: Layout) -> tuple[str, str]:

@@ -10,15 +10,15 @@ from pathlib import Path
 import pandas as pd
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.report import check_record, digest
 from glmpp.formats.config import load_config
 from glmpp.formats.tensor import TensorSpec
 from glmpp.lab.notebook import DATA, RECORDED, RECORDING, ROOT
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.layout import Layouts
-from glmpp.verdict.layouts import layouts, question
-from glmpp.verdict.record import check_record, digest
+from glmpp.layouts.layout import Layouts
+from glmpp.layouts.search import layouts, question
 
 # Parts of a layer, by what their names hold in the checkpoint and in vLLM.
 PARTS = {

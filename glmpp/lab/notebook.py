@@ -21,12 +21,12 @@ import torch
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import dequantize, quantize
+from glmpp.dryrun.installed import vllm_version
 from glmpp.errors import GlmppError
 from glmpp.formats.config import load_config
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
 from glmpp.gpus import default_target, gpu_of
 from glmpp.synthetic import write_checkpoint
-from glmpp.verdict.installed import vllm_version
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"

@@ -24,13 +24,13 @@ from quantised import quantised
 from sweep.cases import Case, Sweep
 from sweep.run import VARIANTS, dry_runs, judge, tiny_checkpoint
 
-from glmpp.engine import fixes
+from glmpp.dryrun.advice import failures
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.report import DryRunReport
 from glmpp.ledger import digest
-from glmpp.verdict.advice import failures
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import dry_run
-from glmpp.verdict.installed import vllm_version
-from glmpp.verdict.report import DryRunReport
+from glmpp.serving import fixes
 
 pytestmark = pytest.mark.skipif(vllm_version() != RELEASE, reason=f"findings of vLLM {RELEASE}")
 NAMES = [entry.name for entry in FIXED]

@@ -80,13 +80,13 @@ def register() -> None:
 
     for name in ("FaultyForCausalLM", "LackingForCausalLM"):
         ModelRegistry.register_model(name, f"faulty:{name}")
-    if "glmpp.engine.answers" in sys.modules:  # a process of the dry run
+    if "glmpp.dryrun.child.handlers" in sys.modules:  # a process of the dry run
         add_fix()
 
 
 def add_fix() -> None:
-    """A fix for "unguarded lookup", as if it lay in `glmpp.engine.fixes`."""
-    from glmpp.engine import contract, fixes
+    """A fix for "unguarded lookup", as if it lay in `glmpp.serving.fixes`."""
+    from glmpp.serving import contract, fixes
 
     fix = ModuleType(f"{fixes.__name__}.{FIX}", "The faulty model looks up what is another stage's.\n")
     fix.RELEASES, fix.ARCHITECTURES = (contract.vllm_version().partition("+")[0],), ("FaultyForCausalLM",)
@@ -198,9 +198,9 @@ def __getattr__(name: str):
             params, loaded, seen = dict(self.named_parameters()), set(), set()
             self.held = {}
             if self.fault == "breaks the kit":
-                import glmpp.engine.account
+                import glmpp.dryrun.child.tensor_outcomes
 
-                glmpp.engine.account.padding = None
+                glmpp.dryrun.child.tensor_outcomes.padding = None
             for name, tensor in weights:
                 if name.startswith("unused."):
                     continue

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from glmpp.verdict.releases import Record
+from glmpp.dryrun.releases import Record
 from sweep.cases import Sweep
 from sweep.releases import cases_of, save, try_release
 from sweep.run import sweep

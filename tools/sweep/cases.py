@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glmpp.dryrun.stage_report import LOADS
 from glmpp.gpus import CPU
 from glmpp.ledger import Left
-from glmpp.verdict.stage_report import LOADS
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series

@@ -6,9 +6,9 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
+from glmpp.dryrun.releases import NOT_KNOWN, NOT_THERE, Record
+from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 from glmpp.lab.figures import BLUE, GREY, ORANGE, PALE, PURPLE, RED, STYLE, ink
-from glmpp.verdict.releases import NOT_KNOWN, NOT_THERE, Record
-from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 
 CELLS = {
     LOADS: (BLUE, ""),

@@ -1,4 +1,4 @@
-"""Make one release's share of the record "since when does it load?" (`glmpp.verdict.releases`), and write the record.
+"""Make one release's share of the record "since when does it load?" (`glmpp.dryrun.releases`), and write the record.
 
 A share is made on the release that is installed, or taken from a full sweep.
 """
@@ -11,8 +11,8 @@ from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from glmpp.verdict.releases import NOT_KNOWN, NOT_THERE, PP, RECORD, Known, Record, Release
-from glmpp.verdict.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
+from glmpp.dryrun.releases import NOT_KNOWN, NOT_THERE, PP, RECORD, Known, Record, Release
+from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 from sweep.cases import Case, Sweep
 from sweep.run import MACHINE, call_in_vllm, today, try_all, try_case
 

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.dry_run import run_of, stage_request
+from glmpp.dryrun.installed import ask_vllm
+from glmpp.dryrun.report import DryRunReport, assemble
+from glmpp.dryrun.stage_report import CANNOT_TELL, INCOMPLETE, LOADS, StageReport
+from glmpp.dryrun.workers import TIMEOUT, run_stages
 from glmpp.errors import GlmppError
 from glmpp.gpus import target_name
 from glmpp.progress import progress_bar
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.dry_run import run_of, stage_request
-from glmpp.verdict.forks import TIMEOUT, run_stages
-from glmpp.verdict.installed import ask_vllm
-from glmpp.verdict.report import DryRunReport, assemble
-from glmpp.verdict.stage_report import CANNOT_TELL, INCOMPLETE, LOADS, StageReport
 from sweep.block_fp8 import write_block_fp8
 from sweep.cases import Case, Finding, Sweep
 

@@ -14,11 +14,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from glmpp.dryrun.deployment import Deployment
+from glmpp.dryrun.stage_report import INCOMPLETE, LOADS, StageReport
 from glmpp.errors import GlmppError
 from glmpp.gpus import target_name
 from glmpp.ledger import CUT
-from glmpp.verdict.deployment import Deployment
-from glmpp.verdict.stage_report import INCOMPLETE, LOADS, StageReport
 from sweep.run import FOLDER, MACHINE, call_in_vllm, dry_runs, tiny_checkpoint, today, try_all
 
 SIZES = (1, 2)

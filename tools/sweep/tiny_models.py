@@ -117,7 +117,7 @@ def known_architectures() -> tuple[list[str], dict[str, str | None]]:
     """Names of the architectures that the installed vLLM has, and the versions of what is installed."""
     from vllm.model_executor.models.registry import ModelRegistry
 
-    from glmpp.engine.answers import versions
+    from glmpp.dryrun.child.handlers import versions
 
     return sorted(ModelRegistry.get_supported_archs()), versions()
 

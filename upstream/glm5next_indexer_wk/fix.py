@@ -1,1 +1,1 @@
-../../glmpp/engine/fixes/glm5next_indexer_wk.py
+../../glmpp/serving/fixes/glm5next_indexer_wk.py

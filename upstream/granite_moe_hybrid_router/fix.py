@@ -1,1 +1,1 @@
-../../glmpp/engine/fixes/granite_moe_hybrid_router.py
+../../glmpp/serving/fixes/granite_moe_hybrid_router.py

@@ -1,1 +1,1 @@
-../../glmpp/engine/fixes/laguna_router_bias.py
+../../glmpp/serving/fixes/laguna_router_bias.py

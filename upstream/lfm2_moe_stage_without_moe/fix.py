@@ -1,1 +1,1 @@
-../../glmpp/engine/fixes/lfm2_moe_stage_without_moe.py
+../../glmpp/serving/fixes/lfm2_moe_stage_without_moe.py

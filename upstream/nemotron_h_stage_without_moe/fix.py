@@ -1,1 +1,1 @@
-../../glmpp/engine/fixes/nemotron_h_stage_without_moe.py
+../../glmpp/serving/fixes/nemotron_h_stage_without_moe.py

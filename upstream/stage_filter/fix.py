@@ -4,7 +4,7 @@
 def apply() -> None:
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    from glmpp.engine.selection import Selection
+    from glmpp.serving.stage_filter import Selection
 
     all_weights = DefaultModelLoader.get_all_weights
 

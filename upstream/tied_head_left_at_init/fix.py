@@ -1,1 +1,1 @@
-../../glmpp/engine/fixes/tied_head_left_at_init.py
+../../glmpp/serving/fixes/tied_head_left_at_init.py

@@ -1,1 +1,1 @@
-../../glmpp/engine/fixes/tied_head_on_a_placeholder.py
+../../glmpp/serving/fixes/tied_head_on_a_placeholder.py

@@ -1,1 +1,1 @@
-../../glmpp/engine/fixes/w4a16_channel_experts.py
+../../glmpp/serving/fixes/w4a16_channel_experts.py

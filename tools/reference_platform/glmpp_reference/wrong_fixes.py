@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from vllm.logger import init_logger
 
-from glmpp.engine.guards import HELPER
+from glmpp.dryrun.child.helper_patch import HELPER
 from glmpp.errors import GlmppError
 from glmpp.loader import load_fp8_indexer_wk_late_skip
 

@@ -1,0 +1,89 @@
+"""The lines that end an answer: what would help, and the line to paste."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.advice import (
+    PLUGINS_VARIABLE,
+    KnownFault,
+    Tried,
+    command,
+    fixed_in,
+    is_in_record,
+    layout_words,
+    nearest_in_record,
+    nearest_line,
+    serve_line,
+)
+from glmpp.dryrun.fit import NO_FIT
+from glmpp.dryrun.report import DryRunReport
+from glmpp.dryrun.report_text import evidence_lines, label
+from glmpp.serving import fixes
+from glmpp.words import MESSAGE, printable, shown
+
+NO_RELEASE = "no release of vLLM is known here to load it"
+
+
+def other_lines(options: argparse.Namespace, others: Tried | None) -> list[str]:
+    """What was tried in place of the layout that was asked for, and the line to paste for the one that loads."""
+    if others is None or not others.tried:
+        return []
+    if others.loads is None:
+        return [f"no other layout of these GPUs that was tried loads: {', '.join(others.names)}"]
+    line = command(pasted(options.model), others.loads, layout_words(others.loads), os.environ.get(PLUGINS_VARIABLE))
+    return [f"on as many GPUs {others.loads.layout} loads (tried: {', '.join(others.names)}):", f"    {line}"]
+
+
+def what_to_do(
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    report: DryRunReport,
+    again: DryRunReport | None,
+    fixed: DryRunReport | None,
+) -> list[str]:
+    """Lines that end the answer when the checkpoint does not load; [] when there is nothing that would help.
+
+    Args:
+        again: the failing stages with the load format; None where that could change nothing.
+        fixed: the same with the fixes that are known; None where there are none.
+    """
+    lines, known, nearest = [], fixed_in(report), nearest_in_record(checkpoint, report)
+    if again is not None:
+        lines += cure_lines(options, again, "--load-format glmpp")
+    if fixed is not None:
+        names = ", ".join(fixed.deployment.fixes)
+        lines += cure_lines(options, fixed, f"the fix{'es' * (len(fixed.deployment.fixes) > 1)} {names}")
+        lines += [f"    {name}: {fixes.about(name)}" for name in fixed.deployment.fixes]
+    lines += [known_line(known, report)] if known else []
+    lines += [nearest_line(nearest)] if nearest else []
+    lines += [NO_RELEASE] if lines and not known and not nearest and is_in_record(checkpoint, report) else []
+    return ["", *lines] if lines else []
+
+
+def known_line(known: KnownFault, report: DryRunReport) -> str:
+    """What is known of the fault that the stages die of. Where PP=1 fails for another reason, it is not all that fails."""
+    if report.control is None or report.control.loads:
+        return f"known to load from vLLM {known.fixed_in} on ({known.source})"
+    return f"this {known.exception} is mended from vLLM {known.fixed_in} on ({known.source}); what PP=1 ends with is another"
+
+
+def cure_lines(options: argparse.Namespace, again: DryRunReport, what: str) -> list[str]:
+    """Whether the ranks that failed load with something, and the line to paste if they also fit."""
+    if left := [stage for stage in again.all if not stage.loads]:
+        return [f"{what} does not cure it: {label(left[:1])} {left[0].verdict}", *evidence_lines(left[0])]
+    loads = f"{label(again.stages)} load{'s' * (len(again.stages) == 1)}"
+    if (found := again.fit(options.gpu_memory_utilization)) and found.fits is False:
+        return [f"with {what} {loads}, but it {NO_FIT}: {shown(found.lack, MESSAGE)}"]
+    line = serve_line(pasted(options.model), again.deployment, os.environ.get(PLUGINS_VARIABLE))
+    return [f"with {what} {loads} (glmpp has to be installed where vLLM runs):", f"    {line}"]
+
+
+def pasted(model: str) -> str:
+    """What a command for a server says in the place of the model."""
+    path = Path(model)
+    no_shards = path.is_file() or (path.is_dir() and not any(path.glob("*.safetensors")))
+    return "MODEL" if no_shards or model.startswith("-") or printable(model) != model else model

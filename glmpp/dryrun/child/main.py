@@ -1,0 +1,216 @@
+"""The process that has imported vLLM: it forks for every request, so that patches and process groups stay in the fork.
+
+Real: EngineArgs and every config check, the model class and its `__init__`, `make_layers`, the placeholders, the default
+loader, `load_weights`, every parameter's `weight_loader`. Stand-ins, and why each is needed, are in `stand_ins`. Nothing
+here is imported by the parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import importlib.util
+import json
+import os
+import resource
+import sys
+import tempfile
+import traceback
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from glmpp.dryrun.child.clients import Clients
+from glmpp.dryrun.pretend.cpu_stand_ins import expert_map_on_cpu, inspect_in_process, install_platform
+from glmpp.dryrun.pretend.failures import frames, is_kits, what_to_install, without_paths
+from glmpp.dryrun.scratch import remove_scratch
+from glmpp.errors import GlmppError, KitError
+from glmpp.gpus import CPU
+from glmpp.serving import contract
+
+# Before torch and vLLM are imported. The GPU, if there is one, stays unseen: verdicts must not depend on the machine.
+os.environ.update(
+    CUDA_VISIBLE_DEVICES="",
+    VLLM_CONFIGURE_LOGGING="0",
+    VLLM_NO_USAGE_STATS="1",
+    DO_NOT_TRACK="1",
+    HF_HUB_OFFLINE="1",
+    HUMMING_DISABLE_PARALLEL_BUILD="1",  # vLLM >= 0.32 starts background compiles from an import
+    CUDA_TILE_TEMP_DIR=tempfile.gettempdir(),  # else each import makes another
+    TQDM_DISABLE="1",
+    VLLM_ALLOW_LONG_MAX_MODEL_LEN="1",  # the length asked for is nominal: nothing is generated
+    # What is chosen for a GPU must not depend on this machine: without it vLLM looks for nvcc, and asks NVIDIA's server.
+    VLLM_HAS_FLASHINFER_CUBIN="1",
+)
+
+
+# jsonschema imports it where it is installed (JupyterLab brings it) and builds a grammar for 3.6 s; vLLM never uses it.
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
+
+# What vLLM imports only once a model is built, which would be half of the time of a small model's verdict in every fork. A
+# release that has no such module does without.
+BACKENDS = "vllm.v1.attention.backends"
+PLUGINS = "vllm.general_plugins"
+LATE = [
+    "vllm.model_executor.models.adapters",
+    "vllm.model_executor.models.deepseek_mtp",
+    "vllm.model_executor.models.deepseek_v2",
+    "vllm.model_executor.models.llama",
+    "vllm.v1.executor.multiproc_executor",
+]
+LATE_ON_GPU = [
+    "flashinfer",
+    "vllm.compilation.passes.fusion.allreduce_rms_fusion",
+    "vllm.models.deepseek_v32",
+    "vllm.third_party.deep_gemm",
+    *(f"{BACKENDS}.{name}" for name in ("flash_attn", "flashinfer", "triton_attn", "flex_attention", "turboquant_attn")),
+    *(f"{BACKENDS}.mla.{name}" for name in ("flashattn_mla", "flashmla", "flashmla_sparse", "triton_mla")),
+]
+
+
+def preload(target: str) -> None:
+    """Everything slow and common to all requests: half a minute of imports the first time, a second once forked."""
+    install_platform(target)
+    contract.require(contract.DRY_RUN)
+    import glmpp.dryrun.child.handlers  # noqa: F401  imports vLLM, which has to find the platform
+
+    inspect_in_process()
+    expert_map_on_cpu()
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    get_quantization_config("fp8")
+    contract.missing(contract.KV_CACHE)  # looks, and so imports
+    load_plugins()
+    for module in LATE + (LATE_ON_GPU if target != CPU else []):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+
+
+def load_plugins() -> None:
+    """vLLM's general plugins, those of VLLM_PLUGINS if it is set, once and for all requests. What one raises is its own.
+
+    Raises:
+        GlmppError: one of them fails. In `vllm serve` it has all variables of the environment, and may not.
+    """
+    from vllm import plugins
+
+    for name, run in plugins.load_plugins_by_group(PLUGINS).items():
+        try:
+            run()
+        except (Exception, SystemExit) as error:
+            points = (point for point in entry_points(group=PLUGINS) if point.name == name and point.dist)
+            whose = ", ".join(f"{point.dist.name} {point.dist.version}" for point in points) or "unknown"
+            line, where = line_and_traceback(error)
+            raise GlmppError(
+                f"the vLLM plugin {name!r} (package {whose}) fails, with the few variables that it has here: {line}. "
+                "Uninstall it, or name the plugins that are wanted in VLLM_PLUGINS",
+                where,
+            ) from None
+    plugins.plugins_loaded = True
+
+
+def peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def answer(names: dict, pipe: int, turns: int) -> None:
+    """In a fork of its own: read the request, write messages into the pipe and everything else into the log.
+
+    Args:
+        names: request, log, group: files in a folder of the request's own; rank and size in the process group, and tp:
+            how many of it share a stage.
+        turns: where the numbers of the runs come from, two bytes each.
+    """
+    log = os.open(names["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    shared = resident_bytes()
+    with os.fdopen(pipe, "w") as channel:
+
+        def send(message: dict) -> None:
+            channel.write(json.dumps(message) + "\n")
+            channel.flush()
+
+        try:
+            with open(names["request"]) as file:
+                request = json.load(file)
+            os.chdir(os.path.dirname(names["request"]))
+            from glmpp.dryrun.child.handlers import serve
+
+            serve(request, names, turns, send)
+            send({"kind": "end", "peak_rss_bytes": peak_rss_bytes(), "shared_bytes": shared})
+        except BaseException as error:
+            traceback.print_exc()  # before the pipe closes: the parent reads the log then
+            sys.stderr.flush()
+            if isinstance(error, GlmppError) or is_kits(error):
+                send(message_of(error))
+            raise
+
+
+def line_and_traceback(error: BaseException) -> tuple[str, list[str]]:
+    where = [line for frame in frames(error) for line in str(frame).splitlines()]
+    return f"{type(error).__name__}: {without_paths(str(error))}", where
+
+
+def message_of(error: BaseException) -> dict:
+    """What is sent of an error that ends all: what the kit says, a fault of its own, or of what keeps vLLM from starting."""
+    if not isinstance(error, GlmppError):
+        line, where = line_and_traceback(error)
+        if is_kits(error):
+            error = KitError(line, where)
+        else:
+            advice = f"; {what_to_install(error)}" if isinstance(error, ImportError) and error.name else ""
+            error = GlmppError(f"vLLM {contract.vllm_version()} cannot be imported here{advice}: {line}", where)
+    kind = "fault" if isinstance(error, KitError) else "refused"
+    return {"kind": kind, "message": error.args[0], "details": error.details}
+
+
+def main(descriptor: int, target: str, folder: str, turn: int | None = None) -> None:
+    """Import vLLM once, then fork for every message on a connection, so that no request sees another's patches.
+
+    A message is a JSON object, see `answer`, and with it come the pipe to answer into and the one that gives out turns.
+    The process ends when the last connection is closed: those who asked have gone.
+
+    Args:
+        descriptor: of a listening socket, which somebody has connected to.
+        target: the GPU that is pretended, or "cpu".
+        folder: of `glmpp.dryrun.scratch`, this process's own; it goes with it.
+        turn: of a file that is locked while vLLM is imported.
+    """
+    clients, failure = Clients(descriptor), None
+
+    def leave() -> None:
+        remove_scratch(Path(folder))
+        os._exit(0)  # no exit handlers, which may wait
+
+    with clients.watched(leave):
+        if turn is not None:
+            fcntl.lockf(turn, fcntl.LOCK_EX)
+        gc.disable()  # what is imported stays: looking through it again and again would be a fifth of the time
+        try:
+            preload(target)
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            failure = message_of(error)
+        if turn is not None:
+            os.close(turn)  # and unlocks it, as the end of the process would
+    gc.freeze()  # what the forks inherit is not theirs to look through, and stays shared
+    gc.set_threshold(50_000)  # a load makes many objects, and little garbage
+    gc.enable()
+    for client, names, pipes in clients.requests():
+        if failure:
+            with contextlib.suppress(OSError):  # the client has gone
+                os.write(pipes[0], json.dumps(failure).encode() + b"\n")
+        elif clients.fork(client):
+            try:
+                answer(json.loads(names), *pipes)
+            finally:
+                os._exit(0)  # no exit handlers: they are the server's
+        for pipe in pipes:
+            os.close(pipe)
+    leave()

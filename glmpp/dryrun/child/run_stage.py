@@ -1,0 +1,255 @@
+"""One stage, built and loaded with the installed vLLM's own classes, and the evidence for its verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch.nn.parameter import is_lazy
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from glmpp.dryrun.child.build import Built, ModelBuilder
+from glmpp.dryrun.child.dummy_weights import MADE_UP, NO_DATA, REAL, Source, answer_for_headers
+from glmpp.dryrun.child.helper_patch import Guard
+from glmpp.dryrun.child.load import StageLoad
+from glmpp.dryrun.child.memory import memory
+from glmpp.dryrun.child.selected_kernels import choices
+from glmpp.dryrun.child.tensor_outcomes import Account
+from glmpp.dryrun.pretend.failures import (
+    NO_ANSWER,
+    NO_VERDICT,
+    PACKAGE,
+    REFUSAL,
+    describe,
+    is_kits,
+    kind_of,
+    what_to_install,
+)
+from glmpp.dryrun.pretend.ranks import Place, pretend
+from glmpp.dryrun.pretend.targets import tensors_on
+from glmpp.dryrun.pretend.unanswered import UnansweredOnMeta
+from glmpp.errors import chain, on_behalf
+from glmpp.formats.index import natural_key
+from glmpp.gpus import CPU
+from glmpp.ledger import EXPECTED, digest
+from glmpp.serving.load_format import StageModelLoader, register
+from glmpp.serving.read_tracking import Reads
+from glmpp.serving.write_tracking import parameters
+from glmpp.words import some
+
+SMALL_ENOUGH = 2_000_000_000  # bytes of a checkpoint and of a model that are tried again with data, on the CPU
+ROOM = 3_000_000_000  # bytes that a stage may take, and five times those that are tried; of GLM-5.1's on meta one has 1 GB
+
+
+def limit_memory(nbytes: int) -> None:
+    """Let this process have so many bytes more than it has: a config may ask for any number of them, on the CPU too."""
+    (said,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
+    most = int(said.split()[1]) * 1024 + nbytes
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def is_complete(result: dict) -> bool:
+    """Whether a stage loads and leaves nothing at init that a checkpoint has to hold."""
+    return result["verdict"] == "loads" and all(left["kind"] == EXPECTED for left in result["left"].values())
+
+
+def opened_by(loader: DefaultModelLoader, source: DefaultModelLoader.Source) -> list[str]:
+    """Paths of the files that a loader opens of a source. Raises what vLLM says where it finds none."""
+    if isinstance(loader, StageModelLoader):
+        return loader.locate(source)[0]
+    how = source.subfolder, source.revision, source.fall_back_to_pt, source.allow_patterns_overrides
+    return loader._prepare_weights(source.model_or_path, *how)[1]
+
+
+def described(shards: list) -> list[tuple[str, str, list[int]]]:
+    """Name, safetensors dtype and shape of the tensors of shards that the library has opened."""
+    found = ((name, shard.get_slice(name)) for shard in shards for name in shard.keys())  # noqa: SIM118  not a dict
+    return [(name, one.get_dtype(), one.get_shape()) for name, one in found]
+
+
+class Stages:
+    """Builds and loads the stages that a request asks for."""
+
+    def __init__(self, request: dict):
+        self.request = request
+        self.source = Source(request["tensors"])
+        self.guard = Guard(request["guard"], request["helper"], request["callers"])
+        self.builder = ModelBuilder(request)
+        register()  # VLLM_PLUGINS may leave the kit's plugin out, and decides nothing here
+        self.nbytes = sum(self.source.nbytes.values())
+        if request["weights"] != "real":
+            limit_memory(ROOM + 5 * min(self.nbytes, SMALL_ENOUGH))
+        self.has_files = request["files"] is not None
+        if not self.has_files:
+            answer_for_headers(request["tensors"])
+
+    def loader(self, config, hand_over, data: str):
+        """The loader that vLLM chooses, its source replaced by tensors that are made here unless real bytes are asked for.
+
+        Args:
+            hand_over: what the iterator of weights passes through on its way to the model.
+            data: NO_DATA, MADE_UP or REAL.
+        """
+        source, chosen, real = self.source, type(get_model_loader(config.load_config)), self.request["weights"] == "real"
+        folder, read, stand_ins = self.request["model"], self.request["files"], self.builder.stand_ins
+
+        class Loader(chosen):
+            def get_all_weights(self, model_config, model):
+                return hand_over(super().get_all_weights(model_config, model))
+
+            def _get_weights_iterator(self, files):
+                if data == REAL:
+                    return super()._get_weights_iterator(files)
+                if read is not None and files.model_or_path == folder:
+                    listed = {os.path.relpath(file, folder): file for file in opened_by(self, files)}
+                    if listed.keys() != set(read):
+                        stand_ins.reasons["file list"] = f"vLLM opens {some([*listed])}; glmpp had read {some(read)}"
+                        shards = []
+                        for file in sorted(listed.values(), key=natural_key):
+                            shards.append(on_behalf(safe_open, file, "pt"))
+                        source.become(Source(described(shards)))
+                weights = source.hand_over("meta" if data == NO_DATA else "cpu")
+                if not isinstance(self, StageModelLoader):
+                    return weights
+                return self.selection.counted(pair for pair in weights if self.selection.wants(pair[0]))
+
+            def watch(self, *model):  # otherwise the account asks what the load format would, and says all of it
+                return super().watch(*model) if real else None
+
+        return Loader(config.load_config)
+
+    def run(self, place: Place) -> dict:
+        """Build and load a stage. What fails without data, or stays incomplete, is tried again.
+
+        The checkpoint's own bytes decide, if it has files and they are not too large. Values that are made up can show that
+        a stage loads, and not that it fails: where torch was asked for what only data would tell, nothing can be told then.
+
+        Nothing carries over from one run to the next: which of them share a process must not show in what is said of them.
+        """
+        if self.request["weights"] == "real":
+            return self.attempt(place, REAL)
+        result = self.attempt(place, NO_DATA)
+        if is_complete(result):
+            return result
+        if max(self.nbytes, result.get("memory", {}).get("parameters", 0)) <= SMALL_ENOUGH:
+            again = self.attempt(place, REAL if self.has_files else MADE_UP, moves=True)
+            if self.has_files or is_complete(again):
+                again["reads"] = again.get("reads") or result.get("reads")  # of values made up nothing is seen
+                return again
+        with UnansweredOnMeta() as asked:
+            result = self.attempt(place, NO_DATA, moves=True)
+        if asked.found and not is_complete(result):
+            why = f"{NO_VERDICT[NO_ANSWER]}: {asked.found[0]}"
+            result.update(verdict="cannot tell", why=why)
+            if "message" in result:
+                result["message"] += f" ({why})"
+        return result
+
+    def attempt(self, place: Place, data: str, moves: bool = False) -> dict:
+        """A stage's verdict with its evidence.
+
+        Args:
+            moves: tensors that the model puts on the GPU while it loads are put where they can be. It costs a third.
+        """
+        device = "meta" if data == NO_DATA else "cpu"
+        result: dict = {"verdict": "cannot be built", "device": device, "data": data}
+        built, failed, started = None, None, time.perf_counter()
+        self.builder.stand_ins.reset()
+        try:
+            built = self.builder.build(place, device)
+        except Exception as error:
+            if is_kits(error):
+                raise
+            failed = error
+            result.update(describe(error), build_seconds=time.perf_counter() - started)
+            if error.__cause__ is not None and kind_of(error) != PACKAGE:
+                left = describe(error.__cause__)
+                result["message"] += f" (from {left['exception']}: {left['message'][:300]} in {left['place']})"
+            refused = kind_of(error) == REFUSAL
+            result["refused"] = refused and (self.request["gpu"] != CPU or self.is_layout_refused(place, device))
+        else:
+            result["build_seconds"] = time.perf_counter() - started
+            failed = self.load(place, built, result, moves)
+        if failed is not None and (why := NO_VERDICT.get(kind_of(failed))):
+            if kind_of(failed) == PACKAGE:
+                missing = [cause for cause in chain(failed) if isinstance(cause, ImportError)]
+                result.update(describe(missing[0]))
+                why = ": ".join([why, *(what_to_install(cause) for cause in missing if cause.name)][:2])
+            result.update(verdict="cannot tell", message=f"{result['message']} ({why})")
+        result.update(stand_ins=self.builder.stand_ins.reasons, num_layers=self.builder.num_layers)
+        return result
+
+    def load(self, place: Place, built: Built, result: dict, moves: bool) -> Exception | None:
+        """Load a stage that has been built, and put down what is seen; returns the first exception on the way."""
+        device, data = result["device"], result["data"]
+        lazy = [name for name, parameter in built.model.named_parameters() if is_lazy(parameter)]
+        result["backends"] = choices(built.model)
+        result["patched"] = self.guard.install()
+        places = tensors_on(device) if moves else contextlib.nullcontext()
+        load = StageLoad(built, self.guard, lambda *how: self.loader(*how, data=data), self.source.nbytes, device)
+        started = time.perf_counter()
+        with places:
+            load.run(self.request["all_deaths"])
+        result["load_seconds"] = time.perf_counter() - started
+        result["verdict"] = "dies" if load.deaths else "loads"
+        if load.deaths:
+            result.update(load.deaths[0], deaths=[{**death, "traceback": []} for death in load.deaths])
+        account = Account(load, self.source.shapes, self.drafted() if place.drafter else None)
+        result.update(account.message(self.request["model"] if self.has_files else None, data))
+        load.recorder.reads = Reads()  # 40 MB for each stage of GLM-5.1; a load lies in a circle of references, and stays
+        if not load.deaths and result["unplaced"]:
+            result["verdict"] = "cannot tell"
+        if not load.deaths and (unseen := result["unseen"]):
+            said = (
+                f"{some(unseen)}: dropped, as the model has no parameter for it; its values would tell whether it is needed"
+            )
+            result.update(verdict="cannot tell", why=said)
+        if not load.deaths and lazy:
+            said = f"{len(lazy)} parameters take their shape from what is loaded, and are not looked at, e.g. {lazy[0]}"
+            result.update(verdict="cannot tell", why=said)
+        if self.request["weights"] == "real":
+            # What belongs to a tower that this stage has no use for, vLLM itself leaves without data.
+            held = {name: p for name, p in parameters(built.model).items() if not p.is_meta}
+            result["digests"] = {name: digest(p) for name, p in held.items()}
+            self.keep(place, built.model)
+        result["memory"] = memory(self.builder, place, built, device, self.request["context"])
+        result["model_class"] = f"{type(built.model).__module__}.{type(built.model).__qualname__}"
+        return load.error
+
+    def keep(self, place: Place, model: torch.nn.Module) -> None:
+        """Save a rank's parameters if they are asked for."""
+        if folder := self.request.get("keep"):
+            name = f"{'drafter-' * place.drafter}{place.rank}-{place.shard}-{place.replica}.pt"
+            torch.save({name: parameter.data for name, parameter in model.named_parameters()}, Path(folder, name))
+
+    def is_layout_refused(self, place: Place, device: str) -> bool:
+        """Whether it is for its layout that a model is refused on the CPU platform, which itself may be the reason: without
+        shards and replicas it can be built."""
+        alone = replace(place, shard=0, shards=1, replica=0, replicas=1, ep=False)
+        if alone == place:
+            return False
+        try:
+            pretend(alone)
+            self.builder.build(alone, device)
+        except Exception as error:
+            if is_kits(error):
+                raise
+            return False
+        finally:
+            self.builder.stand_ins.reset()  # they helped another layout
+            pretend(place)
+        return True
+
+    def drafted(self) -> list[str]:
+        """Prefixes of the MTP layers under the checkpoint's names."""
+        config = self.request["config"]
+        first, count = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
+        return [f"model.layers.{first + index}." for index in range(count)]

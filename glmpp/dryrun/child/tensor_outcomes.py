@@ -1,0 +1,99 @@
+"""What became of every tensor and every parameter in a stage's load, from the writes that were seen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+
+from glmpp.dryrun.child.dummy_weights import MADE_UP, REAL
+from glmpp.dryrun.child.load import StageLoad
+from glmpp.ledger import DROPPED, IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
+from glmpp.partition import OTHER_STAGE, SPECULATIVE, Prefixes
+from glmpp.serving.experts import expert_maps, held_experts, is_elsewhere
+from glmpp.serving.padding import padding
+from glmpp.serving.stage_filter import mapped, missing_prefixes, speculative_prefixes
+from glmpp.serving.unloaded import confirmed, dropped, has_values, left
+from glmpp.serving.write_tracking import loadable, parameters
+
+
+class Account:
+    """The columns of one load's ledger.
+
+    Attributes:
+        missing: vLLM's placeholders on this stage, as prefixes.
+        experts: numbers of those that this rank holds; None: all.
+    """
+
+    def __init__(self, load: StageLoad, shapes: Mapping[str, Sequence[int]], drafted: list[str] | None):
+        """Args:
+        shapes: all tensors of the checkpoint, in its order -> shape.
+        drafted: for a drafter the prefixes of its own layers under the checkpoint's names, otherwise None.
+        """
+        self.load, self.shapes, model = load, shapes, load.built.model
+        self.missing, self._rename = missing_prefixes(model), mapped(model) or (lambda name: name)
+        self._elsewhere = Prefixes(self.missing)
+        self._speculative = Prefixes(speculative_prefixes(model, load.built.model_config))
+        self._drafted = None if drafted is None else Prefixes(drafted)
+        handed = set(load.recorder.order)
+        self._loaded = handed - dropped(load.recorder, model).keys()
+        selection = getattr(load.loader, "selection", None)
+        self.experts = held_experts(expert_maps(model))
+        filtered = set() if selection is None else {name for name in shapes if not selection.wants(name)}
+        self._reached = handed | filtered
+
+    def column(self, name: str) -> str:
+        """Where a tensor belongs in the ledger."""
+        if name not in self._reached:
+            return NOT_REACHED
+        if name in self._loaded:
+            return LOADED
+        rest = OTHER_RANK if is_elsewhere(name, self.experts) else UNEXPECTED
+        if self._drafted is not None:
+            return rest if self._drafted.cover(name) else OTHER_STAGE
+        place = self._rename(name)
+        if self._speculative.cover(name if place is None else place):
+            return SPECULATIVE
+        if place is None:
+            return IGNORED
+        return OTHER_STAGE if self._elsewhere.cover(place) else rest
+
+    def message(self, folder: str | None, data: str) -> dict:
+        """The account as plain values; neighbours in the same column are one entry.
+
+        Args:
+            folder: of the checkpoint; None if there are no files.
+            data: REAL: what was left at init is compared with it; MADE_UP, NO_DATA: biases are looked up in the files.
+        """
+        load, recorder, model = self.load, self.load.recorder, self.load.built.model
+        sizes, added = {name: p.numel() for name, p in parameters(model).items()}, padding(model)
+        written, filled = recorder.written, recorder.filled
+        columns = {name: self.column(name) for name in self.shapes}
+        lacking = left(recorder, model, load.built.model_config)
+        unseen = []
+        if data == REAL:
+            lacking = confirmed(lacking, model, folder, self.shapes)
+        else:
+            biases = [name for name, one in lacking.items() if one.kind == DROPPED and name.endswith("bias")]
+            unseen = biases if folder is None else []
+            zeros = [] if folder is None else [name for name in biases if not has_values(folder, name)]
+            lacking = {name: one for name, one in lacking.items() if name not in {*unseen, *zeros}}
+        reads = None
+        if data != MADE_UP and not load.deaths:  # whose elements all are one
+            reads = recorder.reads.message(recorder.order, loadable(model).values(), load.nbytes, self._loaded)
+        return {
+            "reads": reads,
+            "handed_over": len(recorder.order),
+            "order": hashlib.sha256("\n".join(recorder.order).encode()).hexdigest(),
+            "columns": [[column, len(list(run))] for column, run in groupby(columns.values())],
+            "parameters": {name: [written.get(name, size), size] for name, size in sizes.items()},
+            "filled": {name: filled[name] for name in sizes if name in filled and filled[name] != written[name]},
+            "missing_prefixes": self.missing,
+            "experts": None if self.experts is None else sorted(self.experts),
+            "padding": added,
+            "left": {name: asdict(one) for name, one in lacking.items()},
+            "unseen": unseen,
+            "unplaced": recorder.unplaced(added),
+            "held": {name: size for name, size in load.held.items() if columns[name] in (OTHER_STAGE, OTHER_RANK)},
+        }

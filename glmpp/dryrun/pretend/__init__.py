@@ -1,0 +1,1 @@
+"""Hardware and neighbours that are not there: GPUs, their driver, other ranks, values."""

@@ -1,0 +1,246 @@
+"""Forks of the server at work: the stages of a request are dealt to several, one for each core."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.scratch import scratch
+from glmpp.dryrun.server import SHARED, Server
+from glmpp.errors import GlmppError, KitError, positive, short
+
+# What is read here of a message, by its kind.
+_SAID = ("message", "details")
+READ = {"begins": ("what",), "stage": ("run",), "refused": _SAID, "fault": _SAID}
+
+# Seconds that a stage may take, and vLLM's import before the first: generous, for a stage takes some on a busy machine.
+TIMEOUT = 1800.0
+
+
+class Fork:
+    """One fork of the server at work on a request; its messages come through a pipe that closes when it ends.
+
+    It has a connection of its own: when that is closed, be it because this process is gone, the server ends the fork.
+    """
+
+    def __init__(self, path: Path, number: int, world: tuple[int, int, int], turns: int, server: Server):
+        """Start it.
+
+        Args:
+            path: the request, a JSON file; what the fork says beside its messages goes into a log in the same folder.
+            number: tells it from others that work on the same request.
+            world: rank and size of the process group that it joins, and how many of it share a stage.
+            turns: descriptor that the numbers of the runs are read from, see `_turns`; it may be shared.
+        """
+        rank, size, tp = world
+        group = "group" if size > 1 else f"group-{number}"
+        self.log = path.with_name(f"{number}.log")
+        names = {"request": str(path), "log": str(self.log), "group": str(path.with_name(group))}
+        names |= {"rank": rank, "size": size, "tp": tp}
+        self.server, self.connection, self.ended, self.rest = server, None, False, b""
+        self.messages: list[dict] = []
+        self.at, self.since = "the import of vLLM", time.monotonic()
+        self.pipe, theirs = os.pipe()
+        try:
+            self.connection = server.connect()
+            socket.send_fds(self.connection, [json.dumps(names).encode()], [theirs, turns])
+        except OSError:
+            pass  # the server has just ended: the pipe says so, too
+        finally:
+            os.close(theirs)
+
+    def read(self) -> list[dict]:
+        """The messages that have come, at least one unless the fork has ended."""
+        came: list[dict] = []
+        while not came:
+            data = os.read(self.pipe, 1 << 20)
+            if not data:
+                break
+            *lines, self.rest = (self.rest + data).split(b"\n")
+            came = [self._message(line) for line in lines]
+        self.since = time.monotonic()
+        for message in came:
+            self.at = message["what"] if message["kind"] == "begins" else self.at
+            self.ended = self.ended or message["kind"] == "end"
+        self.messages += [message for message in came if message["kind"] != "begins"]
+        return came
+
+    def _message(self, line: bytes) -> dict:
+        """A message from its line; of a server that another process has started it may be anything."""
+        try:
+            message = json.loads(line)
+            for name in READ.get(message["kind"], ()):
+                message[name]
+        except (ValueError, TypeError, KeyError):
+            raise GlmppError(f"the process at {SHARED} answers with what is no message: {short(line[:60])}") from None
+        return message
+
+    def __enter__(self) -> Fork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it if it is still at work."""
+        os.close(self.pipe)
+        if self.connection is not None:
+            self.connection.close()
+
+    def check(self) -> None:
+        """Raise a GlmppError with its last words if it ended before its work did, a KitError if the kit is to blame."""
+        if self.ended:
+            return
+        for message in self.messages:
+            if message["kind"] in ("refused", "fault"):
+                raise (GlmppError if message["kind"] == "refused" else KitError)(message["message"], message["details"])
+        words = self.last_words()
+        how, hint = ("broke off", ":") if words else ("was killed", ", by the system if memory ran out")
+        raise GlmppError(f"the vLLM child process {how} at {self.at}{hint}", words)
+
+    def last_words(self, lines: int = 15) -> list[str]:
+        """The end of the fork's traceback, [] if it wrote none; of a fork that never began, what the server said."""
+        if self.log.exists():
+            said = self.log.read_text(errors="replace")
+            return said[said.rfind("Traceback") :].splitlines()[-lines:] if "Traceback" in said else []
+        return self.server.last_words(lines) if self.server.ended() else []
+
+
+def collect(forks: Sequence[Fork], bar: tqdm | None = None, timeout: float = TIMEOUT) -> list[dict]:
+    """All messages of forks that work side by side, fork by fork.
+
+    Args:
+        bar: moved on by one for each run that is done.
+        timeout: seconds for each of their runs, after which all of them are ended.
+
+    Raises:
+        GlmppError: one of them broke down, was killed, or took too long. The others are ended then.
+    """
+    positive("timeout", timeout, 10**6)
+    with selectors.DefaultSelector() as at_work:
+        for fork in forks:
+            at_work.register(fork.pipe, selectors.EVENT_READ, fork)
+        while watched := at_work.get_map():
+            slowest: Fork = min((key.data for key in watched.values()), key=lambda fork: fork.since)
+            ready = at_work.select(max(0.0, slowest.since + timeout - time.monotonic()))
+            if not ready:
+                raise GlmppError(f"{slowest.at} was not done after {timeout:g} s, and was ended; --timeout allows more")
+            for key, _ in ready:
+                fork: Fork = key.data
+                came = fork.read()
+                if bar is not None:
+                    bar.update(sum(message["kind"] in ("stage", "load") for message in came))
+                if not came:
+                    at_work.unregister(key.fileobj)
+                    fork.check()
+    for fork in forks:
+        fork.check()
+    return [message for fork in forks for message in fork.messages]
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _folder(request: dict, checkpoint: Checkpoint | None = None) -> Iterator[Path]:
+    """A folder with the request in it; the model's config lies there if the checkpoint has no folder of its own.
+
+    Yields:
+        The request's path.
+    """
+    with scratch() as folder:
+        if checkpoint is not None:
+            if checkpoint.directory is None:
+                Path(folder, "config.json").write_text(json.dumps(checkpoint.config))
+            request = {**request, "model": str(Path(checkpoint.directory or folder).resolve())}
+        path = Path(folder, "request.json")
+        path.write_text(json.dumps(request))
+        yield path
+
+
+def _turns(numbers: Sequence[int]) -> int:
+    """A pipe's reading end that gives out numbers, two bytes each, to whoever reads next, and then ends."""
+    read, write = os.pipe()
+    with os.fdopen(write, "wb") as end:
+        end.write(array("H", numbers))
+    return read
+
+
+def ask(request: dict, bar: tqdm | None = None, timeout: float = TIMEOUT) -> list[dict]:
+    """The messages of one fork for a request that has no runs. Raises GlmppError as `collect` does."""
+    with _folder(request) as path:
+        turns = _turns([])
+        try:
+            fork = Fork(path, 0, (0, 1, 1), turns, Server.running(request.get("gpu")))
+        finally:
+            os.close(turns)
+        with fork:
+            return collect([fork], bar, timeout)
+
+
+def run_stages(
+    checkpoint: Checkpoint,
+    request: dict,
+    runs: list[dict],
+    bar: tqdm | None = None,
+    workers: int | None = None,
+    timeout: float = TIMEOUT,
+) -> list[dict]:
+    """The messages for runs of stages, in the order of the runs.
+
+    Args:
+        runs: what each is, see `glmpp.dryrun.dry_run.run_of`.
+        workers: forks that share them, each taking the next one that is left; default one for each core.
+        timeout: seconds for each run.
+
+    Raises:
+        GlmppError: as `collect`.
+    """
+    with _folder({**request, "runs": runs}, checkpoint) as path, contextlib.ExitStack() as started:
+        # The control goes first: it has all layers and takes the longest.
+        turns = _turns(sorted(range(len(runs)), key=lambda at: not runs[at]["control"]))
+        try:
+            number = min(workers or cores(), max(len(runs), 1))
+            server = Server.running(request["gpu"])
+            forks = [started.enter_context(Fork(path, each, (0, 1, 1), turns, server)) for each in range(number)]
+        finally:
+            os.close(turns)
+        return _in_order(collect(forks, bar, timeout))
+
+
+def run_group(
+    checkpoint: Checkpoint,
+    request: dict,
+    runs: list[dict],
+    pp: int,
+    tp: int,
+    bar: tqdm | None = None,
+    timeout: float = TIMEOUT,
+) -> list[dict]:
+    """The same with one fork for each rank, all joined in vLLM's process groups. There is no PP=1 control in it."""
+    with _folder({**request, "runs": runs}, checkpoint) as path, contextlib.ExitStack() as started:
+        forks = []
+        for rank in range(pp * tp):
+            turns = _turns([at for at, run in enumerate(runs) if run["rank"] * tp + run["shard"] == rank])
+            try:
+                fork = Fork(path, rank, (rank, pp * tp, tp), turns, Server.running(request["gpu"]))
+                forks.append(started.enter_context(fork))
+            finally:
+                os.close(turns)
+        return _in_order(collect(forks, bar, timeout))
+
+
+def _in_order(messages: list[dict]) -> list[dict]:
+    """One "ready", the stages in the order of the runs, every "end"."""
+    ready = [message for message in messages if message["kind"] == "ready"][:1]
+    stages = sorted((message for message in messages if message["kind"] == "stage"), key=lambda message: message["run"])
+    return ready + stages + [message for message in messages if message["kind"] == "end"]

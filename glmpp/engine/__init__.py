@@ -1,1 +1,0 @@
-"""What runs inside a process that has vLLM. Of this only `contract` is imported where vLLM may be missing."""

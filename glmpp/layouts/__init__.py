@@ -1,0 +1,1 @@
+"""Which ways to deal a model out to GPUs load and fit."""

@@ -1,1 +1,0 @@
-"""What asks the installed vLLM, in processes of its own, and what it answered."""
