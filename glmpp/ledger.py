@@ -24,7 +24,7 @@ EXPECTED, LOST, UNTIED, ABSENT, CUT, DROPPED = "expected", "lost", "untied", "ab
 
 
 @dataclass(frozen=True)
-class Left:
+class UnloadedParam:
     """What a load left: a parameter at init, or partly; a buffer that the checkpoint has a value for; a tensor without use.
 
     Attributes:
@@ -115,7 +115,7 @@ class Ledger:
             example = quoted(stray[0])
             raise GlmppError(f"{stage}: {len(stray)} tensors are in the checkpoint or the ledger only, e.g. {example}")
         for name, column in self.tensors.items():
-            expected = {OWN: LOADED}.get(stage.column(name), stage.column(name))
+            expected = {OWN: LOADED}.get(stage.owner(name), stage.owner(name))
             if expected == LOADED and experts is not None and (found := EXPERT.search(name)):
                 expected = LOADED if int(found[1]) in experts else OTHER_RANK
             if column != expected:

@@ -141,7 +141,7 @@ def first_foreign_pair(names: Iterable[str], stage: Stage) -> str | None:
     halves = set()
     for name in names:
         layer, found, _ = name.partition(".wk.")
-        if found and layer.endswith(".indexer") and stage.column(name) == OTHER_STAGE:
+        if found and layer.endswith(".indexer") and stage.owner(name) == OTHER_STAGE:
             if layer in halves:
                 return f"{layer}.wk_weights_proj.weight"
             halves.add(layer)
@@ -264,7 +264,7 @@ def load_stage(
     loaded: set[str] = set()
     ledger = Ledger()
     for name, tensor in checkpoint.read() if weights is None else weights:
-        column = stage.column(name)
+        column = stage.owner(name)
         ledger.tensors[name] = column if column in COLUMNS else UNEXPECTED
         if column == SPECULATIVE:
             continue

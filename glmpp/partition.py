@@ -126,7 +126,7 @@ def parse_counts(layer_counts: Sequence[int] | str, pp_size: int) -> list[int]:
     return counts
 
 
-class Prefixes:
+class PrefixSet:
     """Dot-terminated prefixes, made to be asked 100,000 times whether a name lies under one of them.
 
     Of nested prefixes the outer one is kept. Then at most one can cover a name, the last one that sorts before it, so
@@ -144,7 +144,7 @@ class Prefixes:
         at = bisect_right(self._sorted, name)
         return at > 0 and name.startswith(self._sorted[at - 1])
 
-    def cut(self, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    def split(self, names: Iterable[str]) -> tuple[list[str], list[str]]:
         """The names that none of the prefixes covers, and those that one does.
 
         Both sorted: in a sorted list what a prefix covers is one stretch.
@@ -193,11 +193,11 @@ class Stage:
     def is_last(self) -> bool:
         return self.rank == self.size - 1
 
-    def column(self, name: str) -> str:
+    def owner(self, name: str) -> str:
         """Where a checkpoint tensor belongs, seen from this stage: OWN, OTHER_STAGE, SPECULATIVE or UNKNOWN."""
-        return self._column(self.part(name))
+        return self._owner(self.part(name))
 
-    def _column(self, part: int | str | None) -> str:
+    def _owner(self, part: int | str | None) -> str:
         if part is None:
             return UNKNOWN
         if isinstance(part, int):
@@ -235,14 +235,14 @@ class Stage:
 
     def owns(self, name: str) -> bool:
         """Whether this stage loads the checkpoint tensor `name`."""
-        return self.column(name) == OWN
+        return self.owner(name) == OWN
 
     def owns_part(self, part: int | str | None) -> bool:
         """The same of all tensors of a part."""
-        return self._column(part) == OWN
+        return self._owner(part) == OWN
 
     def missing_prefixes(self, names: Iterable[str] | None = None) -> list[str]:
-        """Prefixes of what this stage has only placeholders for; vLLM's `pp_missing_layer_names`, in module order.
+        """PrefixSet of what this stage has only placeholders for; vLLM's `pp_missing_layer_names`, in module order.
 
         Each ends in a dot: without it `model.layers.1` would also match `model.layers.11.…`.
 

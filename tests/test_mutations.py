@@ -48,7 +48,7 @@ MUTATIONS = {
         "test_partition.py::test_stage_with_layer_1_does_not_own_layer_11",
     ),
     "the tied embedding on the last stage": (
-        "partition.py::Stage._column",
+        "partition.py::Stage._owner",
         "self.is_first or (self.tied and self.is_last)",
         "self.is_first",
         "test_partition.py::test_every_tensor_of_the_model_has_an_owner",
@@ -156,7 +156,7 @@ MUTATIONS = {
         "test_dequant.py::test_triton_kernel_in_the_cpu_interpreter_gives_the_same_float32_bits",
     ),
     "every caller follows the helper's signature": (
-        "dryrun/child/helper_patch.py::Guard.install",
+        "dryrun/child/helper_patch.py::HelperPatch.install",
         "self.callers is None or name",
         "name",
         "test_vllm_dry_run.py::test_mtp_must_follow_the_new_signature",
@@ -174,7 +174,7 @@ MUTATIONS = {
         "test_vllm_plugin.py::test_missing_prefixes_do_not_come_from_vllms_cache_by_id",
     ),
     "of nested prefixes the outer one is kept": (
-        "partition.py::Prefixes.__init__",
+        "partition.py::PrefixSet.__init__",
         "if not (self._sorted and prefix.startswith(self._sorted[-1])):",
         "if True:",
         "test_partition.py::test_prefixes_cover_what_startswith_says",

@@ -19,11 +19,11 @@ from sweep.same_bytes import (
 )
 
 from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS, Death, Evidence, StageReport
-from glmpp.ledger import ABSENT, EXPECTED, UNTIED, Ledger, Left
+from glmpp.ledger import ABSENT, EXPECTED, UNTIED, Ledger, UnloadedParam
 from glmpp.partition import make_stages
 
 STAGE = make_stages({"num_hidden_layers": 2}, 1)[0]
-HEAD, SCALE = {"head": Left(UNTIED, "w")}, {"kv_scale": Left(EXPECTED, "w")}
+HEAD, SCALE = {"head": UnloadedParam(UNTIED, "w")}, {"kv_scale": UnloadedParam(EXPECTED, "w")}
 
 
 def stage(
@@ -77,7 +77,7 @@ def test_where_stock_dies_pp_1_says_what_the_stage_should_hold():
 
 
 def test_a_refusal_carries_its_kinds():
-    left = {"head": Left(UNTIED, "w"), "a": Left(ABSENT, "w"), "b": Left(ABSENT, "w"), **SCALE}
+    left = {"head": UnloadedParam(UNTIED, "w"), "a": UnloadedParam(ABSENT, "w"), "b": UnloadedParam(ABSENT, "w"), **SCALE}
     assert compare_stage(stage(INCOMPLETE, ONE, left), refused(3, left), None, "w").why == "1 untied, 2 absent"
 
 

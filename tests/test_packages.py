@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-from glmpp.dryrun.child import packages  # noqa: E402
+from glmpp.dryrun.pretend import failures  # noqa: E402
 from glmpp.dryrun.pretend.failures import what_to_install  # noqa: E402
 
 
@@ -34,11 +34,11 @@ from glmpp.dryrun.pretend.failures import what_to_install  # noqa: E402
     ],
 )
 def test_what_is_said_of_an_import_that_fails(module, asked, said, monkeypatch):
-    asked = [line.replace("INSTALLED", packages.version("numpy")) for line in asked]
-    monkeypatch.setattr(packages, "requires", lambda name: asked)
+    asked = [line.replace("INSTALLED", failures.version("numpy")) for line in asked]
+    monkeypatch.setattr(failures, "requires", lambda name: asked)
     assert re.search(said, what_to_install(ImportError("no", name=module)))
 
 
 def test_of_a_name_that_several_packages_share_none_is_blamed(monkeypatch):
-    monkeypatch.setattr(packages, "packages_distributions", lambda: {"google": ["a", "b"], "vllm": ["vllm"]})
+    monkeypatch.setattr(failures, "packages_distributions", lambda: {"google": ["a", "b"], "vllm": ["vllm"]})
     assert "that brings google.protobuf" in what_to_install(ImportError("no", name="google.protobuf"))

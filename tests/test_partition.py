@@ -20,7 +20,7 @@ from glmpp.partition import (
     OWN,
     SPECULATIVE,
     UNKNOWN,
-    Prefixes,
+    PrefixSet,
     Stage,
     layer_list,
     make_stages,
@@ -169,8 +169,8 @@ def test_what_a_stage_misses_is_called_as_in_the_checkpoint(layers, first, last)
     for tied in (False, True):
         for stage in make_stages({"num_hidden_layers": 4, "tie_word_embeddings": tied}, 2, layer_list=layers):
             missing = stage.missing_prefixes(names)
-            assert all(name.startswith(tuple(missing)) == (stage.column(name) == OTHER_STAGE) for name in names)
-            assert [name for name in names if stage.column(name) == UNKNOWN] == ["vision.patch.weight"]
+            assert all(name.startswith(tuple(missing)) == (stage.owner(name) == OTHER_STAGE) for name in names)
+            assert [name for name in names if stage.owner(name) == UNKNOWN] == ["vision.patch.weight"]
     assert missing == [f"{layers}.0.", f"{layers}.1."]  # of the last stage of a tied model
     untied = make_stages({"num_hidden_layers": 4}, 2, layer_list=layers)
     ours = [f"{layers}.2.", f"{layers}.3.", *(f"{part}." for part in last)]
@@ -251,12 +251,12 @@ def test_more_layers_than_the_config_says_are_taken_only_from_what_is_no_tower()
 
 def test_columns_of_a_middle_stage():
     stage = Stage(rank=1, size=3, layers=range(4, 8), num_layers=12, num_nextn=1)
-    assert stage.column("model.layers.5.mlp.gate.weight") == OWN
-    assert stage.column("model.layers.3.mlp.gate.weight") == OTHER_STAGE
-    assert stage.column("lm_head.weight") == OTHER_STAGE
-    assert stage.column("model.layers.12.eh_proj.weight") == SPECULATIVE
-    assert stage.column("model.layers.13.eh_proj.weight") == UNKNOWN
-    assert stage.column("visual.patch_embed.weight") == UNKNOWN
+    assert stage.owner("model.layers.5.mlp.gate.weight") == OWN
+    assert stage.owner("model.layers.3.mlp.gate.weight") == OTHER_STAGE
+    assert stage.owner("lm_head.weight") == OTHER_STAGE
+    assert stage.owner("model.layers.12.eh_proj.weight") == SPECULATIVE
+    assert stage.owner("model.layers.13.eh_proj.weight") == UNKNOWN
+    assert stage.owner("visual.patch_embed.weight") == UNKNOWN
 
 
 @pytest.mark.parametrize("drafter", [False, True])
@@ -328,7 +328,7 @@ def test_a_number_of_thousands_of_digits_in_a_name_is_no_layer():
     names = ["model.layers.0.w", f"model.layers.{'9' * 5000}.w", f"model.layers.0.mlp.experts.{'1' * 5000}.w"]
     checkpoint = Checkpoint([TensorSpec(name, "U8", (1,)) for name in names], {"n_layer": 1})
     (stage,) = make_stages(checkpoint.config, 1, layer_list=layer_list(checkpoint))
-    assert [stage.column(name) for name in names] == [OWN, UNKNOWN, OWN]
+    assert [stage.owner(name) for name in names] == [OWN, UNKNOWN, OWN]
     assert natural_key(f"a-{'9' * 5000}") > natural_key("a-2")
 
 
@@ -339,10 +339,10 @@ def test_a_number_of_thousands_of_digits_in_a_name_is_no_layer():
     st.lists(st.lists(st.sampled_from(["a", "ab", "b", "1", "11", "z"]), min_size=1, max_size=5).map(".".join)),
 )
 def test_prefixes_cover_what_startswith_says(prefixes, names):
-    asked = Prefixes(prefixes)
+    asked = PrefixSet(prefixes)
     covered = [name for name in names if name.startswith(tuple(prefixes))]
     assert [name for name in names if asked.cover(name)] == covered
-    assert asked.cut(names) == (sorted(name for name in names if name not in covered), sorted(covered))
+    assert asked.split(names) == (sorted(name for name in names if name not in covered), sorted(covered))
 
 
 @given(st.data())

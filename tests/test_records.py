@@ -31,7 +31,7 @@ def without_vllm(monkeypatch):
 
 def test_the_question_of_a_record_is_answered_and_of_its_ranks_those_that_are_asked_for(full):
     whole = dry_run(full, PP8, recorded=RECORDED / "pp8_installed.json")
-    assert [stage.rank for stage in whole.stages] == PP8.corners and whole.control and whole.deployment == PP8
+    assert [stage.rank for stage in whole.stages] == PP8.representative_ranks and whole.control and whole.deployment == PP8
     part = dry_run(full, PP8, ranks=[6, 3], control=False, recorded=RECORDED / "pp8_installed.json")
     assert [stage.stage.rank for stage in part.stages] == [6, 3] and part.control is None
     assert part.stages[1].ledger == whole.stages[3].ledger and part.source == whole.source

@@ -12,7 +12,7 @@ from sweep.releases import cases_of, known_of, release_of, renewed, save
 from glmpp.dryrun import releases
 from glmpp.dryrun.releases import NOT_KNOWN, NOT_THERE, Known, Record, Release, nearest_release, number, record
 from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
-from glmpp.ledger import Left
+from glmpp.ledger import UnloadedParam
 
 AFFECTED = ("0.20.2", "0.21.0", "0.22.1")
 
@@ -108,7 +108,7 @@ def test_of_the_variants_the_worst_is_kept_with_where_it_dies():
         Case("A", "plain"),
         Case("A", "fp8", findings=[finding]),
         Case("B", "plain", findings=[at_3]),
-        Case("C", "plain", left={"head": Left("untied", "w")}),
+        Case("C", "plain", left={"head": UnloadedParam("untied", "w")}),
         Case("C", "fp8", why="PP=1 dies: ValueError"),
         Case("D", "fp8", why="cannot be imported: (/opt/site/vllm-1/x.py)"),
         Case("F", "plain", why="PP=1 cannot be built"),
@@ -168,7 +168,7 @@ def test_beside_another_targets_sweep_only_what_differs_is_kept(tmp_path):
         {"model_class": "vllm.b.A"},
         {"verdicts": {1: LOADS, 2: CANNOT_BUILD}},
         {"why": "PP=1 dies"},
-        {"left": {"w": Left("absent", "")}},
+        {"left": {"w": UnloadedParam("absent", "")}},
         {"findings": found("other")},
     ]
     here = Sweep([one()], {}, "m", 0.0, "h100")

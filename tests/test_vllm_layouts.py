@@ -215,7 +215,7 @@ def test_the_load_format_hands_a_rank_what_it_can_hold_and_the_same_is_loaded(gl
     report = run(glm, tmp_path / "ranks", deployment)
     assert_same(assemble(tmp_path / "ranks", deployment, GLM), whole)
     for one in report.stages:
-        mine = [name for name in glm if one.stage.column(name) != OTHER_STAGE]
+        mine = [name for name in glm if one.stage.owner(name) != OTHER_STAGE]
         weights = [name for name in mine if ".experts." in name and name.endswith(".weight")]
         if ep:
             assert len(one.experts) < EXPERTS

@@ -30,7 +30,7 @@ def test_every_load_is_a_row_whose_parts_add_up(tiny, warm):
 def test_counts_are_those_of_the_filter(tiny, warm):
     stages = make_stages(tiny.config, 4)
     for (rank, form), row in warm.median().iterrows():
-        wanted = [spec for spec in tiny.values() if form == STOCK or stages[rank].column(spec.name) != OTHER_STAGE]
+        wanted = [spec for spec in tiny.values() if form == STOCK or stages[rank].owner(spec.name) != OTHER_STAGE]
         assert (row.tensors, row.bytes_handed) == (len(wanted), sum(spec.nbytes for spec in wanted))
         assert row.files_opened == (0 if form == FLOOR else len({spec.file for spec in wanted}))
 

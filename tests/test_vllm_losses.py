@@ -13,7 +13,7 @@ from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.report_text import as_text, evidence_lines
 from glmpp.dryrun.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
-from glmpp.ledger import ABSENT, EXPECTED, LOST, UNTIED, Left
+from glmpp.ledger import ABSENT, EXPECTED, LOST, UNTIED, UnloadedParam
 from glmpp.synthetic import checkpoint_without
 
 pytest.importorskip("vllm")
@@ -131,7 +131,7 @@ def test_what_the_second_half_of_a_pair_writes_is_the_firsts_only_if_the_pair_is
     order, parameters, into, is_kept
 ):
     torch = pytest.importorskip("torch")
-    from glmpp.serving.unloaded import dropped
+    from glmpp.serving.dropped import dropped
     from glmpp.serving.write_tracking import WriteRecorder
 
     model, layer = torch.nn.Module(), torch.nn.Module()
@@ -154,7 +154,7 @@ def test_what_the_second_half_of_a_pair_writes_is_the_firsts_only_if_the_pair_is
 
 def test_a_half_that_comes_after_the_other_was_stored_was_not_waited_for(small):
     torch = pytest.importorskip("torch")
-    from glmpp.serving.unloaded import dropped
+    from glmpp.serving.dropped import dropped
     from glmpp.serving.write_tracking import WriteRecorder
 
     small.layers[0]["fused"] = torch.nn.Linear(4, 8, bias=False)
@@ -203,7 +203,7 @@ def test_a_finding_that_the_bytes_do_not_confirm_is_none(small, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     save_file({"same": weight.clone(), "part": weight[4:].clone(), "other": weight + 1}, tmp_path / "model.safetensors")
     kinds = {
-        source: confirmed({name: Left(LOST, "", source)}, small, str(tmp_path), {})[name].kind
+        source: confirmed({name: UnloadedParam(LOST, "", source)}, small, str(tmp_path), {})[name].kind
         for source in ("same", "part", "other")
     }
     assert kinds == {"same": EXPECTED, "part": EXPECTED, "other": LOST}
@@ -222,7 +222,7 @@ def test_what_is_shown_is_where_they_differ_first(small, tmp_path):
     stored[1, 2] = 7.0
     (tmp_path / "config.json").write_text("{}")
     save_file({"mixer": stored}, tmp_path / "model.safetensors")
-    one = confirmed({name: Left(LOST, "", "mixer")}, small, str(tmp_path), {})[name]
+    one = confirmed({name: UnloadedParam(LOST, "", "mixer")}, small, str(tmp_path), {})[name]
     assert (one.in_file, one.in_model) == ("7", "0")
 
 
@@ -253,9 +253,9 @@ def test_a_model_that_comes_without_a_config_is_loaded_all_the_same(monkeypatch,
     """Mistral's own format has params.json; whether the head should be tied is then not known here."""
     import torch
 
-    from glmpp.serving import unloaded
+    from glmpp.serving import dropped
 
     weight = torch.nn.Parameter(torch.zeros(1))
-    monkeypatch.setattr(unloaded, "vocabularies", lambda model: {"model.embed_tokens": weight, "lm_head": weight})
+    monkeypatch.setattr(dropped, "vocabularies", lambda model: {"model.embed_tokens": weight, "lm_head": weight})
     config = SimpleNamespace(model=str(tmp_path), revision=None)
-    assert unloaded.dropped_heads(None, torch.nn.Module(), config) == {}
+    assert dropped.dropped_heads(None, torch.nn.Module(), config) == {}

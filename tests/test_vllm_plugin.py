@@ -25,7 +25,7 @@ from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
 from glmpp.errors import GlmppError
 from glmpp.formats.index import INDEX_FILE
 from glmpp.formats.shard import read_shard
-from glmpp.ledger import ABSENT, EXPECTED, LOADED, UNEXPECTED, Left
+from glmpp.ledger import ABSENT, EXPECTED, LOADED, UNEXPECTED, UnloadedParam
 from glmpp.loader import SPECULATIVE
 from glmpp.partition import OTHER_STAGE, make_stages
 from glmpp.synthetic import checkpoint_without
@@ -129,7 +129,7 @@ def test_a_tensor_is_dropped_exactly_if_its_mapped_name_lies_under_a_missing_pre
     names = list(map(".".join, names))
     expected = [name for name in names if not any(place(name).startswith(f"{path}.") for path in plain)]
     assert [name for name in names if chosen.wants(name)] == expected
-    assert chosen.among(names) == expected
+    assert chosen.filter_names(names) == expected
 
 
 def test_layer_11_is_not_dropped_for_layer_1(plugin, stage_of):
@@ -164,7 +164,7 @@ def test_of_another_ranks_experts_the_weights_are_dropped_and_nothing_else(plugi
     dropped = {f"model.layers.1.mlp.experts.{number}.up_proj.weight" for number in range(8) if number not in (2, 3)}
     assert not selection.is_whole
     assert {name for name in names if not selection.wants(name)} == dropped
-    assert set(selection.among(names)) == {*names} - dropped
+    assert set(selection.filter_names(names)) == {*names} - dropped
 
 
 def test_experts_are_looked_up_under_the_names_of_the_model(plugin, stage_of):
@@ -174,7 +174,9 @@ def test_experts_are_looked_up_under_the_names_of_the_model(plugin, stage_of):
     model = with_experts(model_with([], ["model.1.experts"], mapper=mapper), "model.1.experts", [0])
     selection = plugin.Selection(model, config_of())
     assert selection.wants("text.1.experts.0.up.weight") and not selection.wants("text.1.experts.1.up.weight")
-    assert selection.among(["text.1.experts.1.up.weight", "text.2.experts.1.up.weight"]) == ["text.2.experts.1.up.weight"]
+    assert selection.filter_names(["text.1.experts.1.up.weight", "text.2.experts.1.up.weight"]) == [
+        "text.2.experts.1.up.weight"
+    ]
 
 
 def test_where_vllm_balances_experts_a_rank_may_need_any(plugin, stage_of, monkeypatch):
@@ -246,7 +248,7 @@ def test_what_a_drafter_says_it_does_not_use_is_dropped(plugin, stage_of):
     drafter = model_with([], ["mtp"])
     drafter.is_unused_checkpoint_weight = lambda name: not name.startswith("mtp.")
     selection = plugin.Selection(drafter, config_of(runner="draft"))
-    assert selection.among(["mtp.weight", "model.layers.0.weight"]) == ["mtp.weight"] and not selection.is_whole
+    assert selection.filter_names(["mtp.weight", "model.layers.0.weight"]) == ["mtp.weight"] and not selection.is_whole
 
 
 # --- files and readers --------------------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ def stage_1(tiny):
     stage = make_stages(tiny.config, 4)[1]
     paths = [prefix.rstrip(".") for prefix in stage.missing_prefixes()]
     model = model_with(paths, [f"model.layers.{index}" for index in stage.layers])
-    wanted = [name for name in tiny if stage.column(name) != OTHER_STAGE]  # the MTP layer passes: nobody missed it
+    wanted = [name for name in tiny if stage.owner(name) != OTHER_STAGE]  # the MTP layer passes: nobody missed it
     return model, config_of(tiny.directory), wanted
 
 
@@ -433,7 +435,7 @@ def test_registering_again_changes_nothing(plugin):
 
 def test_a_parameter_left_at_init_is_an_error_unless_somebody_accounts_for_it(plugin, stage_of, monkeypatch):
     names = ["model.layers.4.weight", "model.layers.4.bias"]
-    left, config = {name: Left(ABSENT, "nothing") for name in names}, config_of()
+    left, config = {name: UnloadedParam(ABSENT, "nothing") for name in names}, config_of()
     said = r"stage 1 of 4: 2 parameters .*model\.layers\.4\.bias, model\.layers\.4\.weight \(absent: nothing\)"
     with pytest.raises(GlmppError, match=said):
         loader_of(plugin).check(left, config)
@@ -441,7 +443,7 @@ def test_a_parameter_left_at_init_is_an_error_unless_somebody_accounts_for_it(pl
     with pytest.raises(GlmppError, match=r"1 parameters .*: model\.layers\.4\.weight \("):
         loader_of(plugin, model_loader_extra_config=allowed).check(left, config)
     loader_of(plugin, model_loader_extra_config=allowed).check({names[1]: left[names[1]]}, config)
-    loader_of(plugin).check({names[0]: Left(EXPECTED, "made later")}, config)
+    loader_of(plugin).check({names[0]: UnloadedParam(EXPECTED, "made later")}, config)
     warned = []
     monkeypatch.setattr(plugin.logger, "warning", lambda form, *values: warned.append(form % values))
     loader_of(plugin, model_loader_extra_config={"incomplete": "warn"}).check(left, config)
@@ -575,7 +577,7 @@ def test_every_stage_of_glm_is_bit_identical_to_pp_1(tiny, whole, pp_size):
         assert one.verdict == LOADS, one.message
         assert one.patched == []
         one.ledger.check(tiny, one.stage)
-        assert one.handed_over == sum(one.stage.column(name) != OTHER_STAGE for name in tiny)
+        assert one.handed_over == sum(one.stage.owner(name) != OTHER_STAGE for name in tiny)
         found |= one.digests
     assert found == whole.digests
 
@@ -777,7 +779,7 @@ def test_words_of_a_checkpoint_forge_no_line_of_a_servers_log(plugin, stage_of, 
     config.architectures = [name]
     loader.fix(config)
     with pytest.raises(GlmppError) as error:
-        loader.check({f"{name}.weight": Left(ABSENT, name), f"{name}.bias": Left(EXPECTED, name)}, config)
+        loader.check({f"{name}.weight": UnloadedParam(ABSENT, name), f"{name}.bias": UnloadedParam(EXPECTED, name)}, config)
     said += [str(selection), *selection.unpaired(), str(error.value)]
     assert len(said) == 8 and all(line.isprintable() for line in said)
     assert max(len(line) for line in said if "as expected" not in line) < 3000

@@ -547,7 +547,7 @@ def test_ranks_are_looked_up_at_once_and_what_is_none_is_an_error():
     deployment = Deployment(tp=128, pp=128, gpu="h200")
     everyone = deployment.all_ranks
     assert chosen_ranks(deployment, everyone) == everyone
-    assert chosen_ranks(deployment, range(128)) == deployment.corners == chosen_ranks(deployment, None)
+    assert chosen_ranks(deployment, range(128)) == deployment.representative_ranks == chosen_ranks(deployment, None)
     assert chosen_ranks(deployment, [5, [1, 2, 0]]) == [(5, 0, 0), (5, 127, 0), (1, 2, 0)]
     for wrong in (
         5,

@@ -30,7 +30,7 @@ from glmpp.gpus import GPUS
 from glmpp.layouts.layout import Layout, Layouts
 from glmpp.layouts.plan import plan_text
 from glmpp.layouts.text import layouts_text
-from glmpp.ledger import ABSENT, LOADED, LOST, UNEXPECTED, Ledger, Left
+from glmpp.ledger import ABSENT, LOADED, LOST, UNEXPECTED, Ledger, UnloadedParam
 from glmpp.partition import make_stages
 from glmpp.words import joined, printable, quoted, shown
 
@@ -64,7 +64,9 @@ def report_of(word: str) -> DryRunReport:
     stages = make_stages(CONFIG, 4)
     evidence = Evidence(word, data="made up", backends={"attention": {word: 1}}, held={word: 1})
     unplaced = Evidence(word, unplaced=dict.fromkeys(names, 1), held=dict.fromkeys(names, 1))
-    left = {name: Left(LOST, f"{word} was dropped", word, word, word) for name in names} | {"x": Left(ABSENT, word)}
+    left = {name: UnloadedParam(LOST, f"{word} was dropped", word, word, word) for name in names} | {
+        "x": UnloadedParam(ABSENT, word)
+    }
     keyed, said = Death(word, "KeyError", word, word, f"{word}:1", word), Death(word, word, word, None, word, word)
     memory = Memory(1, 1, (), None, 0.9, word)
     reports = [
@@ -158,7 +160,7 @@ def test_spaces_cannot_push_words_to_where_a_terminal_begins_its_next_line():
 
 
 def test_a_ledgers_and_a_tables_words_are_one_line(tmp_path):
-    assert lines_of(str(Left(LOST, FORGED, FORGED, FORGED, FORGED))) == lines_of(str(Ledger({FORGED: LOADED}))) == 1
+    assert lines_of(str(UnloadedParam(LOST, FORGED, FORGED, FORGED, FORGED))) == lines_of(str(Ledger({FORGED: LOADED}))) == 1
     pytest.importorskip("pandas")
     table = report_of(FORGED).table()
     assert all(lines_of(str(cell)) == 1 for cell in table.to_numpy().flat)

@@ -133,7 +133,7 @@ def write(name: str, checkpoint, what: str, how: dict, rows: list[dict], *packag
 def stage() -> None:
     checkpoint = all_names_checkpoint()
     stage = make_stages(checkpoint.config, PP_SIZE)[RANK]
-    specs = [spec for spec in checkpoint.values() if stage.column(spec.name) != OTHER_STAGE]
+    specs = [spec for spec in checkpoint.values() if stage.owner(spec.name) != OTHER_STAGE]
     wanted, files = {s.name for s in specs}, [checkpoint.directory / file for file in dict.fromkeys(s.file for s in specs)]
     size = sum(spec.nbytes for spec in specs)
     rows = []

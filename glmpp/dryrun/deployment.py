@@ -109,7 +109,7 @@ class Deployment:
         return " ".join([*(sizes or ["PP=1"]), *(["EP"] if self.ep else [])])
 
     @property
-    def corners(self) -> list[tuple[int, int, int]]:
+    def representative_ranks(self) -> list[tuple[int, int, int]]:
         """The ranks that are run unless all are asked for, as (stage, shard, replica)."""
         return [rank for stage in range(self.pp) for rank in self.corners_of(stage)]
 

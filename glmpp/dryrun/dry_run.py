@@ -46,8 +46,8 @@ def dry_run(
         checkpoint: from a folder, from the Hub, or from a config alone.
         deployment: how it is to be served; a number of pipeline stages is short for `Deployment(pp=…)`.
         weights: "meta" feeds tensors without data; "real" reads the folder's bytes onto the CPU with vLLM's reader.
-        ranks: "all"; a list of (stage, shard, replica), or of stages; default `Deployment.corners`: of each stage the first
-            and the last shard, of the first and of the last replica.
+        ranks: "all"; a list of (stage, shard, replica), or of stages; default
+            `Deployment.representative_ranks`: of each stage the first and the last shard, of the first and last replica.
         control: also run PP=1, with as many shards (a single stage is its own control).
         real_group: one process per rank in real gloo groups, all of them, instead of processes with rewritten ranks.
         strict: no stand-ins for parts of the model; a model that needs one cannot be built then.
@@ -116,13 +116,13 @@ def other_ranks(messages: list[dict], checkpoint: Checkpoint, deployment: Deploy
     """
     from glmpp.dryrun.cuts.readings import Readings
 
-    if len(deployment.corners) == len(deployment.all_ranks):
+    if len(deployment.representative_ranks) == len(deployment.all_ranks):
         return []
     stages = [message for message in messages if message["kind"] == "stage"]
     asked = set(Readings(stages, checkpoint, (deployment.tp, deployment.dp)).stages_to_run())
     if deployment.ep and not has_like_experts(checkpoint):
         asked |= {message["rank"] for message in stages if not (message["control"] or message["drafter"])}
-    return [rank for rank in deployment.all_ranks if rank[0] in asked and rank not in deployment.corners]
+    return [rank for rank in deployment.all_ranks if rank[0] in asked and rank not in deployment.representative_ranks]
 
 
 def has_like_experts(checkpoint: Checkpoint) -> bool:
@@ -167,7 +167,7 @@ def chosen_ranks(deployment: Deployment, ranks: str | list[int] | list[tuple[int
     if isinstance(ranks, str) and ranks == "all":
         return deployment.all_ranks
     if ranks is None:
-        return deployment.corners
+        return deployment.representative_ranks
     if isinstance(ranks, str) or not isinstance(ranks, Iterable):
         raise GlmppError(f"ranks={short(ranks)}: expected 'all', or a list of stages or of (stage, shard, replica)")
     chosen = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.cuts.cut import Cut
 from glmpp.dryrun.fit import Memory
-from glmpp.ledger import CUT, EXPECTED, LOADED, OTHER_RANK, UNEXPECTED, Ledger, Left
+from glmpp.ledger import CUT, EXPECTED, LOADED, OTHER_RANK, UNEXPECTED, Ledger, UnloadedParam
 from glmpp.partition import Stage
 
 PARTLY = "written in part"
@@ -123,7 +123,7 @@ class StageReport:
     deaths: list[Death] = field(default_factory=list)
     evidence: Evidence = field(default_factory=Evidence)
     ledger: Ledger | None = None
-    left: dict[str, Left] = field(default_factory=dict)
+    left: dict[str, UnloadedParam] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=list)
     times: Times = field(default_factory=Times)
     memory: Memory | None = None
@@ -205,7 +205,7 @@ def stage_report(message: dict, checkpoint: Checkpoint, stages: list[Stage]) -> 
         role=CONTROL if message["control"] else DRAFTER if message["drafter"] else STAGE,
         deaths=deaths,
         evidence=Evidence(**_fields(Evidence, message)),
-        left={name: Left(**one) for name, one in message.get("left", {}).items()},
+        left={name: UnloadedParam(**one) for name, one in message.get("left", {}).items()},
         times=Times(message.get("build_seconds", 0.0), message.get("load_seconds", 0.0)),
         memory=Memory.of(message["memory"]) if "memory" in message else None,
         **{name: message[name] for name in ("shard", "shards", "replica", "replicas") if name in message},

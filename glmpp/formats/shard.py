@@ -26,7 +26,7 @@ _BATCH = 256  # views made in one go: interleaved with what a model does with th
 def read_shard(
     path: str | Path,
     wants: Callable[[str], bool] | None = None,
-    idle: Set[str] = frozenset(),
+    skip_readahead: Set[str] = frozenset(),
     announce: Callable[[list[str], Header], None] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of one safetensors file, in the order of its names; only the wanted ones.
@@ -37,8 +37,8 @@ def read_shard(
 
     Args:
         wants: which names to yield; default all.
-        idle: tensors that nobody is expected to use. In a shard that holds such, or unwanted ones, the kernel's own reading
-            ahead is off, and each of the others is read before it is yielded.
+        skip_readahead: tensors that nobody is expected to use. In a shard that holds such, or unwanted ones, the kernel
+            does not read ahead, and each of the others is read before it is yielded.
         announce: told the names that are going to be yielded, and the header, before the first of them is.
 
     Raises:
@@ -60,7 +60,7 @@ def read_shard(
         if announce is not None:
             announce(names, specs)
         mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)  # lives as long as a tensor of it
-    sparse = (len(names) < len(specs) or not idle.isdisjoint(names)) and hasattr(mapping, "madvise")
+    sparse = (len(names) < len(specs) or not skip_readahead.isdisjoint(names)) and hasattr(mapping, "madvise")
     if sparse:
         mapping.madvise(mmap.MADV_RANDOM)
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
@@ -82,7 +82,7 @@ def read_shard(
                 yield name, _by_library(path, name, stored)
                 continue
             typed, itemsize, shape, strides = kind
-            if sparse and end > start and name not in idle:
+            if sparse and end > start and name not in skip_readahead:
                 page = start // mmap.PAGESIZE * mmap.PAGESIZE
                 mapping.madvise(mmap.MADV_WILLNEED, page, end - page)
             if start % itemsize == 0:

@@ -45,7 +45,7 @@ def optional(module: torch.nn.Module, leaf: str) -> str | None:
         return "made after loading, from the scales of the groups"
     if leaf.endswith("_weight_g_idx") and getattr(method, "actorder", None) != "group":
         return "the order of activation, which this checkpoint does without"
-    if leaf.endswith(("input_scale", "input_global_scale")) and keeps_inputs(method):
+    if leaf.endswith(("input_scale", "input_global_scale")) and is_weight_only_nvfp4(method):
         return "a scale of inputs that are not quantised"
     if leaf == "g_idx" and getattr(getattr(method, "quant_config", None), "desc_act", None) is False:
         return "the order of activation, which this checkpoint does without"
@@ -55,7 +55,7 @@ def optional(module: torch.nn.Module, leaf: str) -> str | None:
     return None
 
 
-def keeps_inputs(method: object) -> bool:
+def is_weight_only_nvfp4(method: object) -> bool:
     """Whether a method of NVFP4 leaves the inputs of its layer as they are; vLLM has a place for their scale even so."""
     spec = getattr(method, "spec", None)
     return (

@@ -40,7 +40,7 @@ from vllm.model_executor.model_loader.weight_utils import enable_tqdm, runai_saf
 from glmpp.errors import GlmppError, short, whole
 from glmpp.formats.index import INDEX_FILE, load_index, natural_key, shard_path
 from glmpp.formats.shard import READERS, read_shard
-from glmpp.ledger import DROPPED, EXPECTED, Left
+from glmpp.ledger import DROPPED, EXPECTED, UnloadedParam
 from glmpp.serving.left_at_init import quantises_online
 from glmpp.serving.stage_filter import Selection, is_drafter
 from glmpp.serving.unloaded import left
@@ -137,7 +137,7 @@ class StageModelLoader(DefaultModelLoader):
             return None
         return WriteRecorder(model)
 
-    def check(self, left: dict[str, Left], model_config: ModelConfig) -> None:
+    def check(self, left: dict[str, UnloadedParam], model_config: ModelConfig) -> None:
         """Account for the parameters that were not written.
 
         Raises:
@@ -181,7 +181,7 @@ class StageModelLoader(DefaultModelLoader):
         """The tensors of a source that the stage is handed, under their names with the source's prefix, and counted."""
         if self.counter_before_loading_weights == 0.0:
             self.counter_before_loading_weights = time.perf_counter()
-        files, is_safetensors, wants, idle = self.choose(source)
+        files, is_safetensors, wants, skip_readahead = self.choose(source)
         if self.reader == "runai_streamer" and is_safetensors:
             weights = runai_safetensors_weights_iterator(files, self.load_config.use_tqdm_on_load)
         elif self.reader == "fastsafetensors" and is_safetensors:
@@ -190,7 +190,7 @@ class StageModelLoader(DefaultModelLoader):
             shown = enable_tqdm(self.load_config.use_tqdm_on_load)
             shards = tqdm(sorted(files, key=natural_key), "Loading safetensors checkpoint shards", disable=not shown)
             count = partial(self.selection.count, prefix=source.prefix)
-            weights = chain.from_iterable(read_shard(file, wants, idle, count) for file in shards)
+            weights = chain.from_iterable(read_shard(file, wants, skip_readahead, count) for file in shards)
             return weights if not source.prefix else ((source.prefix + name, tensor) for name, tensor in weights)
         else:
             weights = self._read_by_vllm(source, files)
@@ -205,8 +205,10 @@ class StageModelLoader(DefaultModelLoader):
         """
         prefix, selection = source.prefix, self.selection
         files, is_safetensors, weight_map = self.locate(source)
-        wanted = selection.among(prefix + name for name in weight_map) if prefix else selection.among(weight_map)
-        idle = {name.removeprefix(prefix) for name in selection.idle(wanted)}
+        wanted = (
+            selection.filter_names(prefix + name for name in weight_map) if prefix else selection.filter_names(weight_map)
+        )
+        skip_readahead = {name.removeprefix(prefix) for name in selection.skip_readahead(wanted)}
         known = {name.removeprefix(prefix) for name in wanted} if prefix else set(wanted)
         needed = {weight_map[name] for name in known}
         unneeded = set(weight_map.values()) - needed
@@ -216,7 +218,7 @@ class StageModelLoader(DefaultModelLoader):
         def wants(name: str) -> bool:
             return name in known or (name not in weight_map and selection.wants(prefix + name))
 
-        return chosen, is_safetensors, wants, idle
+        return chosen, is_safetensors, wants, skip_readahead
 
     def locate(self, source: DefaultModelLoader.Source) -> tuple[list[str], bool, dict[str, str]]:
         """Paths of a source's files, whether they are safetensors, and its index: tensor -> file name, {} without one.

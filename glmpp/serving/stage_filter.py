@@ -11,7 +11,7 @@ from vllm.model_executor.models import utils as model_utils
 
 from glmpp.dequant import FP8
 from glmpp.formats.header import Header
-from glmpp.partition import Prefixes
+from glmpp.partition import PrefixSet
 from glmpp.serving.experts import expert_maps, is_not_needed
 from glmpp.words import quoted, shown
 
@@ -19,7 +19,7 @@ MTP = ("mtp", "model.mtp", "model.mtp_layers", "model.mtp_block")  # Qwen3.5; Lo
 
 
 def missing_prefixes(model: torch.nn.Module) -> list[str]:
-    """Prefixes of the model's placeholders, each ending in a dot, computed afresh.
+    """PrefixSet of the model's placeholders, each ending in a dot, computed afresh.
 
     vLLM's own `get_pp_missing_layer_names` caches by id(model), and ids are reused.
     """
@@ -98,8 +98,8 @@ class Selection:
         config = get_current_vllm_config_or_none()
         balanced = config is not None and config.parallel_config.enable_eplb  # a rank then has copies of others' experts
         self.experts = {} if balanced else expert_maps(model)
-        self._speculative = Prefixes(speculative_prefixes(model, model_config))
-        self._missing, self._mapped = Prefixes(prefixes), mapped(model)
+        self._speculative = PrefixSet(speculative_prefixes(model, model_config))
+        self._missing, self._mapped = PrefixSet(prefixes), mapped(model)
         self.offered: int | None = 0
         self.nbytes = self.files = self.files_offered = 0
         self.names: set[str] = set()
@@ -119,17 +119,17 @@ class Selection:
             return False
         return self.unused is None or not self.unused(name)
 
-    def idle(self, names: list[str]) -> set[str]:
+    def skip_readahead(self, names: list[str]) -> set[str]:
         """Of names that are handed over those that the model is not expected to use: MTP layers are handed to the main
         model too, in case it knows better, but not read ahead."""
         if self._mapped is None:
-            return set(self._speculative.cut(names)[1])
+            return set(self._speculative.split(names)[1])
         return {name for name in names if (place := self._mapped(name)) is None or self._speculative.cover(place)}
 
-    def among(self, names: Iterable[str]) -> list[str]:
+    def filter_names(self, names: Iterable[str]) -> list[str]:
         """Those of many names that are wanted."""
         if self._mapped is None and self.unused is None:
-            here = self._missing.cut(names)[0]
+            here = self._missing.split(names)[0]
             return [name for name in here if not is_not_needed(name, name, self.experts)] if self.experts else here
         return list(filter(self.wants, names))
 

@@ -11,43 +11,35 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from difflib import SequenceMatcher
 from itertools import accumulate
-from math import prod
 
 import torch
-from torch.nn.parameter import is_lazy
-from transformers import PretrainedConfig
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.ep_weight_filter import parse_expert_id
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.formats.config import TEXT_CONFIGS
-from glmpp.formats.index import natural_key, shard_path
+from glmpp.formats.index import shard_path
 from glmpp.formats.shard import read_shard
-from glmpp.ledger import ABSENT, CUT, DROPPED, EXPECTED, LOST, UNTIED, Left, digest
-from glmpp.partition import Prefixes
+from glmpp.ledger import ABSENT, CUT, DROPPED, EXPECTED, LOST, UNTIED, UnloadedParam, digest
+from glmpp.partition import PrefixSet
+from glmpp.serving.dropped import dropped, dropped_heads, layer_of, vocabularies, without_place
 from glmpp.serving.experts import expert_maps, expert_numbers, held_experts, is_elsewhere
 from glmpp.serving.left_at_init import accounted
 from glmpp.serving.padding import padding
 from glmpp.serving.stage_filter import mapped, missing_prefixes, speculative_prefixes
 from glmpp.serving.write_tracking import WriteRecorder, loadable
 
-LAYER = re.compile(r"[^.]+\.\d+(?=\.)")  # "layers.3"
 STACKED = re.compile(r"^w\d+_")  # "w13_weight" has what the checkpoint calls "gate_proj.weight" and "up_proj.weight"
-SCALE = re.compile(r"_scale(_inv)?$")
 SHOWN_EXPERTS = 16
 COMPUTED = "computed while the model is built"
 WAS_DROPPED = "{!r}, of the same layer and shape, was handed over and dropped"
 NOT_TIED = "tie_word_embeddings is true, and the model does not tie it to the embedding"
-TIED = "vLLM ties the head to {}, although tie_word_embeddings of the language model is false"
 SHARED_BLOCK = "its parts have {} rows, and a block of {} that two of them share has one scale"
 WRONG_PLACE = "one part of it was written more than once, and another never"
-WITHOUT_USE = re.compile(r"inv_freq$|masked_bias$|attn\.bias$|num_batches_tracked$|scale|zero|g_idx|perm$|weight_shape$")
-NO_PARAMETER = "the model has no parameter for it"
 NOTHING_LIKE_IT = "no tensor that it could be was handed over and dropped"
 
 
-def left(recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig) -> dict[str, Left]:
+def left(recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig) -> dict[str, UnloadedParam]:
     """What a load left at init, and what became of it, from the writes that were seen."""
     found = recorder.left_at_init(padding(model))
     sorted_out = losses(found, model, model_config, dropped(recorder, model), recorder.overwritten) if found else {}
@@ -56,7 +48,7 @@ def left(recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelCon
     return found | without_place(recorder, model, model_config, found)
 
 
-def _partly(name: str, one: Left, recorder: WriteRecorder, model: torch.nn.Module) -> Left:
+def _partly(name: str, one: UnloadedParam, recorder: WriteRecorder, model: torch.nn.Module) -> UnloadedParam:
     """The same, of a parameter that was written in part with how much is lacking, and of stacked experts with which."""
     tally, (path, _, leaf) = recorder.tallies()[name], name.rpartition(".")
     filled = int(tally.filled.sum())
@@ -71,7 +63,7 @@ def _partly(name: str, one: Left, recorder: WriteRecorder, model: torch.nn.Modul
         if 0 < len(rows) < count:
             of_these = f"{len(rows):,} of {count:,} experts: {which}{more}"
             stored = STACKED.sub("", leaf)
-            if one.tensor is None and lacking(numbers, stored, _layer(name), recorder.order):
+            if one.tensor is None and lacking(numbers, stored, layer_of(name), recorder.order):
                 return replace(one, kind=ABSENT, why=f"the checkpoint lacks {stored} of {of_these}")
             said += f", those of {of_these}"
     return replace(one, why=f"{said}; {one.why}")
@@ -85,40 +77,10 @@ def lacking(numbers: Iterable[int], leaf: str, layer: str | None, names: Iterabl
     """
     counts: dict[int, int] = defaultdict(int)
     for name in names:
-        if name.endswith(f".{leaf}") and _layer(name) == layer and (number := parse_expert_id(name)) is not None:
+        if name.endswith(f".{leaf}") and layer_of(name) == layer and (number := parse_expert_id(name)) is not None:
             counts[number] += 1
     most = max(counts.values(), default=0)
     return all(counts[number] < most for number in numbers)
-
-
-def dropped(recorder: WriteRecorder, model: torch.nn.Module) -> dict[str, torch.Size]:
-    """Tensors that were handed over and left no trace in the model -> shape.
-
-    A weight and its scale may be kept until both have come, and stored as one: what the second half writes is the first
-    half's trace, too, if it is where the first would have to be. Where weight and scale are parameters of their own, it
-    is not: what a scale writes is no weight then, and the other way round.
-    """
-    turns, stored, rename = {name: turn for turn, name in enumerate(recorder.order)}, recorder.stored, mapped(model)
-    shapes, parameters = dict(zip(recorder.order, recorder.shapes)), loadable(model)
-    scaled = {name.rpartition(".")[0] for name in parameters if "scale" in name.rpartition(".")[2]}
-    halves = sorted((turns[name], name) for name in stored if re.search(r"\.weight(_scale)?", name))
-    second = {SCALE.sub("", name): name for _, name in halves}
-    lasts = {name: second.get(SCALE.sub("", name)) for name in shapes.keys() - stored}
-    traces = recorder.traces({last for last in lasts.values() if last is not None})
-
-    def is_in(first: str, last: str) -> bool:
-        place = (rename(first) if rename else first) or first
-        if place in parameters:
-            return place in traces[last]
-        more = prod(shapes[last]) if SCALE.search(last) else 0  # what a scale writes for itself is no weight
-        into = [(*name.rpartition(".")[::2], count) for name, count in traces[last].items()]
-        return any(count > more and "scale" not in leaf and path not in scaled for path, leaf, count in into)
-
-    found = {}
-    for name, last in lasts.items():
-        if last is None or turns[name] > turns[last] or not is_in(name, last):
-            found[name] = shapes[name]
-    return found
 
 
 def losses(
@@ -127,7 +89,7 @@ def losses(
     model_config: ModelConfig,
     dropped: Mapping[str, Sequence[int]],
     overwritten: Set[str],
-) -> dict[str, Left]:
+) -> dict[str, UnloadedParam]:
     """Parameter or buffer that was left at init -> what became of it. Of buffers only those that the checkpoint has.
 
     A dropped tensor is taken for a parameter's if it is of the same layer and shape, the one with the nearest name.
@@ -142,77 +104,39 @@ def losses(
     tied = getattr(model_config.hf_text_config, "tie_word_embeddings", False)
     expected = accounted([name for name in left if name in parameters], model, model_config)
     places = {name: (rename(name) if rename else name) or name for name in dropped}
-    elsewhere = Prefixes([*missing_prefixes(model), *speculative_prefixes(model, model_config)])
+    elsewhere = PrefixSet([*missing_prefixes(model), *speculative_prefixes(model, model_config)])
     experts, by_layer = held_experts(expert_maps(model)), defaultdict(list)
     for name, place in sorted(places.items()):
         if not elsewhere.cover(place) and not is_elsewhere(name, experts):
-            by_layer[_layer(place)].append(name)
+            by_layer[layer_of(place)].append(name)
     found = {}
     for name in left:
         path, _, leaf = name.rpartition(".")
         if name not in parameters:  # a buffer may have its value from the model's own code
-            tensor = next((t for t in by_layer[_layer(name)] if places[t] == name), None)
+            tensor = next((t for t in by_layer[layer_of(name)] if places[t] == name), None)
             if tensor is not None:
-                computed = leaf == "inv_freq"
-                found[name] = Left(EXPECTED, COMPUTED) if computed else Left(LOST, WAS_DROPPED.format(tensor), tensor)
+                lost = UnloadedParam(LOST, WAS_DROPPED.format(tensor), tensor)
+                found[name] = UnloadedParam(EXPECTED, COMPUTED) if leaf == "inv_freq" else lost
             continue
         if name in expected:
-            found[name] = Left(EXPECTED, expected[name])
+            found[name] = UnloadedParam(EXPECTED, expected[name])
             continue
         shape = _stored_shape(modules[path], tensors[name])
         shapes = (shape, shape[1:]) if "experts" in name else (shape,)
-        like = [t for t in by_layer[_layer(name)] if any(_fits(dropped[t], one) for one in shapes)]
+        like = [t for t in by_layer[layer_of(name)] if any(_fits(dropped[t], one) for one in shapes)]
         if like:
             nearest = max(like, key=lambda tensor: SequenceMatcher(None, places[tensor], name, autojunk=False).ratio())
-            found[name] = Left(LOST, WAS_DROPPED.format(nearest), nearest)
+            found[name] = UnloadedParam(LOST, WAS_DROPPED.format(nearest), nearest)
         elif isinstance(modules[path], ParallelLMHead) and tied:
-            found[name] = Left(UNTIED, NOT_TIED)
+            found[name] = UnloadedParam(UNTIED, NOT_TIED)
         elif name in overwritten:
-            found[name] = Left(LOST, WRONG_PLACE)
+            found[name] = UnloadedParam(LOST, WRONG_PLACE)
         else:
-            found[name] = Left(ABSENT, NOTHING_LIKE_IT)
+            found[name] = UnloadedParam(ABSENT, NOTHING_LIKE_IT)
     return found
 
 
-def without_place(
-    recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig, found: Mapping[str, Left]
-) -> dict[str, Left]:
-    """Dropped tensors of a layer or a module that the model of the stage has; biases of zeros apart.
-
-    What was read counts as stored, and so does what may be a part of a tensor that was computed and stored beside it: some
-    loaders keep several tensors until the last one has come. Scales and orders of columns are judged by
-    `glmpp.dryrun.cuts.readings`.
-
-    Args:
-        found: what was left. A tensor of a layer with such a parameter may be that parameter's.
-    """
-    paths, rename = dict(model.named_modules(remove_duplicate=False)), mapped(model) or (lambda name: name)
-    elsewhere = Prefixes([*missing_prefixes(model), *speculative_prefixes(model, model_config)])
-    experts, shapes = held_experts(expert_maps(model)), dict(zip(recorder.order, recorder.shapes))
-    told = {_layer(name) for name, one in found.items() if one.kind != EXPECTED}
-    read = {name for turn, name in enumerate(recorder.order, 1) if recorder.reads.has_read(turn)}
-    computed = {_beside(recorder.order[turn - 1], shapes) for turn in recorder.reads.unknown if turn}
-    unused = {}
-    for name in sorted(dropped(recorder, model).keys() - read - recorder.zeros, key=natural_key):
-        place = rename(name)
-        if place is None or place in loadable(model) or elsewhere.cover(place) or is_elsewhere(name, experts):
-            continue
-        path, _, leaf = place.rpartition(".")
-        if getattr(paths.get(path), leaf, None) is not None:
-            continue  # another's, as a tied head's
-        layer = LAYER.search(place)
-        is_here = path in paths or (layer and place[: layer.end()] in paths)
-        if is_here and not WITHOUT_USE.search(name) and _layer(place) not in told and _beside(name, shapes) not in computed:
-            unused[name] = Left(DROPPED, NO_PARAMETER, name)
-    return unused
-
-
-def _beside(name: str, shapes: Mapping[str, Sequence[int]]) -> tuple[str, int]:
-    """The path and the number of dimensions that a tensor shares with those that it may be put together with."""
-    return name.rpartition(".")[0].rpartition(".")[0], len(shapes[name])
-
-
-def shared_blocks(recorder: WriteRecorder, model: torch.nn.Module) -> dict[str, Left]:
+def shared_blocks(recorder: WriteRecorder, model: torch.nn.Module) -> dict[str, UnloadedParam]:
     """Block scales of parameters that are fused while they are loaded, a part of which begins within a block -> what is
     wrong with them.
 
@@ -228,44 +152,13 @@ def shared_blocks(recorder: WriteRecorder, model: torch.nn.Module) -> dict[str, 
         for name, _ in module.named_parameters(recurse=False):
             if name.startswith("weight_scale") and parts[f"{path}.{name}"] != 1:
                 said = SHARED_BLOCK.format(", ".join(map(str, widths)), block[0])
-                found[f"{path}.{name}"] = Left(CUT, said)
-    return found
-
-
-def dropped_heads(recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig) -> dict[str, Left]:
-    """Heads that are the embedding although the language model's own config says that they are not, and of which the
-    checkpoint has a tensor that was dropped -> what became of it."""
-    weights, rename, found = vocabularies(model), mapped(model) or (lambda name: name), {}
-    if len({id(weight) for weight in weights.values()}) == len(weights):
-        return {}
-    try:  # as it is in the file: vLLM may have changed its own
-        config, _ = PretrainedConfig.get_config_dict(model_config.model, revision=model_config.revision)
-    except OSError:  # a model may come without one
-        return {}
-    of_text, *_ = [*(config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)), config]
-    if of_text.get("tie_word_embeddings") is not False:
-        return {}
-    places = {rename(name) or name: name for name in dropped(recorder, model)}
-    for path, weight in weights.items():
-        shared = [other for other, one in weights.items() if other != path and one is weight]
-        if f"{path}.weight" in places and shared:
-            found[f"{path}.weight"] = Left(LOST, TIED.format(shared[0]), places[f"{path}.weight"])
-    return found
-
-
-def vocabularies(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of embeddings and heads, by the path of their module; one that is tied has several."""
-    found = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)
-        if isinstance(module, VocabParallelEmbedding) and isinstance(weight, torch.Tensor) and not is_lazy(weight):
-            found[path] = weight
+                found[f"{path}.{name}"] = UnloadedParam(CUT, said)
     return found
 
 
 def confirmed(
-    found: Mapping[str, Left], model: torch.nn.Module, folder: str, shapes: Mapping[str, Sequence[int]]
-) -> dict[str, Left]:
+    found: Mapping[str, UnloadedParam], model: torch.nn.Module, folder: str, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, UnloadedParam]:
     """The same with values, after a load of real bytes; what the bytes do not confirm is expected.
 
     Args:
@@ -284,7 +177,7 @@ def confirmed(
             source = next((tensor for tensor, stored in shapes.items() if "emb" in tensor and tuple(stored) == shape), None)
         stored = None if source is None else _read(folder, source)
         if one.kind != EXPECTED and stored is not None and _holds(tensors[name], stored):
-            one = Left(EXPECTED, f"it has the bytes of {source!r} even so")
+            one = UnloadedParam(EXPECTED, f"it has the bytes of {source!r} even so")
         if one.kind != EXPECTED and stored is not None:
             at = _first_difference(tensors[name], stored)
             one = replace(one, tensor=source, in_file=_value(stored, at), in_model=_value(tensors[name], at))
@@ -301,11 +194,6 @@ def _read(folder: str, name: str) -> torch.Tensor:
     spec = Checkpoint.from_directory(folder)[name]
     ((_, tensor),) = read_shard(shard_path(folder, spec.file), {name}.__contains__)
     return tensor
-
-
-def _layer(name: str) -> str | None:
-    found = LAYER.search(name)
-    return found and found[0]
 
 
 def _stored_shape(module: torch.nn.Module, param: torch.Tensor) -> tuple[int, ...]:

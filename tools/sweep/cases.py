@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from glmpp.dryrun.stage_report import LOADS
 from glmpp.gpus import CPU
-from glmpp.ledger import Left
+from glmpp.ledger import UnloadedParam
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -62,7 +62,7 @@ class Case:
     model_class: str | None = None
     verdicts: dict[int, str] = field(default_factory=dict)
     why: str = ""
-    left: dict[str, Left] = field(default_factory=dict)
+    left: dict[str, UnloadedParam] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     stand_ins: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -189,7 +189,7 @@ class Sweep:
         for case in content["cases"]:
             case["verdicts"] = {int(size): verdict for size, verdict in case["verdicts"].items()}
             case["findings"] = [Finding(**found) for found in case["findings"]]
-            case["left"] = {name: Left(**one) for name, one in case.get("left", {}).items()}
+            case["left"] = {name: UnloadedParam(**one) for name, one in case.get("left", {}).items()}
         return cls(**{**content, "cases": [Case(**case) for case in content["cases"]]})
 
 

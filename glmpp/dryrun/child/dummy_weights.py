@@ -14,7 +14,7 @@ from glmpp.formats.tensor import TensorSpec
 NO_DATA, MADE_UP, REAL = "none", "made up", "the checkpoint's"  # what the tensors that are handed over hold
 
 
-class Source:
+class DummyWeights:
     """A checkpoint's tensors by name, dtype and shape.
 
     Attributes:
@@ -27,7 +27,7 @@ class Source:
         self.specs = [(name, *TensorSpec(name, dtype, tuple(shape)).in_torch) for name, dtype, shape in tensors]
         self.nbytes = {name: dtype.itemsize * prod(shape) for name, dtype, shape in self.specs}
 
-    def become(self, other: Source) -> None:
+    def become(self, other: DummyWeights) -> None:
         """Take another's tensors, for all who hold this one or its sizes."""
         self.specs = other.specs
         self.nbytes.clear()

@@ -16,7 +16,7 @@ from glmpp.serving.stage_filter import missing_prefixes
 HELPER = "_try_load_fp8_indexer_wk"
 
 
-class Guard:
+class HelperPatch:
     """Puts the wanted helper into every vLLM module that calls it, and keeps the buffers that it is given."""
 
     def __init__(self, mode: str, helper: str, callers: list[str] | None):

@@ -13,7 +13,7 @@ from vllm.config import set_current_vllm_config
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from glmpp.dryrun.child.build import Built
-from glmpp.dryrun.child.helper_patch import Guard
+from glmpp.dryrun.child.helper_patch import HelperPatch
 from glmpp.dryrun.pretend.failures import describe, is_kits
 from glmpp.dryrun.pretend.targets import is_gpu
 from glmpp.errors import on_behalf
@@ -34,7 +34,7 @@ class StageLoad:
             over; {} for a model that makes a list of all of them first.
     """
 
-    def __init__(self, built: Built, guard: Guard, make_loader: Callable, nbytes: dict[str, int], device: str):
+    def __init__(self, built: Built, guard: HelperPatch, make_loader: Callable, nbytes: dict[str, int], device: str):
         """Args:
         make_loader: the loader for a config, whose weights pass through a given function on their way to the model.
         nbytes: tensor -> bytes.

@@ -16,12 +16,12 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from glmpp.dryrun.child.build import Built, ModelBuilder
-from glmpp.dryrun.child.dummy_weights import MADE_UP, NO_DATA, REAL, Source, answer_for_headers
-from glmpp.dryrun.child.helper_patch import Guard
+from glmpp.dryrun.child.dummy_weights import MADE_UP, NO_DATA, REAL, DummyWeights, answer_for_headers
+from glmpp.dryrun.child.helper_patch import HelperPatch
 from glmpp.dryrun.child.load import StageLoad
 from glmpp.dryrun.child.memory import memory
-from glmpp.dryrun.child.selected_kernels import choices
-from glmpp.dryrun.child.tensor_outcomes import Account
+from glmpp.dryrun.child.selected_kernels import selected_kernels
+from glmpp.dryrun.child.tensor_outcomes import TensorOutcomes
 from glmpp.dryrun.pretend.failures import (
     NO_ANSWER,
     NO_VERDICT,
@@ -80,8 +80,8 @@ class Stages:
 
     def __init__(self, request: dict):
         self.request = request
-        self.source = Source(request["tensors"])
-        self.guard = Guard(request["guard"], request["helper"], request["callers"])
+        self.source = DummyWeights(request["tensors"])
+        self.guard = HelperPatch(request["guard"], request["helper"], request["callers"])
         self.builder = ModelBuilder(request)
         register()  # VLLM_PLUGINS may leave the kit's plugin out, and decides nothing here
         self.nbytes = sum(self.source.nbytes.values())
@@ -115,7 +115,7 @@ class Stages:
                         shards = []
                         for file in sorted(listed.values(), key=natural_key):
                             shards.append(on_behalf(safe_open, file, "pt"))
-                        source.become(Source(described(shards)))
+                        source.become(DummyWeights(described(shards)))
                 weights = source.hand_over("meta" if data == NO_DATA else "cpu")
                 if not isinstance(self, StageModelLoader):
                     return weights
@@ -191,7 +191,7 @@ class Stages:
         """Load a stage that has been built, and put down what is seen; returns the first exception on the way."""
         device, data = result["device"], result["data"]
         lazy = [name for name, parameter in built.model.named_parameters() if is_lazy(parameter)]
-        result["backends"] = choices(built.model)
+        result["backends"] = selected_kernels(built.model)
         result["patched"] = self.guard.install()
         places = tensors_on(device) if moves else contextlib.nullcontext()
         load = StageLoad(built, self.guard, lambda *how: self.loader(*how, data=data), self.source.nbytes, device)
@@ -202,7 +202,7 @@ class Stages:
         result["verdict"] = "dies" if load.deaths else "loads"
         if load.deaths:
             result.update(load.deaths[0], deaths=[{**death, "traceback": []} for death in load.deaths])
-        account = Account(load, self.source.shapes, self.drafted() if place.drafter else None)
+        account = TensorOutcomes(load, self.source.shapes, self.drafted() if place.drafter else None)
         result.update(account.message(self.request["model"] if self.has_files else None, data))
         load.recorder.reads = Reads()  # 40 MB for each stage of GLM-5.1; a load lies in a circle of references, and stays
         if not load.deaths and result["unplaced"]:
@@ -249,7 +249,7 @@ class Stages:
         return True
 
     def drafted(self) -> list[str]:
-        """Prefixes of the MTP layers under the checkpoint's names."""
+        """PrefixSet of the MTP layers under the checkpoint's names."""
         config = self.request["config"]
         first, count = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
         return [f"model.layers.{first + index}." for index in range(count)]

@@ -14,7 +14,7 @@ import torch
 KERNELS, METHODS = "vllm.model_executor.kernels.", "vllm.model_executor.layers.quantization."
 
 
-def choices(model: torch.nn.Module) -> dict[str, dict[str, int]]:
+def selected_kernels(model: torch.nn.Module) -> dict[str, dict[str, int]]:
     """Number of layers for each choice.
 
     Returns:

@@ -10,15 +10,16 @@ from itertools import groupby
 from glmpp.dryrun.child.dummy_weights import MADE_UP, REAL
 from glmpp.dryrun.child.load import StageLoad
 from glmpp.ledger import DROPPED, IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
-from glmpp.partition import OTHER_STAGE, SPECULATIVE, Prefixes
+from glmpp.partition import OTHER_STAGE, SPECULATIVE, PrefixSet
+from glmpp.serving.dropped import dropped
 from glmpp.serving.experts import expert_maps, held_experts, is_elsewhere
 from glmpp.serving.padding import padding
 from glmpp.serving.stage_filter import mapped, missing_prefixes, speculative_prefixes
-from glmpp.serving.unloaded import confirmed, dropped, has_values, left
+from glmpp.serving.unloaded import confirmed, has_values, left
 from glmpp.serving.write_tracking import loadable, parameters
 
 
-class Account:
+class TensorOutcomes:
     """The columns of one load's ledger.
 
     Attributes:
@@ -33,9 +34,9 @@ class Account:
         """
         self.load, self.shapes, model = load, shapes, load.built.model
         self.missing, self._rename = missing_prefixes(model), mapped(model) or (lambda name: name)
-        self._elsewhere = Prefixes(self.missing)
-        self._speculative = Prefixes(speculative_prefixes(model, load.built.model_config))
-        self._drafted = None if drafted is None else Prefixes(drafted)
+        self._elsewhere = PrefixSet(self.missing)
+        self._speculative = PrefixSet(speculative_prefixes(model, load.built.model_config))
+        self._drafted = None if drafted is None else PrefixSet(drafted)
         handed = set(load.recorder.order)
         self._loaded = handed - dropped(load.recorder, model).keys()
         selection = getattr(load.loader, "selection", None)
