@@ -180,7 +180,7 @@ MUTATIONS = {
         "test_partition.py::test_prefixes_cover_what_startswith_says",
     ),
     "the same region written twice is one": (
-        "serving/write_tracking.py::_tally",
+        "serving/filled.py::filled_by",
         "((times > 0) * area)",
         "(times * area)",
         "test_loader.py::test_a_load_is_seen_to_write_what_it_writes[one shard twice]",
@@ -282,7 +282,7 @@ MUTATIONS = {
         "test_gpus.py::test_the_gpu_that_is_here_is_the_default_with_its_own_title_architecture_and_memory",
     ),
     "an index without data": (
-        "serving/write_tracking.py::_place",
+        "serving/indexed_writes.py::_place",
         "(IndexError, RuntimeError)",
         "ZeroDivisionError",
         "test_loader.py::test_an_index_without_data_is_no_verdict[0]",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
 from glmpp.errors import on_behalf
+from glmpp.serving.filled import Tally, filled_by
+from glmpp.serving.indexed_writes import PLACES, Place
 from glmpp.serving.read_tracking import Reads, storage_of
 
 COPIES = ("clone", "_to_copy")  # operators that make a tensor of another's elements, each in its place
@@ -86,7 +87,7 @@ class WriteRecorder:
         """An operator has written into a storage, from its other arguments."""
         self.reads.note(sources, storage in self._homes, len(self.order), self._homes)
 
-    def note(self, tensor: torch.Tensor, storage: int, find_place: Callable[[], _Place | None] | None) -> None:
+    def note(self, tensor: torch.Tensor, storage: int, find_place: Callable[[], Place | None] | None) -> None:
         """An operator has written a tensor: all of it, or a part that can be found."""
         home = self._homes.get(storage)
         if home is None:
@@ -153,9 +154,9 @@ class WriteRecorder:
         if storage_of(tensor) != storage or not tensor.dim():
             return []
         writes = self._homes[storage].writes
-        return [at for at, row in enumerate(tensor) if not _tally(row, writes).is_whole(0, 0)]
+        return [at for at, row in enumerate(tensor) if not filled_by(row, writes).is_whole(0, 0)]
 
-    def tallies(self) -> dict[str, _Tally]:
+    def tallies(self) -> dict[str, Tally]:
         """Parameter or buffer -> what was written of it."""
         now = loadable(self.model)
         writes = sum(len(home.writes) for home in self._homes.values())
@@ -165,12 +166,12 @@ class WriteRecorder:
             self._tallies = (state, made)
         return self._tallies[1]
 
-    def _tally(self, name: str, tensor: torch.Tensor) -> _Tally:
+    def _tally(self, name: str, tensor: torch.Tensor) -> Tally:
         """Args: tensor: what the parameter is now."""
         storage, size = storage_of(tensor), tensor.numel()
         if storage != self._starts[name]:  # replaced as a whole
-            return _Tally(size, size, np.array([size]))
-        return _tally(tensor, self._homes[storage].writes)
+            return Tally(size, size, np.array([size]))
+        return filled_by(tensor, self._homes[storage].writes)
 
 
 def loadable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -199,237 +200,6 @@ class _Home:
     writes: list[tuple] = field(default_factory=list)
 
 
-@dataclass
-class _Tally:
-    """What was written of a parameter.
-
-    Attributes:
-        size: elements of the parameter.
-        written: elements, each as often as it was.
-        filled: elements, each once, in each part: of three dimensions and more, each index of the first is a part.
-        twice: an element was written more than once.
-        at_most: elements that were written at places that are not known.
-    """
-
-    size: int
-    written: int
-    filled: np.ndarray
-    twice: bool = False
-    at_most: int = 0
-
-    def is_whole(self, padding: int, more: int) -> bool:
-        """Whether the parameter is filled apart from its padding, if some more elements of it are."""
-        total, parts = int(self.filled.sum()), len(self.filled)
-        if total + more >= self.size or parts == 1 or not padding:
-            return total + more >= self.size - padding
-        lacking = np.maximum((self.size - padding) / parts - self.filled, 0)
-        return bool(lacking.sum() <= more)
-
-
-def _tally(tensor: torch.Tensor, writes: list[tuple]) -> _Tally:
-    """What writes into its storage have filled of a parameter.
-
-    Bytes are seen as a table whose rows are the parameter's: what was written is a few rectangles of it then, whichever
-    slices were taken. Cut at all their edges, the table has a few cells, and each is covered by so many rectangles.
-    """
-    size, each = tensor.numel(), tensor.element_size()
-    base, own = tensor.storage_offset() * each, (tensor.shape, tensor.stride(), each)
-    steps = sorted((step * each, n) for n, step in zip(tensor.shape, tensor.stride()) if n > 1)
-    row = steps[1][0] if len(steps) > 1 else max(size * each, each)
-    in_parts = tensor.dim() > 2 and len(steps) > 1 and tensor.stride(0) * each == steps[-1][0]
-    parts = tensor.shape[0] if in_parts else 1
-    starts, at_most = defaultdict(list), 0
-    for _, kind, start, unknown in writes:
-        if unknown:
-            at_most += unknown
-        else:
-            starts[kind].append(start)
-    if len(starts) == 1 and starts.get(own) == [base]:
-        return _Tally(size, size, np.full(parts, size // parts), at_most=at_most)
-    if not starts:
-        return _Tally(size, 0, np.zeros(parts, np.int64), at_most=at_most)
-    offsets = {kind: np.hstack(places) - base for kind, places in starts.items()}
-    if _run(*own) == size * each and _follow(offsets, size * each):
-        return _Tally(size, size, np.full(parts, size // parts), at_most=at_most)
-    mine = _rectangles(np.zeros(1, np.int64), *own, row)
-    end = mine[:, 1].max()
-    theirs = np.concatenate([_rectangles(places, *kind, row) for kind, places in offsets.items()])
-    theirs = theirs[(theirs[:, 1] > 0) & (theirs[:, 0] < end)]
-    bounds = np.arange(parts + 1) * (end // parts)
-    down = np.unique(np.concatenate([theirs[:, :2].ravel(), mine[:, :2].ravel(), bounds]))
-    across = np.unique(np.concatenate([theirs[:, 2:].ravel(), mine[:, 2:].ravel()]))
-    inside = _cover(mine, down, across) > 0
-    times = np.where(inside, _cover(theirs, down, across), 0)
-    area = np.outer(np.diff(down), np.diff(across))
-    rows = ((times > 0) * area).sum(axis=1)
-    filled = np.add.reduceat(rows, np.searchsorted(down, bounds[:-1])) if len(rows) else rows
-    return _Tally(size, int((times * area).sum()) // each, filled // each, bool((times > 1).any()), at_most)
-
-
-def _run(shape: tuple[int, ...], stride: tuple[int, ...], width: int) -> int:
-    """Bytes of a tensor that has no gap; 0 if it has one."""
-    run = 1
-    for step, size in sorted(zip(stride, shape)):
-        if size > 1:
-            if step != run:
-                return 0
-            run *= size
-    return run * width
-
-
-def _follow(offsets: Mapping[tuple, np.ndarray], size: int) -> bool:
-    """Whether tensors without gaps lie end to end and fill so many bytes: the usual case, in a tenth of the time."""
-    runs = [_run(*kind) for kind in offsets]
-    if not all(runs) or sum(run * len(places) for run, places in zip(runs, offsets.values())) != size:
-        return False
-    starts = np.concatenate([*offsets.values()])
-    order = np.argsort(starts)
-    ends = (starts + np.repeat(runs, [len(places) for places in offsets.values()]))[order]
-    return bool(starts[order[0]] == 0 and (starts[order[1:]] == ends[:-1]).all())
-
-
-def _rectangles(offsets: np.ndarray, shape: Iterable[int], stride: Iterable[int], width: int, row: int) -> np.ndarray:
-    """The bytes of tensors of one shape as rectangles of a table: first row, row after the last, the same of columns.
-
-    Args:
-        offsets: of the tensors, in bytes.
-        stride: in elements of so many bytes.
-        row: bytes of a row of the table.
-    """
-    run, steps = width, sorted((step * width, n) for n, step in zip(shape, stride) if n > 1 and step)
-    while steps and steps[0][0] == run:
-        run *= steps.pop(0)[1]
-    starts, height = offsets, 1
-    merged: list[tuple[int, int]] = []
-    for step, n in steps:
-        if merged and merged[-1][0] * merged[-1][1] == step:
-            step, n = merged[-1][0], merged.pop()[1] * n
-        merged.append((step, n))
-    for step, n in merged:
-        if step == row and height == 1:
-            height = n
-        else:
-            starts = (starts[:, None] + np.arange(n) * step).ravel()
-    if height > 1 and (starts % row + run > row).any():  # they go round the table's edge
-        starts, height = (starts[:, None] + np.arange(height) * row).ravel(), 1
-    top, left, after = starts // row, starts % row, starts + run
-    if height > 1 or (left + run <= row).all():
-        return np.stack([top, top + height, left, left + run], axis=1)
-    first, last, zero = -(-starts // row), after // row, np.zeros_like(top)  # whole rows
-    short = last < first
-    pieces = [
-        np.stack([top, top + 1, left, np.where(short, left + run, row)], axis=1)[short | (left > 0)],
-        np.stack([first, last, zero, zero + row], axis=1)[first < last],
-        np.stack([last, last + 1, zero, after % row], axis=1)[~short & (after % row > 0)],
-    ]
-    return np.concatenate(pieces)
-
-
-def _cover(rectangles: np.ndarray, down: np.ndarray, across: np.ndarray) -> np.ndarray:
-    """How many rectangles cover each cell of a table that is cut at these rows and columns."""
-    edges = np.zeros((len(down), len(across)), np.int32)
-    top, bottom = np.searchsorted(down, rectangles[:, :2].T)
-    left, right = np.searchsorted(across, rectangles[:, 2:].T)
-    for rows, columns, change in ((top, left, 1), (bottom, right, 1), (top, right, -1), (bottom, left, -1)):
-        np.add.at(edges, (rows, columns), change)
-    return edges.cumsum(axis=0).cumsum(axis=1)[:-1, :-1]
-
-
-@dataclass
-class _Place:
-    """Where an operator writes in a tensor.
-
-    Attributes:
-        shape: of each of the pieces, whose strides are the tensor's.
-        starts: where they start in the tensor, in elements.
-        at_most: 0, or how many elements at most are written at places that are not known.
-    """
-
-    shape: tuple[int, ...] = ()
-    starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    at_most: int = 0
-
-
-def _place(self: torch.Tensor, axes: Iterable[int], index: list, count: int, mark: Callable) -> _Place | None:
-    """Where an operator writes that is given an index or a mask: it is called on a small table of its own. None: everywhere.
-
-    Args:
-        axes: dimensions that the index speaks of; of the others everything is written.
-        index: tensors, None in the place of some.
-        count: how many pieces they speak of at most.
-        mark: given a table of zeros and the index, it writes ones where the operator writes.
-    """
-    shape = tuple(1 if axis in axes else size for axis, size in enumerate(self.shape))
-    sizes = [size if axis in axes else 1 for axis, size in enumerate(self.shape)]
-    try:
-        with torch._C._DisableTorchDispatch():
-            here = [tensor if tensor is None else _as_index(tensor.cpu()) for tensor in index]
-            table = mark(torch.zeros(sizes, dtype=torch.uint8, device="cpu"), *here).numpy()
-    except (IndexError, RuntimeError):  # it has no data, or is out of bounds, of which the meta device says nothing
-        return _Place(at_most=min(count * math.prod(shape), self.numel()))
-    if table.all():
-        return None
-    starts = np.zeros(np.count_nonzero(table), np.int64)
-    for axis, at in enumerate(table.nonzero()) if table.ndim else ():
-        starts += at * self.stride(axis)
-    return _Place(shape, starts)
-
-
-def _as_index(tensor: torch.Tensor) -> torch.Tensor:
-    """An index of a kind that every operator takes: a mask of bytes is one of bools to the operators that take it."""
-    if tensor.dtype is torch.uint8:
-        return tensor.bool()
-    return tensor if tensor.dtype is torch.bool else tensor.long()
-
-
-def _indexed(self, indices, **_):
-    axes, axis, given = [], 0, [index for index in indices if index is not None]
-    masks = [index for index in given if index.dtype in (torch.bool, torch.uint8)]
-    for index in indices:
-        after = axis + (index.dim() if any(index is mask for mask in masks) else 1)
-        axes += range(axis, after) if index is not None else ()
-        axis = after
-    count = self.numel() if masks else math.prod(torch.broadcast_shapes(*(index.shape for index in given)))
-    one = torch.ones((), dtype=torch.uint8, device="cpu")
-    return _place(self, axes, indices, count, lambda table, *index: torch.ops.aten.index_put_(table, index, one))
-
-
-def _along(self, dim, index, **_):
-    axis = dim % max(self.dim(), 1)
-    return _place(self, [axis], [index], index.numel(), lambda table, index: table.index_fill_(axis, index, 1))
-
-
-def _scattered(self, dim, index, **_):
-    axes = range(self.dim())
-    return _place(self, axes, [index], index.numel(), lambda table, index: table.scatter_(dim, index, 1))
-
-
-def _masked(self, mask, **_):
-    mask = mask.reshape((1,) * (self.dim() - mask.dim()) + mask.shape)
-    axes = [axis for axis, size in enumerate(mask.shape) if size > 1]
-    return _place(self, axes, [mask], mask.numel(), lambda table, mask: table.masked_fill_(mask, 1))
-
-
-def _put(self, index, **_):
-    def mark(table, index):
-        return table.put_(index, torch.ones(index.shape, dtype=torch.uint8, device="cpu"))
-
-    return _place(self, range(self.dim()), [index], index.numel(), mark)
-
-
-def _diagonal(self, fill_value, wrap=False):
-    return _place(self, range(self.dim()), [], 0, lambda table: table.fill_diagonal_(1, wrap))
-
-
-# Operators that write a part of `self`, by its schema's arguments.
-_PLACES: dict[str, Callable[..., _Place | None]] = {
-    **dict.fromkeys(("aten::index_put_", "aten::_index_put_impl_"), _indexed),
-    **dict.fromkeys(("aten::index_copy_", "aten::index_fill_", "aten::index_add_", "aten::index_reduce_"), _along),
-    **dict.fromkeys(("aten::scatter_", "aten::scatter_add_", "aten::scatter_reduce_"), _scattered),
-    **dict.fromkeys(("aten::masked_fill_", "aten::masked_scatter_"), _masked),
-    "aten::put_": _put,
-    "aten::fill_diagonal_": _diagonal,
-}
 # Operators that change something of a tensor, and not its elements. Those that change its shape have a tag.
 _NO_WRITE = {"aten::record_stream", "aten::retain_grad", "aten::set_data", "aten::requires_grad_", "aten::_resize_output_"}
 
@@ -473,7 +243,7 @@ def _kernel(name: str, overload: str, schema) -> Callable:
     """What is called in the place of an operator: the operator, and then every recorder with what it has written."""
     names = [argument.name for argument in schema.arguments]
     written = [(at, argument.name) for at, argument in enumerate(schema.arguments) if _is_written(argument)]
-    places = _PLACES.get(name) if names[0] == "self" and written[0][0] == 0 else None
+    places = PLACES.get(name) if names[0] == "self" and written[0][0] == 0 else None
     alone = written == [(0, names[0])] and str(schema.arguments[0].type) == "Tensor"
     below, operator = torch._C._ExcludeDispatchKeyGuard, None
 
