@@ -73,10 +73,9 @@ def without_place(
     elsewhere = PrefixSet([*missing_prefixes(model), *speculative_prefixes(model, model_config)])
     experts, shapes = held_experts(expert_maps(model)), dict(zip(recorder.order, recorder.shapes))
     told = {layer_of(name) for name, one in found.items() if one.kind != EXPECTED}
-    read = {name for turn, name in enumerate(recorder.order, 1) if recorder.reads.has_read(turn)}
     computed = {_beside(recorder.order[turn - 1], shapes) for turn in recorder.reads.unknown if turn}
     unused = {}
-    for name in sorted(dropped(recorder, model).keys() - read - recorder.zeros, key=natural_key):
+    for name in sorted(dropped(recorder, model).keys() - read(recorder) - recorder.zeros, key=natural_key):
         place = rename(name)
         if place is None or place in loadable(model) or elsewhere.cover(place) or is_elsewhere(name, experts):
             continue
@@ -84,7 +83,7 @@ def without_place(
         if getattr(paths.get(path), leaf, None) is not None:
             continue  # another's, as a tied head's
         layer = LAYER.search(place)
-        is_here = path in paths or (layer and place[: layer.end()] in paths)
+        is_here = (path and path in paths) or (layer and place[: layer.end()] in paths)
         if (
             is_here
             and not WITHOUT_USE.search(name)
@@ -93,6 +92,11 @@ def without_place(
         ):
             unused[name] = UnloadedParam(DROPPED, NO_PARAMETER, name)
     return unused
+
+
+def read(recorder: WriteRecorder) -> set[str]:
+    """Names of tensors of which something was read: some loaders keep them all, and store them when the last has come."""
+    return {name for turn, name in enumerate(recorder.order, 1) if recorder.reads.has_read(turn)}
 
 
 def _beside(name: str, shapes: Mapping[str, Sequence[int]]) -> tuple[str, int]:
@@ -113,7 +117,7 @@ def dropped_heads(recorder: WriteRecorder, model: torch.nn.Module, model_config:
     of_text, *_ = [*(config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)), config]
     if of_text.get("tie_word_embeddings") is not False:
         return {}
-    places = {rename(name) or name: name for name in dropped(recorder, model)}
+    places = {rename(name) or name: name for name in dropped(recorder, model).keys() - read(recorder)}
     for path, weight in weights.items():
         shared = [other for other, one in weights.items() if other != path and one is weight]
         if f"{path}.weight" in places and shared:
