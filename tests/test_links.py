@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 DOCUMENTS = [
     *sorted((ROOT / "notebooks").glob("*.ipynb")),
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     ROOT / "tests" / "README.md",
     *sorted(path for path in (ROOT / "data").rglob("*.md") if "generated" not in path.parts),
 ]
