@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import quantised
 import reports
 import torch
 from conftest import ROOT
@@ -242,3 +243,10 @@ def test_what_does_not_fit_is_a_verdict_and_an_fp8_cache_is_advised_where_it_was
     out = capsys.readouterr().out
     assert code == 1 and "\nPP=1: loads, and does not fit: a request of 25,000,000 tokens needs 95.37 GiB of KV cache" in out
     assert "\nwith --kv-cache-dtype fp8 it fits\n" in out and "\n2 x h100 hold it: " in out
+
+
+def test_a_layout_that_vllm_divides_by_zero_for_does_not_load():
+    """gpt-oss has two KV heads here; vLLM 0.22.1 asks for a remainder of none."""
+    report = dry_run(quantised.gpt_oss(), Deployment(tp=4, gpu="h100"), progress=False)
+    assert {stage.verdict for stage in report.stages} <= {CANNOT_BUILD, LOADS}
+    assert not OLD or {stage.exception for stage in report.stages} == {"ZeroDivisionError"}

@@ -49,7 +49,7 @@ class Evidence:
         data: what the tensors held: "none", "made up", or "the checkpoint's".
         stand_ins: part -> what stands in for it and why.
         backends: what vLLM chose, by its own names: "attention", "linear", "moe" -> choice -> number of layers.
-        refused: the model was not built, and the exception is one that vLLM raises on purpose.
+        refused: the model was not built, and vLLM raised the exception on purpose, or builds it in a layout without shards.
         patched: modules of vLLM that call another helper than their own.
         handed_over: tensors handed over before the end, good or bad.
         order: SHA-256 of their names in the order in which they came.

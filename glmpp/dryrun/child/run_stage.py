@@ -23,6 +23,7 @@ from glmpp.dryrun.child.memory import memory
 from glmpp.dryrun.child.selected_kernels import selected_kernels
 from glmpp.dryrun.child.tensor_outcomes import TensorOutcomes
 from glmpp.dryrun.pretend.failures import (
+    FAULT,
     NO_ANSWER,
     NO_VERDICT,
     PACKAGE,
@@ -173,8 +174,8 @@ class Stages:
             if error.__cause__ is not None and kind_of(error) != PACKAGE:
                 left = describe(error.__cause__)
                 result["message"] += f" (from {left['exception']}: {left['message'][:300]} in {left['place']})"
-            refused = kind_of(error) == REFUSAL
-            result["refused"] = refused and (self.request["gpu"] != CPU or self.is_layout_refused(place, device))
+            refused = kind_of(error) == REFUSAL and self.request["gpu"] != CPU
+            result["refused"] = refused or (kind_of(error) in (REFUSAL, FAULT) and self.is_layout_refused(place, device))
         else:
             result["build_seconds"] = time.perf_counter() - started
             failed = self.load(place, built, result, moves)
@@ -231,8 +232,8 @@ class Stages:
             torch.save({name: parameter.data for name, parameter in model.named_parameters()}, Path(folder, name))
 
     def is_layout_refused(self, place: Place, device: str) -> bool:
-        """Whether it is for its layout that a model is refused on the CPU platform, which itself may be the reason: without
-        shards and replicas it can be built."""
+        """Whether it is for its layout that a model cannot be built, and not for what is pretended: without shards and
+        replicas it can be."""
         alone = replace(place, shard=0, shards=1, replica=0, replicas=1, ep=False)
         if alone == place:
             return False
