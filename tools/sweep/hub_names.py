@@ -218,7 +218,10 @@ GIVEN = {
 }
 
 # Model types whose head is the embedding in every checkpoint of the hub.
-TIED = {"bloom", "cohere_compass", "cohere2_vision", "gemma2", "moss_transcribe_diarize", "qwen3_asr"}
+TIED = {
+    *("bloom", "cohere_compass", "cohere2_vision", "gemma2", "lfm2", "lfm2_moe", "lfm2_vl", "moss_transcribe_diarize"),
+    "qwen3_asr",
+}
 
 # Path -> content: what makes an embedding model, whose tensors lack the prefix "model.", a folder of sentence-transformers.
 SENTENCE_TRANSFORMERS = {
