@@ -74,10 +74,10 @@ def without_place(
     experts, shapes = held_experts(expert_maps(model)), dict(zip(recorder.order, recorder.shapes))
     told = {layer_of(name) for name, one in found.items() if one.kind != EXPECTED}
     computed = {_beside(recorder.order[turn - 1], shapes) for turn in recorder.reads.unknown if turn}
-    unused = {}
-    for name in sorted(dropped(recorder, model).keys() - read(recorder) - recorder.zeros, key=natural_key):
+    unused, own = {}, loadable(model)
+    for name in dropped(recorder, model).keys() - read(recorder) - recorder.zeros:
         place = rename(name)
-        if place is None or place in loadable(model) or elsewhere.cover(place) or is_elsewhere(name, experts):
+        if place is None or place in own or elsewhere.cover(place) or is_elsewhere(name, experts):
             continue
         path, _, leaf = place.rpartition(".")
         if getattr(paths.get(path), leaf, None) is not None:
@@ -91,7 +91,7 @@ def without_place(
             and _beside(name, shapes) not in computed
         ):
             unused[name] = UnloadedParam(DROPPED, NO_PARAMETER, name)
-    return unused
+    return dict(sorted(unused.items(), key=lambda item: natural_key(item[0])))
 
 
 def read(recorder: WriteRecorder) -> set[str]:
