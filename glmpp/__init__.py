@@ -2,7 +2,8 @@
 
 Read in this order: checkpoint (what is in it), partition (which stage holds what), dequant (block FP8 -> BF16), loader (the
 helper of the bug before and after, and how a stage loads), ledger (what became of every tensor). Behind these: `formats`
-(what lies on disk), `engine` (inside a process with vLLM), `verdict` (what asks it), `lab` (what the notebooks show).
+(what lies on disk), `serving` (what runs in vLLM's own worker), `dryrun` (what asks it in a fork), `layouts` (which split to
+take), `cli` (the command), `lab` (what the notebooks show).
 """
 
 import importlib

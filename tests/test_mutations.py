@@ -163,8 +163,8 @@ MUTATIONS = {
     ),
     "the check is made": (
         "serving/load_format.py::StageModelLoader.load_weights",
-        "self.check(left(self.written, model, model_config), model_config)",
-        "left(self.written, model, model_config)",
+        "self.check(left(self.written, model, model_config, gone), model_config)",
+        "left(self.written, model, model_config, gone)",
         "test_vllm_plugin.py::test_a_filter_one_layer_too_wide_is_caught_by_the_books",
     ),
     "missing prefixes afresh": (

@@ -258,4 +258,4 @@ def test_a_model_that_comes_without_a_config_is_loaded_all_the_same(monkeypatch,
     weight = torch.nn.Parameter(torch.zeros(1))
     monkeypatch.setattr(dropped, "vocabularies", lambda model: {"model.embed_tokens": weight, "lm_head": weight})
     config = SimpleNamespace(model=str(tmp_path), revision=None)
-    assert dropped.dropped_heads(None, torch.nn.Module(), config) == {}
+    assert dropped.dropped_heads((), None, torch.nn.Module(), config) == {}

@@ -39,6 +39,7 @@ SUITES = [
     "tests/test_vllm_plugin.py",
     "tests/test_vllm_check.py",
     "tests/test_vllm_losses.py",
+    "tests/test_vllm_without_place.py",
     "tests/test_vllm_contract.py",
     "tests/test_vllm_targets.py",
     "tests/test_vllm_quantised.py",

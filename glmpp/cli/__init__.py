@@ -17,12 +17,7 @@ from collections.abc import Sequence
 from glmpp.cli.advice_text import other_lines, pasted, what_to_do
 from glmpp.cli.model import open_checkpoint
 from glmpp.cli.parser import make_parser
-from glmpp.dryrun.advice import (
-    PLUGINS_VARIABLE,
-    try_fixes,
-    try_layouts,
-    try_load_format,
-)
+from glmpp.dryrun.advice import PLUGINS_VARIABLE, try_fixes, try_layouts, try_load_format
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.fit import NO_FIT

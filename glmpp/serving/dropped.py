@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -58,7 +58,11 @@ def dropped(recorder: WriteRecorder, model: torch.nn.Module) -> dict[str, torch.
 
 
 def without_place(
-    recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig, found: Mapping[str, UnloadedParam]
+    gone: Iterable[str],
+    recorder: WriteRecorder,
+    model: torch.nn.Module,
+    model_config: ModelConfig,
+    found: Mapping[str, UnloadedParam],
 ) -> dict[str, UnloadedParam]:
     """Dropped tensors of a layer or a module that the model of the stage has; biases of zeros apart.
 
@@ -67,6 +71,7 @@ def without_place(
     `glmpp.dryrun.cuts.readings`.
 
     Args:
+        gone: tensors that left no trace, see `dropped`.
         found: what was left. A tensor of a layer with such a parameter may be that parameter's.
     """
     paths, rename = dict(model.named_modules(remove_duplicate=False)), mapped(model) or (lambda name: name)
@@ -75,7 +80,7 @@ def without_place(
     told = {layer_of(name) for name, one in found.items() if one.kind != EXPECTED}
     computed = {_beside(recorder.order[turn - 1], shapes) for turn in recorder.reads.unknown if turn}
     unused, own = {}, loadable(model)
-    for name in dropped(recorder, model).keys() - read(recorder) - recorder.zeros:
+    for name in set(gone) - read(recorder) - recorder.zeros:
         place = rename(name)
         if place is None or place in own or elsewhere.cover(place) or is_elsewhere(name, experts):
             continue
@@ -84,12 +89,8 @@ def without_place(
             continue  # another's, as a tied head's
         layer = LAYER.search(place)
         is_here = (path and path in paths) or (layer and place[: layer.end()] in paths)
-        if (
-            is_here
-            and not WITHOUT_USE.search(name)
-            and layer_of(place) not in told
-            and _beside(name, shapes) not in computed
-        ):
+        is_anothers = layer_of(place) in told or _beside(name, shapes) in computed
+        if is_here and not is_anothers and not WITHOUT_USE.search(name):
             unused[name] = UnloadedParam(DROPPED, NO_PARAMETER, name)
     return dict(sorted(unused.items(), key=lambda item: natural_key(item[0])))
 
@@ -104,7 +105,9 @@ def _beside(name: str, shapes: Mapping[str, Sequence[int]]) -> tuple[str, int]:
     return name.rpartition(".")[0].rpartition(".")[0], len(shapes[name])
 
 
-def dropped_heads(recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig) -> dict[str, UnloadedParam]:
+def dropped_heads(
+    gone: Iterable[str], recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig
+) -> dict[str, UnloadedParam]:
     """Heads that are the embedding although the language model's own config says that they are not, and of which the
     checkpoint has a tensor that was dropped -> what became of it."""
     weights, rename, found = vocabularies(model), mapped(model) or (lambda name: name), {}
@@ -117,7 +120,7 @@ def dropped_heads(recorder: WriteRecorder, model: torch.nn.Module, model_config:
     of_text, *_ = [*(config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)), config]
     if of_text.get("tie_word_embeddings") is not False:
         return {}
-    places = {rename(name) or name: name for name in dropped(recorder, model).keys() - read(recorder)}
+    places = {rename(name) or name: name for name in set(gone) - read(recorder)}
     for path, weight in weights.items():
         shared = [other for other, one in weights.items() if other != path and one is weight]
         if f"{path}.weight" in places and shared:

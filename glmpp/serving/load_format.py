@@ -41,6 +41,7 @@ from glmpp.errors import GlmppError, short, whole
 from glmpp.formats.index import INDEX_FILE, load_index, natural_key, shard_path
 from glmpp.formats.shard import READERS, read_shard
 from glmpp.ledger import DROPPED, EXPECTED, UnloadedParam
+from glmpp.serving.dropped import dropped
 from glmpp.serving.left_at_init import quantises_online
 from glmpp.serving.stage_filter import Selection, is_drafter
 from glmpp.serving.unloaded import left
@@ -127,7 +128,8 @@ class StageModelLoader(DefaultModelLoader):
             super().load_weights(model, model_config)
         logger.info("%s: %s, %.2f s", stage_name(model_config), self.selection, time.perf_counter() - started)
         if self.written is not None:
-            self.check(left(self.written, model, model_config), model_config)
+            gone = dropped(self.written, model)
+            self.check(left(self.written, model, model_config, gone), model_config)
             self.written = None  # what was read of GLM-5.1 takes 40 MB
 
     def watch(self, model: torch.nn.Module, model_config: ModelConfig) -> WriteRecorder | None:
@@ -157,8 +159,8 @@ class StageModelLoader(DefaultModelLoader):
             f"{', '.join(map(shown, sorted(names, key=natural_key)))} ({why})" for why, names in sorted(unknown.items())
         )
         halves = "".join(f" {pair}." for pair in self.selection.unpaired()) if self.selection else ""
-        dropped = ", or a tensor was dropped" * any(one.kind == DROPPED for one in left.values())
-        what = f"{stage_name(model_config)}: {count} parameters were left at init, or partly{dropped}: {names}.{halves}"
+        or_dropped = ", or a tensor was dropped" * any(one.kind == DROPPED for one in left.values())
+        what = f"{stage_name(model_config)}: {count} parameters were left at init, or partly{or_dropped}: {names}.{halves}"
         logger.warning("%s", what)  # all of them: an error has room for some
         if self.incomplete == "warn":
             return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from difflib import SequenceMatcher
 from itertools import accumulate
@@ -22,7 +22,7 @@ from glmpp.formats.index import shard_path
 from glmpp.formats.shard import read_shard
 from glmpp.ledger import ABSENT, CUT, DROPPED, EXPECTED, LOST, UNTIED, UnloadedParam, digest
 from glmpp.partition import PrefixSet
-from glmpp.serving.dropped import dropped, dropped_heads, layer_of, vocabularies, without_place
+from glmpp.serving.dropped import dropped_heads, layer_of, vocabularies, without_place
 from glmpp.serving.experts import expert_maps, expert_numbers, held_experts, is_elsewhere
 from glmpp.serving.left_at_init import accounted
 from glmpp.serving.padding import padding
@@ -39,13 +39,19 @@ WRONG_PLACE = "one part of it was written more than once, and another never"
 NOTHING_LIKE_IT = "no tensor that it could be was handed over and dropped"
 
 
-def left(recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig) -> dict[str, UnloadedParam]:
-    """What a load left at init, and what became of it, from the writes that were seen."""
+def left(
+    recorder: WriteRecorder, model: torch.nn.Module, model_config: ModelConfig, gone: Mapping[str, Sequence[int]]
+) -> dict[str, UnloadedParam]:
+    """What a load left at init, and what became of it, from the writes that were seen.
+
+    Args:
+        gone: tensors that left no trace, see `glmpp.serving.dropped.dropped`.
+    """
     found = recorder.left_at_init(padding(model))
-    sorted_out = losses(found, model, model_config, dropped(recorder, model), recorder.overwritten) if found else {}
+    sorted_out = losses(found, model, model_config, gone, recorder.overwritten) if found else {}
     partly = {name: _partly(name, one, recorder, model) for name, one in sorted_out.items()}
-    found = partly | dropped_heads(recorder, model, model_config) | shared_blocks(recorder, model)
-    return found | without_place(recorder, model, model_config, found)
+    found = partly | dropped_heads(gone, recorder, model, model_config) | shared_blocks(recorder, model)
+    return found | without_place(gone, recorder, model, model_config, found)
 
 
 def _partly(name: str, one: UnloadedParam, recorder: WriteRecorder, model: torch.nn.Module) -> UnloadedParam:
@@ -175,7 +181,7 @@ def confirmed(
         if one.kind == UNTIED:
             shape = _stored_shape(modules[name.rpartition(".")[0]], tensors[name])
             source = next((tensor for tensor, stored in shapes.items() if "emb" in tensor and tuple(stored) == shape), None)
-        stored = None if source is None else _read(folder, source)
+        stored = None if source is None else dict(_stored(folder, {source}))[source]
         if one.kind != EXPECTED and stored is not None and _holds(tensors[name], stored):
             one = UnloadedParam(EXPECTED, f"it has the bytes of {source!r} even so")
         if one.kind != EXPECTED and stored is not None:
@@ -185,15 +191,17 @@ def confirmed(
     return proven
 
 
-def has_values(folder: str, name: str) -> bool:
-    """Whether an element of a stored tensor is not zero."""
-    return bool(_read(folder, name).any())
+def with_values(folder: str, names: Iterable[str]) -> set[str]:
+    """Which of a folder's tensors have an element that is not zero."""
+    return {name for name, tensor in _stored(folder, names) if tensor.any()}
 
 
-def _read(folder: str, name: str) -> torch.Tensor:
-    spec = Checkpoint.from_directory(folder)[name]
-    ((_, tensor),) = read_shard(shard_path(folder, spec.file), {name}.__contains__)
-    return tensor
+def _stored(folder: str, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a folder, file by file."""
+    if names := set(names):
+        checkpoint = Checkpoint.from_directory(folder)
+        for file in sorted({checkpoint[name].file for name in names}):
+            yield from read_shard(shard_path(folder, file), names.__contains__)
 
 
 def _stored_shape(module: torch.nn.Module, param: torch.Tensor) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from glmpp.serving.dropped import dropped
 from glmpp.serving.experts import expert_maps, held_experts, is_elsewhere
 from glmpp.serving.padding import padding
 from glmpp.serving.stage_filter import mapped, missing_prefixes, speculative_prefixes
-from glmpp.serving.unloaded import confirmed, has_values, left
+from glmpp.serving.unloaded import confirmed, left, with_values
 from glmpp.serving.write_tracking import loadable, parameters
 
 
@@ -38,7 +38,8 @@ class TensorOutcomes:
         self._speculative = PrefixSet(speculative_prefixes(model, load.built.model_config))
         self._drafted = None if drafted is None else PrefixSet(drafted)
         handed = set(load.recorder.order)
-        self._loaded = handed - dropped(load.recorder, model).keys()
+        self._gone = dropped(load.recorder, model)
+        self._loaded = handed - self._gone.keys()
         selection = getattr(load.loader, "selection", None)
         self.experts = held_experts(expert_maps(model))
         filtered = set() if selection is None else {name for name in shapes if not selection.wants(name)}
@@ -71,15 +72,15 @@ class TensorOutcomes:
         sizes, added = {name: p.numel() for name, p in parameters(model).items()}, padding(model)
         written, filled = recorder.written, recorder.filled
         columns = {name: self.column(name) for name in self.shapes}
-        lacking = left(recorder, model, load.built.model_config)
+        lacking = left(recorder, model, load.built.model_config, self._gone)
         unseen = []
         if data == REAL:
             lacking = confirmed(lacking, model, folder, self.shapes)
         else:
             biases = [name for name, one in lacking.items() if one.kind == DROPPED and name.endswith("bias")]
             unseen = biases if folder is None else []
-            zeros = [] if folder is None else [name for name in biases if not has_values(folder, name)]
-            lacking = {name: one for name, one in lacking.items() if name not in {*unseen, *zeros}}
+            nonzero = set() if folder is None else with_values(folder, biases)
+            lacking = {name: one for name, one in lacking.items() if name not in {*biases} - nonzero}
         reads = None
         if data != MADE_UP and not load.deaths:  # whose elements all are one
             reads = recorder.reads.message(recorder.order, loadable(model).values(), load.nbytes, self._loaded)
