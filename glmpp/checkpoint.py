@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from glmpp.errors import GlmppError
 from glmpp.formats.config import check_config, counts, load_config
 from glmpp.formats.files import exists, list_folder, names_below, opened
-from glmpp.formats.glm5 import glm_config, glm_moe_dsa
+from glmpp.formats.glm5 import glm_moe_dsa
+from glmpp.formats.glm5_config import glm_config
 from glmpp.formats.header import read_header
 from glmpp.formats.hub import read_repository
 from glmpp.formats.hub_requests import SECONDS

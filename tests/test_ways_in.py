@@ -28,7 +28,8 @@ from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import chosen_ranks, dry_run
 from glmpp.errors import GlmppError, positive, short, whole
 from glmpp.formats.files import MAX_CONFIG_BYTES, MAX_JSON_BYTES, parse_json
-from glmpp.formats.glm5 import FIELDS, QUANTIZATION, reduced_config
+from glmpp.formats.glm5 import reduced_config
+from glmpp.formats.glm5_config import FIELDS, QUANTIZATION
 from glmpp.formats.header import read_header
 from glmpp.formats.index import INDEX_FILE
 from glmpp.formats.shard import read_shard

@@ -8,7 +8,8 @@ from itertools import accumulate, pairwise
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.formats.config import layer_count
-from glmpp.partition import layer_list, make_stages, part_sizes
+from glmpp.layer_names import layer_list
+from glmpp.partition import make_stages, part_sizes
 
 
 def balance(checkpoint: Checkpoint, pp_size: int, drafter: bool = False) -> list[int]:
