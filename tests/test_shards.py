@@ -18,7 +18,7 @@ from glmpp.errors import GlmppError
 from glmpp.formats import tensor as types
 from glmpp.formats.header import read_header
 from glmpp.formats.shard import read_shard
-from glmpp.formats.tensor import TensorSpec, bits, in_torch
+from glmpp.formats.tensor import TensorSpec, bits
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
@@ -129,7 +129,7 @@ def test_a_header_of_any_dtype_is_read_or_refused_as_the_library_does(tmp_path, 
         try:
             expected = load_file(path)
         except SafetensorError:
-            with pytest.raises(GlmppError, match=rf"model\.safetensors: tensor 'a' of dtype '{dtype}' cannot be read"):
+            with pytest.raises(GlmppError, match=rf"model\.safetensors: tensor 'a': torch .* no type for {dtype} of shape"):
                 list(read_shard(path))
             with pytest.raises(GlmppError, match=rf"model\.safetensors: tensor 'a': torch .* no type for {dtype} of shape"):
                 spec.meta()
@@ -140,28 +140,6 @@ def test_a_header_of_any_dtype_is_read_or_refused_as_the_library_does(tmp_path, 
 
 
 PLAIN = {"dtype": "U8", "shape": [2]}
-
-
-@pytest.mark.parametrize("dtype", ["BF16", "F4", "F8_E8M0"])
-def test_a_dtype_that_only_the_library_knows_goes_through_the_library(tmp_path, monkeypatch, dtype):
-    """As one of the future will: take one out of the kit's table. Its bits are asked of the library."""
-    kind = TensorSpec("t1", dtype, (4, 6)).in_torch[0]
-    tensors = {f"t{n}": torch.arange(12, dtype=torch.uint8).view(kind) for n in range(3)} | {"u": torch.ones(2)}
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
-    before = Checkpoint.from_directory(tmp_path)
-    rest = {known: value for known, value in types._DTYPES.items() if known != dtype}
-    monkeypatch.setattr(types, "_DTYPES", rest)
-    bits.cache_clear()
-    types.torch_dtypes.cache_clear()
-    try:
-        after = Checkpoint.from_directory(tmp_path)
-        assert after.items() == before.items() and after.nbytes == before.nbytes
-        found = dict(after.read())
-    finally:
-        bits.cache_clear()
-        types.torch_dtypes.cache_clear()
-    assert list(found) == sorted(tensors) and all(same(found[name], tensors[name]) for name in tensors)
 
 
 def packable(dtype: str, shape: list[int]) -> list[int]:
@@ -193,7 +171,9 @@ def test_any_tensors_at_any_alignment_come_back(tmp_path_factory, layout, pad, d
     assert list(found) == sorted(wanted)
     for name, tensor in found.items():
         start, end = entries[name]["data_offsets"]
-        assert (tensor.dtype, tuple(tensor.shape)) == in_torch(entries[name]["dtype"], tuple(entries[name]["shape"]))
+        assert (tensor.dtype, tuple(tensor.shape)) == TensorSpec(
+            name, entries[name]["dtype"], tuple(entries[name]["shape"])
+        ).in_torch
         assert bytes_of(tensor) == stored[start:end]
 
 
@@ -237,7 +217,7 @@ def test_a_damaged_file_is_refused_whenever_the_library_refuses_it(tmp_path_fact
         ('{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', b"xy", "the tensors end at"),
         ('{"a": {"dtype": "U8", "shape": [-1], "data_offsets": [1, 0]}}', b"", "not described by .* >= 0"),
         ('{"a": {"dtype": "U8", "shape": [true], "data_offsets": [0, 1]}}', b"x", "not described by .* got `bool`"),
-        ('{"a": {"dtype": "C65", "shape": [1], "data_offsets": [0, 8]}}', b"x" * 8, "'a' has dtype 'C65', which the safet"),
+        ('{"a": {"dtype": "C65", "shape": [1], "data_offsets": [0, 8]}}', b"x" * 8, "'a' has dtype 'C65', which is none"),
         ('{"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}}', b"x", r"F4 of shape \(3,\) does not have 1 bytes"),
         (
             '{"a": {"dtype": "U8", "shape": 1, "data_offsets": [0, 1]}}',

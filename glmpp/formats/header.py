@@ -83,7 +83,7 @@ def read_header(file: BinaryIO, size: int, label: str) -> Header:
         if kind not in nbits:
             if (width := bits(info.dtype)) is None:
                 said = f"tensor {quoted(name)} has dtype {quoted(info.dtype)}"
-                raise GlmppError(f"{label}: {said}, which the safetensors library rejects")
+                raise GlmppError(f"{label}: {said}, which is none of safetensors 0.8.0")
             if len(info.shape) > MAX_DIMENSIONS:
                 raise fail(f"tensor {quoted(name)}: has {len(info.shape):,} dimensions, expected at most {MAX_DIMENSIONS}")
             if math.prod(filter(None, info.shape)) >= 2**63:  # strides are 64-bit, of an empty tensor too

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
-
-from safetensors import SafetensorError, deserialize
 
 from glmpp.errors import GlmppError
 from glmpp.words import quoted
@@ -16,7 +13,7 @@ if TYPE_CHECKING:  # it takes seconds, and names and sizes need none of it
     import torch
 
 # safetensors' dtype name -> bits of an element, torch's name for it. https://github.com/huggingface/safetensors, `Dtype`
-# in tensor.rs.
+# in tensor.rs of 0.8.0.
 _DTYPES = {
     "F64": (64, "float64"),
     "F32": (32, "float32"),
@@ -28,6 +25,8 @@ _DTYPES = {
     "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
     "F8_E8M0": (8, "float8_e8m0fnu"),
     "F4": (4, "float4_e2m1fn_x2"),  # an element of torch's holds two
+    "F6_E2M3": (6, "no type"),  # nor has the next one any in torch
+    "F6_E3M2": (6, "no type"),
     "C64": (64, "complex64"),
     "I64": (64, "int64"),
     "I32": (32, "int32"),
@@ -41,24 +40,9 @@ _DTYPES = {
 }
 
 
-@cache
 def bits(dtype: str) -> int | None:
-    """Bits of an element of a safetensors dtype; None if neither the kit nor the installed library knows it.
-
-    One that the kit does not know the library is asked about: it accepts eight elements in the right number of bytes only.
-    """
-    if dtype in _DTYPES:
-        return _DTYPES[dtype][0]
-
-    def fits(elements: int, size: int) -> bool:
-        header = json.dumps({"a": {"dtype": dtype, "shape": [elements], "data_offsets": [0, size]}}).encode()
-        try:
-            deserialize(len(header).to_bytes(8, "little") + header + bytes(size))
-        except SafetensorError:
-            return False
-        return True
-
-    return next((size for size in range(1, 129) if fits(8, size)), None) if fits(0, 0) else None
+    """Bits of an element of a safetensors dtype; None if there is none of that name."""
+    return _DTYPES[dtype][0] if dtype in _DTYPES else None
 
 
 @lru_cache(1 << 16)
@@ -75,19 +59,6 @@ def torch_dtypes() -> dict[str, torch.dtype]:
     return {name: getattr(torch, kind) for name, (_, kind) in _DTYPES.items() if hasattr(torch, kind)}
 
 
-def in_torch(dtype: str, shape: tuple[int, ...]) -> tuple[torch.dtype, tuple[int, ...]] | None:
-    """torch's dtype and shape for a stored tensor; None if torch has none, and only the library can say more.
-
-    The shapes differ for F4 alone: it is stored with a shape in elements, and torch counts pairs along the last dimension.
-    """
-    kind = torch_dtypes().get(dtype)
-    if kind is None:
-        return None
-    if dtype != "F4":
-        return kind, shape
-    return (kind, (*shape[:-1], shape[-1] // 2)) if shape and shape[-1] % 2 == 0 else None
-
-
 class TensorSpec(NamedTuple):
     """One tensor of a checkpoint: its name, safetensors dtype, stored shape, and the shard that holds it (None: no file)."""
 
@@ -99,14 +70,18 @@ class TensorSpec(NamedTuple):
     @property
     def in_torch(self) -> tuple[torch.dtype, tuple[int, ...]]:
         """torch's dtype and shape for it. Raises GlmppError if torch has no type for it."""
-        import torch
+        kind, shape = torch_dtypes().get(self.dtype), self.shape
+        if self.dtype == "F4":  # stored with a shape in elements; torch counts pairs along the last dimension
+            kind = kind if shape and shape[-1] % 2 == 0 else None
+            shape = (*shape[:-1], shape[-1] // 2) if kind else shape
+        if kind is None:
+            import torch
 
-        if (found := in_torch(self.dtype, self.shape)) is None:
             raise GlmppError(
                 f"{f'{self.file}: ' if self.file else ''}tensor {quoted(self.name)}: torch {torch.__version__} has no type "
-                f"for {self.dtype} of shape {list(self.shape)}"
+                f"for {self.dtype} of shape {list(shape)}"
             )
-        return found
+        return kind, shape
 
     @property
     def torch_dtype(self) -> torch.dtype:
