@@ -16,7 +16,6 @@ from itertools import accumulate, pairwise
 from glmpp.checkpoint import TO_FIRST_NUMBER, Checkpoint
 from glmpp.errors import GlmppError, short, whole
 from glmpp.formats.config import check_config, layer_count, text_config
-from glmpp.formats.tensor import TensorSpec
 from glmpp.layer_names import EMBEDDINGS, ENDS, LAYERS, LLAMA_ENDS
 
 PARTITION_VARIABLE = "VLLM_PP_LAYER_PARTITION"
@@ -62,12 +61,12 @@ def parse_counts(layer_counts: Sequence[int] | str, pp_size: int) -> list[int]:
             raise TypeError
         else:
             counts = [operator.index(entry) for entry in layer_counts]  # 6.5 and "6" are none
+        if max(counts, default=0) > 2**31:
+            raise ValueError
     except (TypeError, ValueError):
         raise GlmppError(f"{said}: expected {pp_size} numbers like '10,10,…'") from None
     if len(counts) != pp_size:
         raise GlmppError(f"{said} names {len(counts)} stages, there are {pp_size}")
-    if max(counts, default=0) > 2**31:
-        raise GlmppError(f"{said}: expected {pp_size} numbers like '10,10,…'")
     if (least := min(counts, default=0)) < 0:
         raise GlmppError(f"{said} gives stage {counts.index(least)} {least} layers: a stage has 0 or more")
     return counts
@@ -253,27 +252,6 @@ def make_stages(
         )
         for rank, layers in enumerate(partition_layers(num_layers, pp_size, layer_counts))
     ]
-
-
-def dealt(checkpoint: Checkpoint, stages: Sequence[Stage]) -> list[list[TensorSpec]]:
-    """The checkpoint's tensors that each stage loads, in checkpoint order: one walk over the names, however many stages.
-
-    A tied embedding is on both of its stages.
-    """
-    held: list[list[TensorSpec]] = [[] for _ in stages]
-    homes: dict[int | str | None, list[list[TensorSpec]]] = {}
-    for spec in checkpoint.values():
-        part = stages[0].part(spec.name)
-        if part not in homes:
-            homes[part] = [specs for stage, specs in zip(stages, held) if stage.owns_part(part)]
-        for specs in homes[part]:
-            specs.append(spec)
-    return held
-
-
-def owned(checkpoint: Checkpoint, stage: Stage) -> list[TensorSpec]:
-    """The checkpoint's tensors that `stage` loads, in checkpoint order."""
-    return dealt(checkpoint, [stage])[0]
 
 
 def stage_bytes(checkpoint: Checkpoint, stages: Sequence[Stage]) -> list[int]:
