@@ -606,7 +606,7 @@ def test_whatever_the_library_raises_is_an_answer_that_is_of_no_use(hub, monkeyp
         raise fault("theirs")
 
     tries: list[int] = []
-    monkeypatch.setattr("huggingface_hub.utils.hf_raise_for_status", broken)
+    monkeypatch.setattr("huggingface_hub.utils.build_hf_headers", broken)
     refused(f"{REPO}@main", "no usable answer", "theirs")
     assert len(tries) == 3
 

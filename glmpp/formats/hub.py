@@ -17,7 +17,7 @@ from glmpp.errors import GlmppError
 from glmpp.formats.config import ONCE
 from glmpp.formats.files import parse_json
 from glmpp.formats.header import MAX_HEADER_BYTES, read_header
-from glmpp.formats.hub_requests import SECONDS, NoAnswer, Requests, theirs
+from glmpp.formats.hub_requests import SECONDS, Requests
 from glmpp.formats.index import parse_index
 from glmpp.formats.tensor import TensorSpec
 from glmpp.formats.weights import ADAPTER, adapter_line, by_file, check_readable, missing_line, notes, weight_files
@@ -82,7 +82,7 @@ def _read(repo: _Repository, progress: bool | None) -> Read:
         said = missing_line(f"{repo.source}/{file}", listed[file], file in repo.files)
         raise GlmppError(f"{said}. Choose another revision")
     files = found.opened(listed)
-    headers = repo.each(repo.read_tensors, files)
+    headers = repo.each(repo.read_tensors, *files)
     specs: list[TensorSpec] = []
     held: dict[str, list[str]] = {}
     for header, file in zip(progress_bar(headers, "reading headers", total=len(files), show=progress), files):
@@ -99,40 +99,46 @@ class _Repository:
         ((self.sha, self.files),) = hub.run(self.resolve, {self.source: revision})
         self.source = f"{repo_id}@{self.sha}"
 
-    def each(self, call: Callable[[str], T], files: list[str]) -> Iterator[T]:
+    def each(self, call: Callable[[str], T], *files: str) -> Iterator[T]:
+        """What a call gives of each file, within the deadline."""
         return self.hub.run(call, {f"{self.source}/{file}": file for file in files})
 
     def get(self, file: str) -> bytes:
-        """A whole file, within the deadline."""
-        return next(self.each(self.read, [file]))
+        return next(self.each(self.read, file))
 
     def resolve(self, revision: str | None) -> tuple[str, set[str]]:
-        """The commit that a revision is now, and its files. `model_info` of the library would read an endless answer."""
+        """The commit that a revision is now, and its files."""
+        from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
-        def get() -> tuple[str, set[str]]:
-            theirs(validate_repo_id, self.repo_id)
-            part = "" if revision is None else f"/revision/{theirs(quote, revision, safe='')}"
-            with self.hub.answer(f"{self.hub.endpoint}/api/models/{self.repo_id}{part}") as answer:
-                data = self.hub.body(answer, MAX_HEADER_BYTES + 1)
+        try:
+            validate_repo_id(self.repo_id)
+        except HFValidationError as error:
+            raise GlmppError(f"{self.source}: {error} For a folder use Checkpoint.from_directory") from None
+        if revision in ("", ".", ".."):  # in an address they would lead to another one
+            raise GlmppError(f"{self.source}: {revision!r} is no branch, tag or commit")
+        url = f"{self.hub.endpoint}/api/models/{self.repo_id}"
+        if revision is not None:
+            url += f"/revision/{quote(revision, safe='', errors='replace')}"
+
+        def get() -> _Listing | None:
+            data = self.hub.get(url, MAX_HEADER_BYTES + 1).data
             if len(data) > MAX_HEADER_BYTES:
                 raise GlmppError(f"{self.source}: the list of its files has more than {MAX_HEADER_BYTES:,} bytes")
             try:
-                said = msgspec.json.decode(data, type=_Listing)
+                return msgspec.json.decode(data, type=_Listing)
             except msgspec.ValidationError:
-                said = None
+                return None
             except (ValueError, msgspec.DecodeError, RecursionError) as error:
-                raise NoAnswer from error
-            if said is None or not COMMIT.fullmatch(said.sha):
-                raise GlmppError(
-                    f"{self.source}: {self.hub.endpoint} names no commit or no files (expected: 'sha', "
-                    "40 or 64 hex digits, and 'siblings', each with 'rfilename'); check HF_ENDPOINT"
-                )
-            return said.sha, {file.rfilename for file in said.siblings}
+                raise self.hub.broken(error) from error
 
-        if revision in ("", ".", ".."):  # in an address they would lead to another one
-            raise GlmppError(f"{self.source}: {revision!r} is no branch, tag or commit")
-        return self.hub.ask(self.source, get)
+        said = self.hub.ask(self.source, get)
+        if said is None or not COMMIT.fullmatch(said.sha):
+            raise GlmppError(
+                f"{self.source}: {self.hub.endpoint} names no commit or no files (expected: 'sha', "
+                "40 or 64 hex digits, and 'siblings', each with 'rfilename'); check HF_ENDPOINT"
+            )
+        return said.sha, {file.rfilename for file in said.siblings}
 
     def read(self, file: str) -> bytes:
         """A whole file; a JSON file, as it may be no longer than a header."""
@@ -158,18 +164,18 @@ class _Repository:
         """The first `end` bytes of a file, or all if it has fewer, and the size of the file."""
         from huggingface_hub import hf_hub_url
 
+        url = hf_hub_url(self.repo_id, file, revision=self.sha, endpoint=self.hub.endpoint)
+
         def get() -> tuple[bytes, int]:
-            url = theirs(hf_hub_url, self.repo_id, file, revision=self.sha, endpoint=self.hub.endpoint)
-            with self.hub.answer(url, Range=f"bytes=0-{end - 1}") as answer:
-                if answer.status_code == 416:  # of an empty file there is no first byte
-                    return b"", 0
-                told = answer.headers.get("Content-Range" if answer.status_code == 206 else "Content-Length", "")
-                if not (match := re.fullmatch(r"(?:bytes 0-\d+/)?(\d{1,18})", told)):
-                    raise NoAnswer from ConnectionError(f"the answer does not say how large the file is: {told[:100]!r}")
-                size = int(match[1])
-                data = self.hub.body(answer, min(end, size))
+            status, headers, data = self.hub.get(url, end, Range=f"bytes=0-{end - 1}")
+            if status == 416:  # of an empty file there is no first byte
+                return b"", 0
+            told = headers.get("Content-Range" if status == 206 else "Content-Length", "")
+            if not (match := re.fullmatch(r"(?:bytes 0-\d+/)?(\d{1,18})", told)):
+                raise self.hub.broken(ConnectionError(f"the answer does not say how large the file is: {told[:100]!r}"))
+            size = int(match[1])
             if len(data) < min(end, size):
-                raise NoAnswer from ConnectionError(f"cut after {len(data)} of {min(end, size)} bytes")
-            return data, size
+                raise self.hub.broken(ConnectionError(f"cut after {len(data)} of {min(end, size)} bytes"))
+            return data[:size], size
 
         return self.hub.ask(f"{self.source}/{file}", get)

@@ -1,7 +1,7 @@
 """Requests to the Hub with limits, as the server may be broken or hostile: bytes, redirects, attempts, seconds.
 
-`huggingface_hub` (1.0 or newer) supplies endpoint, token, session, timeout and the classes of errors, and is imported when
-it is needed. Its session is one of httpx, or, since 2.0, of httpx2.
+`huggingface_hub` (1.0 or newer) supplies endpoint, token, session and timeout, and is imported when it is needed. Its
+`model_info` and `parse_safetensors_file_metadata` read an answer of any length, and unpack what is compressed.
 """
 
 from __future__ import annotations
@@ -12,38 +12,44 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from email.utils import parsedate_to_datetime
-from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from urllib.parse import unquote
 from urllib.request import getproxies, proxy_bypass
 
+import msgspec
+
 from glmpp.errors import GlmppError
-from glmpp.words import printable
 
 CONNECTIONS = 8
 PAUSES = (0.5, 1.0)  # seconds before the second and the third attempt
 SECONDS = 600.0  # for a whole repository; the headers of GLM-5.1-FP8's 142 shards take less than ten
 MAX_REDIRECTS = 10
 MAX_ERROR_BYTES = 10_000  # of the body of an error or a redirect
-ERROR_HEADERS = ("X-Error-Code", "X-Error-Message", "X-HF-Warning", "Retry-After")  # what the library and the kit look at
+LOG_IN = "set a valid HF_TOKEN or log in with `hf auth login`"
+# X-Error-Code of a refusal. Source: `hf_raise_for_status` of huggingface_hub 2.4.0.
+REFUSALS = {
+    "GatedRepo": f"the repository is gated; accept its terms on its page and {LOG_IN}",
+    "RevisionNotFound": "the repository has no such branch, tag or commit",
+    "RepoNotFound": f"no such repository, or a private one; check the name or {LOG_IN}",
+}
 T, Item = TypeVar("T"), TypeVar("Item")
 
 
 class NoAnswer(Exception):
-    """Nothing usable came from the Hub; the cause is the library's exception, or what the answer lacks."""
+    """Nothing usable came from the Hub: why, whether another attempt may help, and the seconds that it asks to wait."""
 
-    request = None  # the one without an answer, if there was one
+    def __init__(self, why: str, may_pass: bool = True, wait: float = 0):
+        super().__init__(why)
+        self.why, self.may_pass, self.wait = why, may_pass, wait
 
 
-def theirs(call: Callable[..., T], *args, **kwargs) -> T:
-    """What a call of the library gives. Raises NoAnswer for whatever it raises; the kit's own faults are not called so."""
-    try:
-        return call(*args, **kwargs)
-    except Exception as error:  # any: of a malformed answer the library makes AttributeError, KeyError, TypeError
-        raise NoAnswer from error
+class Answer(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    data: bytes  # the beginning of the body
 
 
 class Requests:
@@ -78,18 +84,16 @@ class Requests:
             GlmppError: the seconds are over.
         """
         futures: dict[str, Future] = {label: Future() for label in items}
-        todo: SimpleQueue = SimpleQueue()
-        for pair in zip(futures.values(), items.values()):
-            todo.put(pair)
+        todo = iter([*zip(futures.values(), items.values())])
 
         def work() -> None:
-            with contextlib.suppress(Empty):
-                while not self.stopped.is_set():
-                    future, item = todo.get_nowait()
-                    try:
-                        future.set_result(call(item))
-                    except BaseException as error:
-                        future.set_exception(error)
+            for future, item in todo:
+                if self.stopped.is_set():
+                    return
+                try:
+                    future.set_result(call(item))
+                except BaseException as error:
+                    future.set_exception(error)
 
         for _ in range(min(CONNECTIONS, len(items))):
             threading.Thread(target=work, daemon=True).start()
@@ -107,65 +111,82 @@ class Requests:
             try:
                 return request()
             except NoAnswer as none:
-                why, may_pass, asked = self._explain(none)
-                too_long = time.monotonic() + asked >= self.until
-                if pause is None or not may_pass or too_long or self.stopped.wait(max(pause, asked)):
-                    raise GlmppError(f"{label}: {why}") from None
+                too_long = time.monotonic() + none.wait >= self.until
+                if pause is None or not none.may_pass or too_long or self.stopped.wait(max(pause, none.wait)):
+                    raise GlmppError(f"{label}: {none.why}") from None
 
-    @contextlib.contextmanager
-    def answer(self, url: str, **wanted: str) -> Iterator:
-        """The answer to a GET with these headers, 2xx or 416, its body still to be read. Raises NoAnswer.
+    def get(self, url: str, most: int, **wanted: str) -> Answer:
+        """The answer to a GET with these headers: 2xx or 416, and at most so many bytes of its body. Raises NoAnswer.
 
-        The client would read the bodies of redirects and errors to their end, and unpack what is compressed: gigabytes.
+        Redirects are followed here: the client would read their bodies to the end.
         """
-        from huggingface_hub import get_session
+        from huggingface_hub import errors, get_session
         from huggingface_hub.utils import build_hf_headers
 
-        headers = theirs(build_hf_headers, headers={"Accept-Encoding": "identity", **wanted})
-        self._hide(headers.get("authorization", "").removeprefix("Bearer "))
-        session, auth = theirs(get_session), {}
-        request = theirs(session.build_request, "GET", url, headers=headers, timeout=self.timeout)
+        request = None
         try:
+            headers = build_hf_headers(headers={"Accept-Encoding": "identity", **wanted})
+            self._hide(headers.get("authorization", "").removeprefix("Bearer "))
+            session = get_session()
+            request = session.build_request("GET", url, headers=headers, timeout=self.timeout)
             for _ in range(MAX_REDIRECTS + 1):
                 self._hide(request.url.userinfo.decode())
-                answer = theirs(session.send, request, stream=True, follow_redirects=False, **auth)
-                with contextlib.closing(answer):
+                with contextlib.closing(session.send(request, stream=True, follow_redirects=False)) as answer:
+                    data = self._body(answer, most if answer.is_success else MAX_ERROR_BYTES)
                     if answer.next_request is None:
-                        self._check(answer)
-                        yield answer
-                        return
-                    self.body(answer, MAX_ERROR_BYTES)
-                    # The client has copied the authorization to the next request, or left it out for another host.
-                    request, auth = answer.next_request, {"auth": lambda request: request}
-            raise NoAnswer from ConnectionError(f"more than {MAX_REDIRECTS} redirects")
-        except NoAnswer as none:
-            none.request = request
-            raise
-
-    def _check(self, answer) -> None:
-        """Raises NoAnswer of an error, with the library's exception as its cause, and of an answer that is compressed."""
-        from huggingface_hub.utils import hf_raise_for_status
-
+                        break
+                    request = answer.next_request  # with the authorization, but for another host
+            else:
+                raise ConnectionError(f"more than {MAX_REDIRECTS} redirects")
+        except errors.OfflineModeIsEnabled:
+            raise NoAnswer("HF_HUB_OFFLINE is set; unset it, or use Checkpoint.from_directory", False) from None
+        except Exception as error:  # any: of a malformed answer the client makes AttributeError, KeyError, TypeError
+            raise self.broken(error, request) from error
         coding = answer.headers.get("Content-Encoding", "").lower()
         encoded = not {"", "identity", "aws-chunked"}.issuperset(re.split(r"[\s,]+", coding))
-        unread = answer.is_success or encoded or "html" in answer.headers.get("Content-Type", "").lower()
-        body = b"" if unread else self.body(answer, MAX_ERROR_BYTES).decode(errors="replace").encode()
-        told = {name: answer.headers[name] for name in ERROR_HEADERS if name in answer.headers}
-        # Without Content-Type: it may name a charset that unpacks, as bz2_codec does.
-        told = {name: printable(self.without_secrets(text)).encode() for name, text in told.items()}
-        if answer.status_code != 416:
-            like = theirs(type(answer), answer.status_code, headers=told, content=body, request=answer.request)
-            theirs(hf_raise_for_status, like)
+        if not answer.is_success and answer.status_code != 416:
+            raise self._refusal(answer, request.url, b"" if encoded else data)
         if encoded:
-            raise NoAnswer from ConnectionError(f"encoded as {coding[:50]!r}, which was not asked for")
+            raise self.broken(ConnectionError(f"encoded as {coding[:50]!r}, which was not asked for"), request)
+        return Answer(answer.status_code, answer.headers, data)
 
-    def body(self, answer, end: int) -> bytes:
+    def _body(self, answer, end: int) -> bytes:
         """The first `end` bytes of an answer; fewer if it has fewer. Where it is read to its end, the connection is kept."""
         enough = end + ("Content-Length" in answer.headers)  # without it, the end may be long in coming
         data, chunks = bytearray(), answer.iter_raw()
-        while len(data) < enough and not self.stopped.is_set() and (chunk := theirs(next, chunks, None)) is not None:
+        while len(data) < enough and not self.stopped.is_set() and (chunk := next(chunks, None)) is not None:
             data += chunk
         return bytes(memoryview(data)[:end])
+
+    def _refusal(self, answer, url, body: bytes) -> NoAnswer:
+        """What an error of the server is told as."""
+        status, code, said = answer.status_code, answer.headers.get("X-Error-Code"), answer.headers.get("X-Error-Message")
+        if code in REFUSALS:
+            return NoAnswer(REFUSALS[code], False)
+        if not said:
+            with contextlib.suppress(ValueError, msgspec.DecodeError, RecursionError):
+                said = msgspec.json.decode(body, type=dict[str, object]).get("error")
+        said = " ".join(self.without_secrets(str(said or "")).split())[:200]
+        if code is None and status == 401 and url.path.startswith("/api/") and not said.startswith("Invalid credentials"):
+            return NoAnswer(REFUSALS["RepoNotFound"], False)
+        (way, variable), wait = _proxy(url.scheme, url.host), _seconds(answer.headers.get("Retry-After", ""))
+        advice = f"it asks to wait {wait:.0f} s; try again then" if wait else "try again later"
+        if status in (401, 403):
+            advice = f"access refused; {LOG_IN}"
+        elif status == 407:
+            advice = f"give user and password in {variable or 'the address of the proxy'}"
+        why = f"the server answers HTTP {status}{way} {said}".rstrip()
+        return NoAnswer(f"{why}; {advice}", status in (408, 429) or status >= 500, wait)
+
+    def broken(self, error: Exception, request=None) -> NoAnswer:
+        """What is told where no answer came, or one of no use."""
+        url = request and request.url
+        way, variable = _proxy(url.scheme, url.host) if url else ("", "")
+        why = self.without_secrets(f"{type(error).__name__}: {error}".removesuffix(": "))[:300]
+        host = f"{url.scheme}://{url.netloc.decode()}" if url else self.endpoint
+        check = f"{variable} and NO_PROXY" if way else "the connection, HF_ENDPOINT"
+        check += f" and HF_HUB_DOWNLOAD_TIMEOUT (now {self.timeout} s)"
+        return NoAnswer(f"no usable answer from {host}{way} ({why}); check {check}")
 
     def without_secrets(self, text: str) -> str:
         """A text without the token, and without user and password of addresses."""
@@ -179,39 +200,6 @@ class Requests:
         for text in (credentials, unquote(credentials)):
             password, encoded = text.partition(":")[2], base64.b64encode(text.encode(errors="replace")).decode()
             self.secrets.update((text, encoded, password, *re.split("[/?#@]", password)))  # an address may end at these
-
-    def _explain(self, none: NoAnswer) -> tuple[str, bool, float]:
-        """What the reader can do about it; whether another attempt may help; the seconds that the server asks to wait."""
-        from huggingface_hub import errors
-
-        error, log_in = none.__cause__, "set a valid HF_TOKEN or log in with `hf auth login`"
-        for kind, why in (
-            (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set; unset it, or use Checkpoint.from_directory"),
-            (errors.HFValidationError, f"{error} For a folder use Checkpoint.from_directory"),
-            (errors.GatedRepoError, f"the repository is gated; accept its terms on its page and {log_in}"),
-            (errors.RevisionNotFoundError, "the repository has no such branch, tag or commit"),
-            (errors.RepositoryNotFoundError, f"no such repository, or a private one; check the name or {log_in}"),
-        ):
-            if isinstance(error, kind):
-                return why, False, 0
-        url = none.request and none.request.url
-        way, variable = _proxy(url.scheme, url.host) if url else ("", "")
-        answer = getattr(error, "response", None)
-        if answer is None:
-            why = self.without_secrets(f"{type(error).__name__}: {error}".removesuffix(": "))[:300]
-            host = f"{url.scheme}://{url.netloc.decode()}" if url else self.endpoint
-            check = f"{variable} and NO_PROXY" if way else "the connection, HF_ENDPOINT"
-            check += f" and HF_HUB_DOWNLOAD_TIMEOUT (now {self.timeout} s)"
-            return f"no usable answer from {host}{way} ({why}); check {check}", True, 0
-        status, asked = answer.status_code, _seconds(answer.headers.get("Retry-After", ""))
-        said = " ".join(self.without_secrets(getattr(error, "server_message", None) or "").split())[:200]
-        advice = f"it asks to wait {asked:.0f} s; try again then" if asked else "try again later"
-        if status in (401, 403):
-            advice = f"access refused; {log_in}"
-        elif status == 407:
-            advice = f"give user and password in {variable or 'the address of the proxy'}"
-        why = f"the server answers HTTP {status}{way} {said}".rstrip() + f"; {advice}"
-        return why, status in (408, 429) or status >= 500, asked
 
 
 def _proxy(scheme: str, host: str) -> tuple[str, str]:
