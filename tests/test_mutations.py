@@ -78,13 +78,13 @@ MUTATIONS = {
         "test_cli.py::test_layouts_ends_with_2_only_where_a_layout_might_serve_and_nobody_can_tell",
     ),
     "a record of another question": (
-        "dryrun/report.py::check_record",
+        "records.py::check",
         "if differ:",
         "if False:",
         "test_records.py::test_another_question_is_an_error_that_says_in_what",
     ),
     "a record of another checkpoint": (
-        "dryrun/report.py::digest",
+        "records.py::digest",
         "[(spec.name, spec.dtype, spec.shape) for spec in checkpoint.values()]",
         "sorted(checkpoint)",
         "test_records.py::test_each_change_of_a_checkpoint_changes_its_digest",

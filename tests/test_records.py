@@ -13,12 +13,13 @@ from conftest import ROOT
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.deployment import Deployment, Helper
 from glmpp.dryrun.dry_run import dry_run
-from glmpp.dryrun.report import DryRunReport, digest
+from glmpp.dryrun.report import DryRunReport
 from glmpp.errors import GlmppError
 from glmpp.lab import engine
 from glmpp.lab.layouts import logged, parts_of_layer
 from glmpp.lab.load_time import GLMPP, STOCK, LoadTimes, load_times
 from glmpp.layouts.search import layouts
+from glmpp.records import digest
 
 RECORDED = ROOT / "data" / "recorded"
 PP8 = Deployment(8, gpu="h200")
@@ -184,7 +185,7 @@ def measured(tiny, tmp_path):
 
 
 def test_of_recorded_load_times_those_are_shown_that_are_asked_for(tiny, measured):
-    found = load_times(tiny, 4, [2], (GLMPP,), repeats=2, recorded=measured).rows
+    found = load_times(tiny, 4, [2], {GLMPP: 2}, recorded=measured).rows
     assert found[["rank", "format"]].to_numpy().tolist() == [[2, GLMPP]] * 2
 
 
@@ -196,14 +197,14 @@ def test_of_recorded_load_times_those_are_shown_that_are_asked_for(tiny, measure
         (Deployment(4, layer_counts="1,2,3,6"), {}, "layer_counts"),
         (4, {"ranks": [1, 2]}, "loads of stage 1"),
         (4, {"cache": "cold"}, "cold"),
-        (4, {"repeats": 3}, "3 is asked for, 2 is recorded"),
-        (4, {"formats": ("in-memory list",)}, "in-memory list"),
+        (4, {"repeats": {STOCK: 2, GLMPP: 3}}, "3 is asked for, 2 is recorded"),
+        (4, {"repeats": {"in-memory list": 2}}, "in-memory list"),
         (4, {"reader": "fastsafetensors"}, "reader"),
-        (4, {"shard": 1}, "shard"),
+        (4, {"place": (1, 0)}, "shard"),
     ],
 )
 def test_load_times_of_another_question_are_an_error(tiny, measured, layout, options, word):
-    asked = {"ranks": [0, 2], "formats": (STOCK, GLMPP), "repeats": 2, "recorded": measured}
+    asked = {"ranks": [0, 2], "repeats": {STOCK: 2, GLMPP: 2}, "recorded": measured}
     with pytest.raises(GlmppError, match=word):
         load_times(tiny, layout, **asked | options)
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def warm(tiny) -> LoadTimes:
-    return load_times(tiny, 4, ranks=[0, 1, 2, 3], repeats=3, progress=False)
+    return load_times(tiny, 4, ranks=[0, 1, 2, 3], repeats={STOCK: 3, GLMPP: 3, FLOOR: 3})
 
 
 def test_every_load_is_a_row_whose_parts_add_up(tiny, warm):
@@ -43,7 +43,7 @@ def test_a_saved_table_comes_back(warm, tmp_path):
 
 
 def test_cold_starts_with_no_page_of_the_shards_and_ends_with_at_least_the_stages(tiny):
-    cold = load_times(tiny, 4, ranks=[1], formats=(GLMPP,), cache="cold", repeats=1, progress=False)
+    cold = load_times(tiny, 4, ranks=[1], repeats={GLMPP: 1}, cache="cold")
     (row,) = cold.rows.to_dict("records")
     if row["bytes_in_cache_before"] > 0:
         pytest.skip("this file system keeps its pages")

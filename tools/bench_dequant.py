@@ -6,20 +6,17 @@ Writes data/measurements/dequant_<device>.json with the machine. `make bench`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import platform
 import statistics
 import sys
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.update(VLLM_CONFIGURE_LOGGING="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
 
 import torch
-from machine import processor
+from machine import write
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import dequantize, quantize, spread
@@ -123,20 +120,9 @@ def main() -> int:
                 times.setdefault((name, peer), []).append(seconds(call, device))
     for key, measured in times.items():
         rows[key].update(seconds_median=statistics.median(measured), seconds_min=min(measured))
-    machine = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU only",
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "vllm", "transformers", "compressed-tensors")},
-        "date": time.strftime("%Y-%m-%d"),
-        "cache": "warm",
-        "runs": PASSES * RUNS,
-    }
-    target = DATA / "measurements" / f"dequant_{device}.json"
-    lines = ",\n".join(json.dumps(row) for row in rows.values())
-    target.write_text(f'{{"machine": {json.dumps(machine)},\n"rows": [\n{lines}\n]}}\n')
+    packages = ("torch", "vllm", "transformers", "compressed-tensors")
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU only"
+    target = write(f"dequant_{device}", list(rows.values()), packages, name, cache="warm", runs=PASSES * RUNS)
     print(f"{target.relative_to(DATA.parent)}: {len(rows)} rows")
     return 0
 

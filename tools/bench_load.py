@@ -9,21 +9,18 @@ Each writes a file in data/measurements with the machine.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import statistics
 import sys
 import time
-from importlib.metadata import version
 
+import machine
 import torch
-from machine import processor
 
 from glmpp.dryrun.deployment import Deployment
 from glmpp.formats.shard import read_shard
 from glmpp.lab.load_time import FILTERED, FLOOR, GLMPP, STOCK, load_times
-from glmpp.lab.notebook import DATA, all_names_checkpoint
+from glmpp.lab.notebook import all_names_checkpoint
 from glmpp.partition import OTHER_STAGE, make_stages
 from glmpp.progress import progress_bar
 
@@ -88,7 +85,7 @@ def experts() -> None:
     """Seconds of whole loads, warm; bytes that are read, by what is in the page cache after a cold one."""
     checkpoint, rows = all_names_checkpoint(), []
     for cache, runs in (("warm", SPREAD_RUNS), ("cold", 1)):
-        times = load_times(checkpoint, SPREAD, [0], (STOCK, FILTERED, GLMPP), cache, runs, replica=REPLICA)
+        times = load_times(checkpoint, SPREAD, [0], dict.fromkeys((STOCK, FILTERED, GLMPP), runs), cache, place=(0, REPLICA))
         for (_, form), row in times.median(cache).iterrows():
             said = {"seconds_median": float(row.total), "tensors": int(row.tensors), "bytes": int(row.bytes_handed)}
             read = {} if cache == "warm" else {"bytes_read": int(row.bytes_read)}
@@ -103,7 +100,9 @@ def sizes() -> None:
     load = os.getloadavg()[0]
     for size in SIZES:
         rank = 3 * size // 8
-        for (_, form), row in load_times(checkpoint, size, [rank], (STOCK, GLMPP), "warm", SPREAD_RUNS).median().iterrows():
+        for (_, form), row in (
+            load_times(checkpoint, size, [rank], {STOCK: SPREAD_RUNS, GLMPP: SPREAD_RUNS}).median().iterrows()
+        ):
             said = {"seconds_median": float(row.total), "tensors": int(row.tensors), "bytes": int(row.bytes_handed)}
             peer = f"PP={size}, stage {rank}, {form}"
             files = int(row.files_opened) or None  # not counted at PP=1, where vLLM's own reader is at work
@@ -113,19 +112,8 @@ def sizes() -> None:
 
 
 def write(name: str, checkpoint, what: str, how: dict, rows: list[dict], *packages: str) -> None:
-    machine = {
-        "device": "CPU only",
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "vllm", "safetensors", *packages)},
-        "checkpoint": f"{len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:.2f} GB, {what}",
-        "date": time.strftime("%Y-%m-%d"),
-        **how,
-    }
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    (DATA / "measurements" / f"{name}.json").write_text(f'{{"machine": {json.dumps(machine)},\n"rows": [\n{lines}\n]}}\n')
+    told = f"{len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:.2f} GB, {what}"
+    machine.write(name, rows, ("torch", "vllm", "safetensors", *packages), checkpoint=told, **how)
     for row in rows:
         print(f"{row['peer']:<45}{row['seconds_median']:>9.3f} s")
 
@@ -139,17 +127,12 @@ def stage() -> None:
     rows = []
 
     for reader in (None, "runai_streamer", "fastsafetensors"):
-        times = load_times(checkpoint, PP_SIZE, [RANK], (GLMPP,) if reader else (STOCK, GLMPP, FLOOR), "warm", RUNS, reader)
+        repeats = dict.fromkeys((GLMPP,) if reader else (STOCK, GLMPP, FLOOR), RUNS)
+        times = load_times(checkpoint, PP_SIZE, [RANK], repeats, reader=reader)
         for (_, form), row in times.median().iterrows():
             peer = f"load, {form}" + (f" with {reader}" if reader else "")
-            rows.append(
-                {
-                    "peer": peer,
-                    "seconds_median": float(row.total),
-                    "tensors": int(row.tensors),
-                    "bytes": int(row.bytes_handed),
-                }
-            )
+            said = {"seconds_median": float(row.total), "tensors": int(row.tensors), "bytes": int(row.bytes_handed)}
+            rows.append({"peer": peer, **said})
 
     into = torch.zeros(size, dtype=torch.uint8)
     source = torch.ones(size, dtype=torch.uint8)

@@ -5,7 +5,6 @@ The work is done in forks of a process that has imported vLLM (`glmpp.dryrun.chi
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,11 +12,12 @@ from pathlib import Path
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.deployment import Deployment, Helper
 from glmpp.dryrun.installed import NO_VLLM, vllm_version
-from glmpp.dryrun.report import DryRunReport, assemble, digest
+from glmpp.dryrun.report import DryRunReport, assemble
 from glmpp.dryrun.workers import TIMEOUT, run_group, run_stages
 from glmpp.errors import GlmppError, short, whole
 from glmpp.partition import EXPERT
 from glmpp.progress import progress_bar
+from glmpp.records import digest, recording
 from glmpp.serving import fixes
 
 MAX_CONTEXT = 10**9  # tokens of a request
@@ -103,7 +103,7 @@ def dry_run(
 
     evidence = {**asked, "seconds": time.perf_counter() - started, "messages": messages}
     report = assemble(evidence, checkpoint, deployment, stages)
-    if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
+    if recorded is not None and recording():
         report.save(recorded)
     return report
 

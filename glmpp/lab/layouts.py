@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from glmpp import records
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.installed import vllm_version
-from glmpp.dryrun.report import check_record, digest
 from glmpp.formats.config import load_config
 from glmpp.formats.tensor import TensorSpec
-from glmpp.lab.notebook import DATA, RECORDED, RECORDING, ROOT
+from glmpp.lab.notebook import DATA, RECORDED, ROOT
 from glmpp.layouts.layout import Layouts
 from glmpp.layouts.search import layouts, question
 
@@ -35,7 +35,7 @@ HERE, NOWHERE = "all", ""
 def layouts_on(checkpoint: Checkpoint, gpus: int, live: bool) -> Layouts:
     """Every layout of so many H200: live, or as it was recorded. While results are recorded, live."""
     recorded = RECORDED / f"layouts_{gpus}.json"
-    if live or RECORDING:
+    if live or records.recording():
         return layouts(checkpoint, gpus, "h200", recorded=recorded)
     return Layouts.load(recorded, question(checkpoint, gpus, "h200"))
 
@@ -48,11 +48,9 @@ def parts_of_layer(checkpoint: Checkpoint, deployment: Deployment, layer: int, r
     Returns:
         Parts in rows, GPUs in columns.
     """
-    asked = {"checkpoint": digest(checkpoint), "layout": deployment.layout, "layer": layer, "gpu": deployment.gpu}
-    if vllm_version() is None or not (live or RECORDING):
-        content = json.loads(recorded.read_text())
-        check_record(recorded, asked, content)
-        return pd.DataFrame(content["table"]).rename(columns=int)
+    asked = {"checkpoint": records.digest(checkpoint), "layout": deployment.layout, "layer": layer, "gpu": deployment.gpu}
+    if vllm_version() is None or not (live or records.recording()):
+        return pd.DataFrame(records.read(recorded, asked)["table"]).rename(columns=int)
     (stage,) = [one.rank for one in deployment.stages(checkpoint.config) if layer in one.layers]
     ranks = [(stage, shard, 0) for shard in range(deployment.tp)]
     report = dry_run(checkpoint, replace(deployment, guard="loader"), ranks=ranks, control=False)
@@ -61,7 +59,7 @@ def parts_of_layer(checkpoint: Checkpoint, deployment: Deployment, layer: int, r
     for one in report.stages:
         held = _elements({name: size for name, (_, size) in one.ledger.parameters.items()}, layer)
         table[stage * deployment.tp + one.shard] = [_share(held[part], whole[part], part, one.experts) for part in PARTS]
-    if RECORDING:
+    if records.recording():
         recorded.write_text(json.dumps({**asked, "table": json.loads(table.to_json())}, indent=1) + "\n")
     return table
 
@@ -84,7 +82,7 @@ def logged(recorded: Path) -> pd.DataFrame:
     rows = [{"model": name, "on": log["gpus"], "logged": log["said"][-1], "TP": log["tp"]} for name, log in logs.items()]
     if vllm_version() is None:
         found = pd.DataFrame(json.loads(recorded.read_text()))
-        check_record(recorded, {"logs": rows}, {"logs": found[list(rows[0])].to_dict("records")})
+        records.check(recorded, {"logs": rows}, {"logs": found[list(rows[0])].to_dict("records")})
         return found
     for row, log in zip(rows, logs.values()):
         config = load_config(ROOT / log["config"]) if isinstance(log["config"], str) else log["config"]
@@ -94,7 +92,7 @@ def logged(recorded: Path) -> pd.DataFrame:
         bytes_logged = log["available_gib"] * 2**30 / log["tokens"]
         here = one.memory.kv_cache.bytes_per_token
         row |= {"bytes per token, logged": bytes_logged, "here": here, "off by, %": 100 * (here / bytes_logged - 1)}
-    if RECORDING:
+    if records.recording():
         recorded.write_text(json.dumps(rows, indent=1) + "\n")
     return pd.DataFrame(rows)
 

@@ -6,20 +6,16 @@ Three ways, side by side: vLLM's stock load (with the skip, without which an aff
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
 
+from glmpp import records
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.deployment import Deployment
-from glmpp.dryrun.dry_run import question
+from glmpp.dryrun.dry_run import question, stage_request
 from glmpp.dryrun.installed import NO_VLLM, vllm_version
-from glmpp.dryrun.report import check_record
 from glmpp.dryrun.workers import ask
 from glmpp.errors import GlmppError
 from glmpp.partition import make_stages, stage_bytes
@@ -29,7 +25,8 @@ STOCK, GLMPP, FLOOR = "stock", "glmpp", "in-memory list"
 FILTERED = "stock, filter of experts on"
 PARTS = ("choosing", "reading", "dequantising", "vllm")
 LAYOUT = ("checkpoint", "pp_size", "tp_size", "dp_size", "ep", "layer_counts")  # of a deployment; the rest has no part in it
-READERS = ("safetensors", "runai_streamer", "fastsafetensors")
+READERS = (None, "safetensors", "runai_streamer", "fastsafetensors")
+THREE_EACH = {STOCK: 3, GLMPP: 3, FLOOR: 3}
 
 
 @dataclass
@@ -42,7 +39,7 @@ class LoadTimes:
             `load_weights`, and the copies into parameters, which is where mapped bytes are read), in seconds; `tensors`
             and `bytes_handed` to the model; `files_opened`; cold only: `bytes_in_cache_before`, `bytes_read`.
         machine: what it was measured on.
-        recorded: None for a live run; otherwise when and where it was recorded.
+        recorded: None for a live run; otherwise when it was recorded.
         question: the checkpoint's digest, the layout, the rank of each stage and the reader.
     """
 
@@ -53,8 +50,7 @@ class LoadTimes:
 
     @property
     def source(self) -> str:
-        made = ", ".join(f"{name} {value}" for name, value in self.machine.items())
-        return f"recorded {self.recorded} ({made})" if self.recorded else f"live ({made})"
+        return records.caption(self.recorded, self.machine)
 
     def median(self, cache: str = "warm") -> pd.DataFrame:
         """Of each rank and format the load with the median total, so that its parts add up; indexed by both."""
@@ -64,56 +60,48 @@ class LoadTimes:
         return rows[middle].set_index(["rank", "format"]).sort_index()
 
     def save(self, path: str | Path) -> None:
-        lines = ",\n".join(json.dumps(row) for row in self.rows.to_dict("records"))
-        made = f"on {time.strftime('%Y-%m-%d')}"
-        head = f'{{"recorded": {json.dumps(made)}, "machine": {json.dumps(self.machine)}'
-        head += f', "question": {json.dumps(self.question)}'
-        Path(path).write_text(f'{head},\n"rows": [\n{lines}\n]}}\n')
+        head = {"recorded": records.today(), "machine": self.machine, "question": self.question}
+        records.write(path, head, "rows", self.rows.to_dict("records"))
 
     @classmethod
     def load(cls, path: str | Path) -> LoadTimes:
-        content = json.loads(Path(path).read_text())
-        return cls(pd.DataFrame(content["rows"]), content["machine"], content["recorded"], content.get("question", {}))
+        content = records.read(path)
+        return cls(pd.DataFrame(content.pop("rows")), **content)
 
-    def only(self, path: str | Path, question: dict, ranks: list[int], cache: str, repeats: dict[str, int]) -> LoadTimes:
-        """Of a record the loads that are asked for. Raises GlmppError if it answers another question, or lacks some."""
-        check_record(path, question, self.question)
+    def only(self, path: str | Path, ranks: list[int], cache: str, repeats: dict[str, int]) -> LoadTimes:
+        """Of a record the loads that are asked for. Raises GlmppError if it lacks some."""
         rows = self.rows[self.rows["rank"].isin(ranks) & (self.rows.cache == cache) & self.rows.format.isin(repeats)]
-        counted = rows.groupby(["rank", "format"]).size().to_dict()
-        asked = {f"loads of stage {rank}, {form}, {cache}": times for rank in ranks for form, times in repeats.items()}
-        found = {
-            f"loads of stage {rank}, {form}, {cache}": counted.get((rank, form), 0) for rank in ranks for form in repeats
-        }
-        check_record(path, asked, found)
+        counted = rows.groupby(["rank", "format"]).size()
+        asked, found = {}, {}
+        for rank, form in ((rank, form) for rank in ranks for form in repeats):
+            what = f"loads of stage {rank}, {form}, {cache}"
+            asked[what], found[what] = repeats[form], int(counted.get((rank, form), 0))
+        records.check(path, asked, found)
         return replace(self, rows=rows.reset_index(drop=True))
 
 
 def load_times(
     checkpoint: Checkpoint,
-    pp_size: int | Deployment,
+    deployment: int | Deployment,
     ranks: list[int] | None = None,
-    formats: tuple[str, ...] = (STOCK, GLMPP, FLOOR),
+    repeats: dict[str, int] = THREE_EACH,
     cache: str = "warm",
-    repeats: int | dict[str, int] = 3,
-    reader: str | None = None,
-    shard: int = 0,
-    replica: int = 0,
     recorded: str | Path | None = None,
-    progress: bool | None = None,
+    reader: str | None = None,
+    place: tuple[int, int] = (0, 0),
 ) -> LoadTimes:
     """Load stages of a checkpoint folder with the installed vLLM's own classes, in a child process, on the CPU.
 
     Args:
         checkpoint: from a folder.
-        pp_size: pipeline stages, or a deployment.
+        deployment: pipeline stages, or a deployment.
         ranks: stages to load; default all.
-        formats: of STOCK, FILTERED, GLMPP, FLOOR. FILTERED is STOCK with vLLM's filter of experts on. These two have the
-            kit's helper in the place of an affected release's.
+        repeats: format -> loads of each stage; formats are STOCK, FILTERED, GLMPP, FLOOR. FILTERED is STOCK with vLLM's
+            filter of experts on. These two have the kit's helper in the place of an affected release's.
         cache: "warm": all shards have been read before; "cold": they are dropped from the page cache before each load.
-        repeats: loads of each stage, for all formats or by format.
-        shard, replica: which rank of each stage.
-        reader: the load format's reader, see `glmpp.serving.load_format.StageModelLoader`; GLMPP only.
         recorded: where to save to with GLMPP_RECORD=1, and what to return where vLLM is not installed.
+        reader: the load format's reader, see `glmpp.serving.load_format.StageModelLoader`; GLMPP only.
+        place: shard and replica of the rank of each stage.
 
     Raises:
         GlmppError: vLLM is not installed (and nothing was recorded, or of another question), no folder, or the child broke
@@ -121,52 +109,46 @@ def load_times(
     """
     if checkpoint.directory is None:
         raise GlmppError("load_times needs a checkpoint with files: from_directory, or write_checkpoint")
-    if cache not in ("warm", "cold") or (reader is not None and reader not in READERS):
-        raise GlmppError(f"cache={cache!r}, reader={reader!r}: choose warm or cold, and one of {', '.join(READERS)}")
-    deployment = Deployment.of(pp_size)
+    if cache not in ("warm", "cold") or reader not in READERS:
+        raise GlmppError(f"cache={cache!r}, reader={reader!r}: choose warm or cold, and one of {', '.join(READERS[1:])}")
+    deployment = Deployment.of(deployment)
     ranks = list(range(deployment.pp)) if ranks is None else ranks
-    rows = []
-    counted = {form: repeats[form] if isinstance(repeats, dict) else repeats for form in formats}
-    layout = {name: value for name, value in question(checkpoint, deployment).items() if name in LAYOUT}
-    asked = {**layout, "shard": shard, "replica": replica, "reader": reader}
+    of_a_stage = {"shard": place[0], "replica": place[1], "reader": reader}
+    layout = question(checkpoint, deployment)
+    asked = {name: layout[name] for name in LAYOUT} | of_a_stage
     if vllm_version() is None:
         if recorded is None:
             raise GlmppError(NO_VLLM)
-        return LoadTimes.load(recorded).only(recorded, asked, ranks, cache, counted)
-    loads = len(ranks) * sum(counted[form] for form in formats)
-    with progress_bar(what=f"loading, {cache}", total=loads, show=progress) as bar:
-        for form in formats:
+        found = LoadTimes.load(recorded)
+        records.check(recorded, asked, found.question)
+        return found.only(recorded, ranks, cache, repeats)
+    rows = []
+    with progress_bar(what=f"loading, {cache}", total=len(ranks) * sum(repeats.values())) as bar:
+        for form, times in repeats.items():
+            served = replace(deployment, guard="helper" if form in (STOCK, FILTERED) else "loader", gpu="cpu")
             request = {
+                **stage_request(checkpoint, served, "real"),
+                **of_a_stage,
                 "kind": "load_time",
                 "format": form,
-                "guard": "helper" if form in (STOCK, FILTERED) else "loader",
-                "helper": "glmpp.loader:load_fp8_indexer_wk",
-                "callers": None,
-                "weights": "real",
-                "gpu": "cpu",
-                "strict": False,
-                "all_deaths": False,
                 "tensors": [],
-                "layer_counts": deployment.partition,
                 "model": str(checkpoint.directory.resolve()),
                 "files": sorted({spec.file for spec in checkpoint.values()}),
                 "size": deployment.pp,
                 "shards": deployment.tp,
                 "replicas": deployment.dp,
                 "ep": deployment.ep,
-                "shard": shard,
-                "replica": replica,
                 "ranks": ranks,
                 "cache": cache,
-                "repeats": counted[form],
+                "repeats": times,
                 "reader": reader if form == GLMPP else None,
             }
             messages = ask(request, bar)
             rows += [message for message in messages if message["kind"] == "load"]
             versions = next(message["versions"] for message in messages if message["kind"] == "ready")
-    machine = {**versions, "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, CPU only"}
+    machine = {**versions, "system": f"{records.SYSTEM}, CPU only"}
     times = LoadTimes(pd.DataFrame(rows).drop(columns="kind"), machine, question=asked)
-    if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
+    if recorded is not None and records.recording():
         times.save(recorded)
     return times
 
@@ -185,12 +167,10 @@ def project(times: LoadTimes, small: Checkpoint, real: Checkpoint, pp_size: int,
     Returns:
         As `LoadTimes.median()`: (rank, format) -> seconds by part, and `total`.
     """
-    table = times.median().drop(index=FLOOR, level="format", errors="ignore")[[*PARTS]].astype(float).copy()
-    stages, small_stages = make_stages(real.config, pp_size), make_stages(small.config, pp_size)
-    kept, small_kept = stage_bytes(real, stages), stage_bytes(small, small_stages)
+    table = times.median().drop(index=FLOOR, level="format", errors="ignore")[[*PARTS]].astype(float)
+    kept, small_kept = (stage_bytes(one, make_stages(one.config, pp_size)) for one in (real, small))
     for rank, form in table.index:
         moved = kept[rank] if form == GLMPP else real.nbytes
         table.loc[(rank, form), "vllm"] += moved / bytes_per_second
         table.loc[(rank, form), "dequantising"] *= kept[rank] / small_kept[rank]
-    table["total"] = table.sum(axis=1)
-    return table
+    return table.assign(total=table.sum(axis=1))

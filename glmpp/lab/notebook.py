@@ -6,19 +6,17 @@ import ast
 import difflib
 import importlib.util
 import inspect
-import json
-import os
 import platform
 import shutil
 import textwrap
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
+from glmpp import records
 from glmpp.checkpoint import Checkpoint
 from glmpp.dequant import dequantize, quantize
 from glmpp.dryrun.installed import vllm_version
@@ -34,28 +32,19 @@ GLM_CONFIG = DATA / "glm-5.1-fp8" / "config.json"
 TINY_CHECKPOINT = DATA / "generated" / "glm-5.1-tiny"
 ALL_NAMES_CHECKPOINT = DATA / "generated" / "glm-5.1-all-names"
 RECORDED = DATA / "recorded"
-RECORDING = os.environ.get("GLMPP_RECORD") == "1"  # what is run is recorded, so all of it is
+RECORDING = records.recording()  # what is run is recorded, so all of it is
 
 
 def environment() -> pd.DataFrame:
     """Versions and hardware that the following cells run on."""
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: CPU only"
     pretended = gpu_of(default_target())
     rows = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "vllm": vllm_version() or "not installed: recorded results are shown, labelled as recorded",
-        "transformers": installed("transformers"),
-        "safetensors": installed("safetensors"),
-        "glmpp": installed("glmpp"),
-        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        **{package: records.installed(package) or "not installed" for package in ("transformers", "safetensors", "glmpp")},
+        "system": records.SYSTEM,
         "GPU": gpu,
         "dry runs pretend": f"{pretended.title}, {pretended.architecture}",
     }
@@ -139,7 +128,7 @@ def _generated(directory: Path, config: dict, **options: Any) -> Checkpoint:
 
 def measurements(name: str) -> tuple[dict[str, Any], pd.DataFrame]:
     """A benchmark's machine and rows, from data/measurements."""
-    content = json.loads((DATA / "measurements" / f"{name}.json").read_text())
+    content = records.read(DATA / "measurements" / f"{name}.json")
     return content["machine"], pd.DataFrame(content["rows"])
 
 
@@ -151,7 +140,7 @@ def trained_checkpoint():
     return Checkpoint.from_directory(Path(spec.submodule_search_locations[0]) / "model")
 
 
-def gpu_bandwidth(weight: torch.Tensor, runs: int = 20) -> str | None:
+def gpu_bandwidth(weight: torch.Tensor) -> str | None:
     """Bandwidth of `dequantize` on this machine's GPU beside that of a device copy; None without CUDA.
 
     Bytes are those that have to move: one read and two written per element, two read and two written by the copy.
@@ -160,18 +149,13 @@ def gpu_bandwidth(weight: torch.Tensor, runs: int = 20) -> str | None:
         return None
     codes, scale = (tensor.cuda() for tensor in quantize(weight))
     out = torch.empty(codes.shape, dtype=torch.bfloat16, device="cuda")
-    source = torch.ones_like(out)
+    from torch.utils.benchmark import Timer  # it warns where there is no CUDA
 
-    def milliseconds(call: Callable[[], Any]) -> float:
-        call()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(runs):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / runs
+    names = {"codes": codes, "scale": scale, "out": out, "source": torch.ones_like(out), "dequantize": dequantize}
 
-    ours = 3 * codes.numel() / milliseconds(lambda: dequantize(codes, scale, out=out, check=False)) / 1e6
-    copy = 4 * codes.numel() / milliseconds(lambda: out.copy_(source)) / 1e6
+    def seconds(call: str) -> float:  # the timer warms up, and waits for the GPU
+        return Timer(call, globals=names).timeit(20).mean
+
+    ours = 3 * codes.numel() / seconds("dequantize(codes, scale, out=out, check=False)") / 1e9
+    copy = 4 * codes.numel() / seconds("out.copy_(source)") / 1e9
     return f"{torch.cuda.get_device_name()}: dequantize {ours:.0f} GB/s, copy {copy:.0f} GB/s, ratio {ours / copy:.2f}"

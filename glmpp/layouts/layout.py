@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from glmpp import records
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.fit import Fit, Memory
-from glmpp.dryrun.report import check_record
 from glmpp.dryrun.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
 from glmpp.gpus import GPU, gpu_of
 
@@ -98,7 +94,7 @@ class Layouts:
         asked: GPUs in all; tokens of a request.
         left: sizes that were not tried -> why.
         seconds: it took, on this machine.
-        checkpoint: see `glmpp.dryrun.report.digest`.
+        checkpoint: see `glmpp.records.digest`.
     """
 
     layouts: list[Layout]
@@ -121,22 +117,18 @@ class Layouts:
     @property
     def source(self) -> str:
         """One line for a caption."""
-        made = ", ".join(f"{name} {version}" for name, version in self.versions.items()) + f"; a pretended {self.gpu.name}"
-        return f"recorded {self.recorded} ({made})" if self.recorded else f"live ({made})"
+        return records.caption(self.recorded, self.versions, f"a pretended {self.gpu.name}")
 
     def save(self, path: str | Path) -> None:
         """Write it down, with the day and the machine, so that `load` can show it where vLLM is not."""
-        made = f"on {time.strftime('%Y-%m-%d')} on {platform.machine()}, {os.cpu_count()} cores, CPU only"
-        lines = ",\n".join(json.dumps(one.plain()) for one in self.layouts)
         head = {name: getattr(self, name) for name in ("asked", "utilization", "left", "versions", "seconds", "checkpoint")}
-        head = {"recorded": made, "gpu": self.gpu.name, **head}
-        Path(path).write_text(json.dumps(head)[:-1] + f', "layouts": [\n{lines}\n]}}\n')
+        head = {"recorded": f"{records.today()} on {records.MACHINE}", "gpu": self.gpu.name, **head}
+        records.write(path, head, "layouts", [one.plain() for one in self.layouts])
 
     @classmethod
     def load(cls, path: str | Path, question: dict | None = None) -> Layouts:
         """Read a record. Raises GlmppError if it answers another question, see `glmpp.layouts.search.question`."""
-        content = json.loads(Path(path).read_text())
-        check_record(path, question or {}, content)
+        content = records.read(path, question)
         gpu = gpu_of(content.pop("gpu"))
         found = [Layout.of(plain, gpu, content["utilization"]) for plain in content.pop("layouts")]
         return cls(found, gpu=gpu, **{**content, "asked": tuple(content["asked"])})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +12,7 @@ from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import MAX_CONTEXT, other_ranks, run_of, stage_request, with_ranks
 from glmpp.dryrun.fit import Fit, Memory
 from glmpp.dryrun.installed import NO_VLLM, vllm_version
-from glmpp.dryrun.report import DryRunReport, assemble, digest
+from glmpp.dryrun.report import DryRunReport, assemble
 from glmpp.dryrun.stage_report import INCOMPLETE, LOADS, StageReport
 from glmpp.dryrun.workers import TIMEOUT, run_stages
 from glmpp.errors import GlmppError, positive, whole
@@ -24,6 +23,7 @@ from glmpp.layouts.layout import Layout, Layouts
 from glmpp.layouts.split import balance_cache, cache_cost, largest
 from glmpp.partition import MAX_GPUS
 from glmpp.progress import progress_bar
+from glmpp.records import digest, recording
 
 CONTEXT = 131_072  # tokens of a request, unless asked otherwise
 WORTH_IT = 1.01  # of the tokens of vLLM's split: below it a split of its own is not worth a variable
@@ -86,7 +86,7 @@ def layouts(
         seconds=time.perf_counter() - started,
         checkpoint=digest(checkpoint),
     )
-    if recorded is not None and os.environ.get("GLMPP_RECORD") == "1":
+    if recorded is not None and recording():
         result.save(recorded)
     return result
 

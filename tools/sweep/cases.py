@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glmpp import records
 from glmpp.dryrun.stage_report import LOADS
 from glmpp.gpus import CPU
 from glmpp.ledger import UnloadedParam
@@ -100,9 +99,7 @@ class Sweep:
     @property
     def source(self) -> str:
         """One line for a caption."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        made = f"{versions}; target {self.gpu}; {self.machine}"
-        return f"recorded {self.recorded} ({made})" if self.recorded else f"live ({made})"
+        return records.caption(self.recorded, self.versions, f"target {self.gpu}", self.machine)
 
     @property
     def counted(self) -> list[Case]:
@@ -178,14 +175,13 @@ class Sweep:
         return replace(self, cases=kept)
 
     def save(self, path: str | Path) -> None:
-        head = {"recorded": f"on {time.strftime('%Y-%m-%d')}", "versions": self.versions, "machine": self.machine}
+        head = {"recorded": records.today(), "versions": self.versions, "machine": self.machine}
         head |= {"gpu": self.gpu, "seconds": round(self.seconds), "tried": self.tried}
-        lines = ",\n".join(json.dumps(asdict(case)) for case in self.cases)
-        Path(path).write_text(json.dumps(head)[:-1] + f', "cases": [\n{lines}\n]}}\n')
+        records.write(path, head, "cases", map(asdict, self.cases))
 
     @classmethod
     def load(cls, path: str | Path) -> Sweep:
-        content = json.loads(Path(path).read_text())
+        content = records.read(path)
         for case in content["cases"]:
             case["verdicts"] = {int(size): verdict for size, verdict in case["verdicts"].items()}
             case["findings"] = [Finding(**found) for found in case["findings"]]

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from glmpp.dryrun.releases import NOT_KNOWN, NOT_THERE, PP, RECORD, Known, Record, Release
 from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
+from glmpp.records import MACHINE, as_text, today
 from sweep.cases import Case, Sweep
-from sweep.run import MACHINE, call_in_vllm, today, try_all, try_case
+from sweep.run import call_in_vllm, try_all, try_case
 
 VARIANTS, TIED = ("plain", "fp8"), "tied"
 WORST_FIRST = (DIES, CANNOT_BUILD, INCOMPLETE, NOT_KNOWN, LOADS)
@@ -103,6 +104,5 @@ def save(record: Record, path: str | Path = RECORD) -> None:
     for name, release in record.releases.items():
         head = asdict(release)
         known = {one: said if said["why"] else said["verdict"] for one, said in head.pop("architectures").items()}
-        lines = ",\n".join(f"{json.dumps(one)}: {json.dumps(said)}" for one, said in known.items())
-        parts.append(f'{json.dumps(name)}: {json.dumps(head)[:-1]}, "architectures": {{\n{lines}\n}}}}')
+        parts.append(f"{json.dumps(name)}: {as_text(head, 'architectures', known)}")
     Path(path).write_text("{\n" + ",\n".join(parts) + "\n}\n")

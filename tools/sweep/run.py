@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import re
 import tempfile
 import time
@@ -30,6 +29,7 @@ from glmpp.dryrun.workers import TIMEOUT, run_stages
 from glmpp.errors import GlmppError
 from glmpp.gpus import target_name
 from glmpp.progress import progress_bar
+from glmpp.records import MACHINE
 from sweep.block_fp8 import write_block_fp8
 from sweep.cases import Case, Finding, Sweep
 
@@ -37,7 +37,6 @@ SIZES = (1, 2, 3)
 VARIANTS = ("plain", "tied", "fp8")
 SECONDS_PER_CASE = 120
 FOLDER = re.compile(r"/[^\s'\"]*glmpp-\w+(/model)?")  # of a case's checkpoint
-MACHINE = f"{platform.machine()}, {os.cpu_count()} cores, CPU only"
 TOOLS = Path(__file__).resolve().parents[1]
 
 
@@ -84,10 +83,6 @@ def try_all(try_one: Callable, cases: list, what: str, workers: int | None, prog
     """What a function returns for each case, some of them at a time, under a bar that says what is done."""
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return list(progress_bar(pool.map(try_one, cases), what, total=len(cases), show=progress))
-
-
-def today() -> str:
-    return f"on {time.strftime('%Y-%m-%d')}"
 
 
 def try_case(architecture: str, variant: str, gpu: str, sizes: tuple[int, ...] = SIZES) -> Case:

@@ -6,7 +6,6 @@ parameter. What the load format refuses must be incomplete in stock's load, too.
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 import time
@@ -14,12 +13,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from glmpp import records
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.stage_report import INCOMPLETE, LOADS, StageReport
 from glmpp.errors import GlmppError
 from glmpp.gpus import target_name
 from glmpp.ledger import CUT
-from sweep.run import FOLDER, MACHINE, call_in_vllm, dry_runs, tiny_checkpoint, today, try_all
+from sweep.run import FOLDER, call_in_vllm, dry_runs, tiny_checkpoint, try_all
 
 SIZES = (1, 2)
 EQUAL, REFUSED, NOT_COMPARABLE = "equal", "refused", "not comparable"
@@ -66,19 +66,16 @@ class Comparison:
     @property
     def source(self) -> str:
         """One line for a caption."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return (
-            f"recorded {self.recorded} ({versions}; target {self.gpu}; {self.machine}): {len(self.cases)} of {self.of} cases"
-        )
+        made = records.caption(self.recorded, self.versions, f"target {self.gpu}", self.machine)
+        return f"{made}: {len(self.cases)} of {self.of} cases"
 
     def save(self, path: str | Path) -> None:
         head = {**asdict(self), "seconds": round(self.seconds)}
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(case)}" for name, case in head.pop("cases").items())
-        Path(path).write_text(json.dumps(head)[:-1] + f', "cases": {{\n{lines}\n}}}}\n')
+        records.write(path, head, "cases", head.pop("cases"))
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
-        content = json.loads(Path(path).read_text())
+        content = records.read(path)
         return cls(**{**content, "cases": {name: Compared(**case) for name, case in content["cases"].items()}})
 
 
@@ -98,7 +95,7 @@ def compare(
     _, versions = call_in_vllm("known_architectures", gpu)
     compared = try_all(lambda case: compare_case(*case, gpu), cases, "comparing bytes", workers, progress)
     done = {", ".join(case): one for case, one in zip(cases, compared)}
-    return Comparison(done, len(cases), versions, MACHINE, gpu, time.perf_counter() - started, today())
+    return Comparison(done, len(cases), versions, records.MACHINE, gpu, time.perf_counter() - started, records.today())
 
 
 def compare_case(architecture: str, variant: str, gpu: str) -> Compared:

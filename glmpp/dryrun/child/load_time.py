@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader import get_model_loader
@@ -43,49 +47,42 @@ class Clock:
             self.nbytes += pair[1].nbytes
             yield pair
 
-    def wrap_helpers(self) -> None:
-        """Put the clock around the helper in every vLLM module that calls it."""
-        for module in list(sys.modules.values()):
-            helper = getattr(module, HELPER, None)
-            if helper is not None and module.__name__.startswith("vllm."):
-                setattr(module, HELPER, self.timed(getattr(helper, "__wrapped_by_clock__", helper)))
+    @contextlib.contextmanager
+    def around_helpers(self) -> Iterator[None]:
+        """The clock around the helper in every vLLM module that calls it."""
+        with contextlib.ExitStack() as stack:
+            for name, module in list(sys.modules.items()):
+                if name.startswith("vllm.") and (helper := getattr(module, HELPER, None)):
+                    stack.enter_context(mock.patch.object(module, HELPER, self.timed(helper)))
+            yield
 
     def timed(self, helper):
         def call(name, *arguments, **keywords):
-            if ".indexer.wk." not in name:
-                return helper(name, *arguments, **keywords)
             started = time.perf_counter()
             handled = helper(name, *arguments, **keywords)
-            self.dequantising += time.perf_counter() - started
+            if ".indexer.wk." in name:
+                self.dequantising += time.perf_counter() - started
             return handled
 
-        call.__wrapped_by_clock__ = helper
         return call
 
 
 def read_through(path: Path) -> None:
     """Bring a file into the page cache."""
-    with path.open("rb", buffering=0) as file:
-        while file.read(1 << 24):
-            pass
+    with path.open("rb", buffering=0) as file, open(os.devnull, "wb") as nowhere:
+        shutil.copyfileobj(file, nowhere, 1 << 24)
 
 
 def resident_bytes(path: Path) -> int:
     """Bytes of a file that are in the page cache, mincore(2)."""
-    size = path.stat().st_size
-    if size == 0:
+    if path.stat().st_size == 0:
         return 0
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as mapping:
-        pages = -(-size // mmap.PAGESIZE)
-        vector = (ctypes.c_ubyte * pages)()
-        address = ctypes.c_char.from_buffer(mapping)
-        failed = ctypes.CDLL(None, use_errno=True).mincore(
-            ctypes.c_void_p(ctypes.addressof(address)), ctypes.c_size_t(size), vector
-        )
-        del address
-    if failed:
+    mapped = np.memmap(path, np.uint8, "r")
+    pages = np.zeros(-(-mapped.size // mmap.PAGESIZE), np.uint8)
+    mincore = ctypes.CDLL(None, use_errno=True).mincore
+    if mincore(ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(mapped.size), ctypes.c_void_p(pages.ctypes.data)):
         raise OSError(ctypes.get_errno(), "mincore")
-    return sum(page & 1 for page in bytes(vector)) * mmap.PAGESIZE
+    return int((pages & 1).sum()) * mmap.PAGESIZE
 
 
 def drop_from_cache(paths: list[Path]) -> int:
@@ -141,10 +138,10 @@ class Bench:
         """One load; from a list in memory if one is given, otherwise by the loader that vLLM chooses."""
         self.stages.guard.reset()
         clock = Clock()
-        clock.wrap_helpers()
         loader = clocked(type(get_model_loader(self.config.load_config)), clock)(self.config.load_config)
         stayed = drop_from_cache(self.shards) if cache == "cold" else None
-        with set_current_vllm_config(self.config), set_default_torch_dtype(self.config.model_config.dtype):
+        dtype = self.config.model_config.dtype
+        with set_current_vllm_config(self.config), set_default_torch_dtype(dtype), clock.around_helpers():
             started = time.perf_counter()
             if weights is None:
                 loader.load_weights(self.model, self.config.model_config)

