@@ -129,7 +129,7 @@ def test_a_pair_of_folders_is_compared_tensor_by_tensor(tiny, tmp_path):
     """An FP8 checkpoint and its BF16 sibling: the same names, found by name, whatever the shards."""
     bf16_config = {key: value for key, value in tiny.config.items() if key != "quantization_config"}
     bf16 = write_checkpoint(bf16_config, tmp_path / "bf16", max_shard_bytes=999_999)
-    table = tensor_errors(tiny, original_from(bf16), progress=False)
+    table = tensor_errors(tiny, original_from(bf16))
     assert set(table.index) == {name for name, spec in tiny.items() if spec.dtype == "F8_E4M3"}
     assert sorted(set(table.layer)) == list(range(13))
     name = "model.layers.4.mlp.experts.1.down_proj.weight"
@@ -137,7 +137,7 @@ def test_a_pair_of_folders_is_compared_tensor_by_tensor(tiny, tmp_path):
     (reference,) = (tensor for _, tensor in bf16.read([name]))
     assert table.sqnr_db[name] == pytest.approx(error_stats(reference, dequantize(codes, scale)).sqnr_db, rel=1e-9)
     with pytest.raises(GlmppError, match="has no tensor"):
-        tensor_errors(tiny, original_from(Checkpoint([], {}, tmp_path)), progress=False)
+        tensor_errors(tiny, original_from(Checkpoint([], {}, tmp_path)))
 
 
 def test_an_fp8_weight_without_its_scale_is_named(tiny):
@@ -146,7 +146,7 @@ def test_an_fp8_weight_without_its_scale_is_named(tiny):
     with pytest.raises(
         GlmppError, match=r"safetensors: FP8 tensor 'model\.layers\.0\.self_attn\.o_proj\.weight' has no scale"
     ):
-        tensor_errors(broken, synthetic_original, progress=False)
+        tensor_errors(broken, synthetic_original)
 
 
 def test_error_by_magnitude_keeps_the_curves_apart():

@@ -84,6 +84,18 @@ def step_histogram(
     return edges, counts / counts.sum()
 
 
+def round_trip(original: torch.Tensor, block_size: tuple[int, int]) -> tuple[torch.Tensor, dict[str, tuple]]:
+    """Store `original` (float32) in block FP8 and restore it to BF16: the scales, and before and after of each error."""
+    codes, scale = quantize(original, block_size)
+    product = dequantize(codes, scale, block_size, dtype=torch.float32)
+    restored = dequantize(codes, scale, block_size)
+    return scale, {
+        "FP8 quantisation": (original, product),
+        "BF16 rounding": (product, restored),
+        "both": (original, restored),
+    }
+
+
 def three_errors(original: torch.Tensor, block_size: tuple[int, int] = (128, 128)) -> dict[str, ErrorStats]:
     """The three errors of storing `original` (float32) in block FP8 and restoring it to BF16.
 
@@ -91,19 +103,10 @@ def three_errors(original: torch.Tensor, block_size: tuple[int, int] = (128, 128
         "FP8 quantisation": original against the float32 product; "BF16 rounding": that product against its BF16;
         "both": original against BF16.
     """
-    codes, scale = quantize(original, block_size)
-    product = dequantize(codes, scale, block_size, dtype=torch.float32)
-    restored = dequantize(codes, scale, block_size)
-    return {
-        "FP8 quantisation": error_stats(original, product),
-        "BF16 rounding": error_stats(product, restored),
-        "both": error_stats(original, restored),
-    }
+    return {name: error_stats(*pair) for name, pair in round_trip(original, block_size)[1].items()}
 
 
-def tensor_errors(
-    fp8: Checkpoint, original: Callable[[TensorSpec], torch.Tensor], progress: bool | None = None
-) -> pd.DataFrame:
+def tensor_errors(fp8: Checkpoint, original: Callable[[TensorSpec], torch.Tensor]) -> pd.DataFrame:
     """Error of every FP8 tensor of a checkpoint against its original, one tensor in memory at a time.
 
     Args:
@@ -119,7 +122,7 @@ def tensor_errors(
     """
     block = tuple((fp8.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128))
     rows = []
-    for spec in progress_bar([s for s in fp8.values() if s.dtype == "F8_E4M3"], "comparing", show=progress):
+    for spec in progress_bar([s for s in fp8.values() if s.dtype == "F8_E4M3"], "comparing"):
         scale = next((name for name in (f"{spec.name}_scale_inv", f"{spec.name}_scale") if name in fp8), None)
         if scale is None:
             raise GlmppError(f"{spec.file}: FP8 tensor {quoted(spec.name)} has no scale in the checkpoint")
@@ -127,9 +130,8 @@ def tensor_errors(
         reference = original(spec).double()
         error = dequantize(pair[spec.name], pair[scale], block).double() - reference
         layer = re.search(r"layers?\.(\d+)\.", spec.name)
-        rows.append(
-            (spec.name, int(layer[1]) if layer else -1, error.square().sum().item(), reference.square().sum().item())
-        )
+        sums = (tensor.square().sum().item() for tensor in (error, reference))
+        rows.append((spec.name, int(layer[1]) if layer else -1, *sums))
     table = pd.DataFrame(rows, columns=["tensor", "layer", "error_sq", "norm_sq"]).set_index("tensor")
     table["sqnr_db"] = 10 * np.log10(table.norm_sq / table.error_sq)
     return table
@@ -152,24 +154,15 @@ def error_by_magnitude(original: torch.Tensor, block_size: tuple[int, int] = (12
     Returns:
         Index: middle of the bin on a log2 scale; columns as in `three_errors`; bins with fewer than 50 elements left out.
     """
-    codes, scale = quantize(original, block_size)
-    product = dequantize(codes, scale, block_size, dtype=torch.float32)
-    restored = dequantize(codes, scale, block_size).float()
+    scale, pairs = round_trip(original, block_size)
     size = (original.abs() / spread(scale, original.shape, block_size)).flatten()
-    edges = torch.logspace(-12, math.log2(448.1), bins + 1, base=2)
-    bin_of = torch.bucketize(size, edges) - 1
-    errors = {
-        "FP8 quantisation": (product - original) / original,
-        "BF16 rounding": (restored - product) / product,
-        "both": (restored - original) / original,
-    }
-    middle = (edges[:-1] * edges[1:]).sqrt()
-    table = pd.DataFrame(index=middle.numpy())
-    for name, error in errors.items():
-        error = error.flatten().nan_to_num(0)  # 0 / 0 where a product is zero: nothing is lost by rounding it
-        found = [error[bin_of == n] for n in range(bins)]
-        table[name] = [part.square().mean().sqrt().item() if len(part) >= 50 else math.nan for part in found]
-    return table.dropna()
+    edges = np.logspace(-12, math.log2(448.1), bins + 1, base=2)
+    middles = pd.cut(size.numpy(), edges, labels=np.sqrt(edges[:-1] * edges[1:]))
+    # 0 / 0 where a product is zero: nothing is lost by rounding it
+    errors = {name: ((after - before) / before).flatten().nan_to_num(0) for name, (before, after) in pairs.items()}
+    groups = pd.DataFrame({name: error.square().numpy() for name, error in errors.items()}).groupby(middles, observed=True)
+    table = np.sqrt(groups.mean()[groups.size() >= 50])
+    return table.set_axis(table.index.astype(float))
 
 
 def _floor_blocks(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
@@ -221,18 +214,20 @@ def indexer_scores(
         float32 [queries, tokens]. RoPE and the affine part of k_norm are left out: they are the same for every wk.
     """
     keys = torch.nn.functional.layer_norm(keys_from @ wk.float().T, wk.shape[:1], eps=1e-6)
-    scores = torch.zeros(len(queries), len(keys))
-    for head in range(queries.shape[1]):
-        scores += torch.relu(queries[:, head] @ keys.T) * head_weights[:, head, None]
-    return scores
+    return torch.einsum("qh,qhk->qk", head_weights, torch.relu(queries @ keys.T))
 
 
 def topk_overlap(scores: torch.Tensor, other: torch.Tensor, k: int) -> float:
     """Share of the k best tokens of each row that are among the k best of the other's, averaged over rows."""
     if not 0 < k <= scores.shape[-1]:
         raise GlmppError(f"cannot take the {k} best of {scores.shape[-1]} tokens")
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(k).indices, True)
-    return chosen.gather(-1, other.topk(k).indices).float().mean().item()
+    return _common(scores.topk(k).indices, other.topk(k).indices, scores.shape[-1])
+
+
+def _common(picked: torch.Tensor, other: torch.Tensor, tokens: int) -> float:
+    """Share of the tokens picked in each row that are picked in the other's, too."""
+    chosen = torch.zeros(len(picked), tokens, dtype=torch.bool).scatter_(1, picked.long(), True)
+    return chosen.gather(1, other.long()).float().mean().item()
 
 
 def overlap_by_context(
@@ -287,24 +282,16 @@ def effect_in_transformers(
     prompt = torch.randint(config["vocab_size"], (1, tokens))
     indexers = [layer.self_attn.indexer for layer in model.model.layers]
 
-    def run() -> tuple[list[torch.Tensor], torch.Tensor]:
-        picked: list[torch.Tensor] = []
-        hooks = [indexer.register_forward_hook(lambda *args: picked.append(args[2][0])) for indexer in indexers]
-        with torch.no_grad():
-            logits = model(prompt, use_cache=False).logits[0]
-        for hook in hooks:
-            hook.remove()
-        return picked, logits
-
-    before, logits = run()
+    picked: list[torch.Tensor] = []
     for indexer in indexers:
-        indexer.wk.weight.data = dequantize(*quantize(indexer.wk.weight.data)).float()
-    after, changed = run()
-
-    def overlap(one: torch.Tensor, other: torch.Tensor) -> float:
-        chosen = torch.zeros(tokens, tokens, dtype=torch.bool).scatter_(1, one.long(), True)
-        return chosen.gather(1, other.long())[k:].float().mean().item()
-
-    table = pd.DataFrame({"overlap": [overlap(one, other) for one, other in zip(before, after)]}).rename_axis("layer")
+        indexer.register_forward_hook(lambda *args: picked.append(args[2][0]))
+    with torch.no_grad():
+        logits = model(prompt, use_cache=False).logits[0]
+        for indexer in indexers:
+            indexer.wk.weight.data = dequantize(*quantize(indexer.wk.weight.data)).float()
+        changed = model(prompt, use_cache=False).logits[0]
+    # The first k tokens of the prompt have no more than k to choose from.
+    overlap = [_common(one[k:], other[k:], tokens) for one, other in zip(picked, picked[len(indexers) :])]
+    table = pd.DataFrame({"overlap": overlap}).rename_axis("layer")
     same = (logits.argmax(-1) == changed.argmax(-1)).float().mean().item()
     return table, error_stats(logits, changed), same

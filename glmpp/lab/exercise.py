@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 from glmpp.dequant import FP8
-from glmpp.lab.figures import ORANGE, PALE, RED, STYLE, ink, stage_colour, stage_ticks
+from glmpp.lab.figures import ORANGE, PALE, RED, as_grid, cell, in_style, stage_colour, stage_ticks
 from glmpp.partition import partition_layers
 from glmpp.words import printable
 
@@ -132,42 +132,37 @@ def check(helper: Callable[..., bool]) -> Figure:
         helper: signature and contract of `glmpp.loader.load_fp8_indexer_wk`.
     """
     table = judge(helper)
-    width = {name: max(map(len, [name, *table[name]])) for name in ("Yours", "Spec")}
-    print(f"{'case':<50}{'Yours':<{width['Yours'] + 2}}{'Spec':<{width['Spec'] + 2}}verdict")
-    for case, row in table.iterrows():
-        print(f"{case:<50}{row.Yours:<{width['Yours'] + 2}}{row.Spec:<{width['Spec'] + 2}}{row.verdict}")
-    wrong = table[table.verdict != "match"]
-    if len(wrong):
-        print(f"\n{len(table) - len(wrong)} of {len(table)} cases match. Not yet: {wrong.index[0]}.")
-    else:
-        print(f"\n{len(table)} of {len(table)} cases match: this is the fix.")
+    width = {name: max(map(len, [name, *table[name]])) + 2 for name in ("Yours", "Spec")}
+    for case, yours, spec, verdict in [("case", *table.columns), *table.itertuples()]:
+        print(f"{case:<50}{yours:<{width['Yours']}}{spec:<{width['Spec']}}{verdict}")
+    wrong = table.index[table.verdict != "match"]
+    end = f". Not yet: {wrong[0]}." if len(wrong) else ": this is the fix."
+    print(f"\n{len(table) - len(wrong)} of {len(table)} cases match{end}")
     return reached(helper)
 
 
+@in_style
 def reached(*helpers: Callable[..., bool]) -> Figure:
     """What became of each layer's wk on four stages, each handed all twelve layers in order; one panel for each helper."""
-    with plt.style.context(STYLE):
-        fig, axes = plt.subplots(len(helpers), 1, figsize=(8, 2.0 * len(helpers) + 0.5), squeeze=False)
-        for ax, helper in zip(axes[:, 0], helpers):
-            for rank, held in enumerate(partition_layers(NUM_LAYERS, PP_SIZE, [NUM_LAYERS // PP_SIZE] * PP_SIZE)):
-                stage, dead = ToyStage(held), False
-                for layer in range(NUM_LAYERS):
-                    result = "" if dead else stage.hand_over(helper, _pair(layer, "weight", "scale"))
-                    dead = dead or result not in (STORED, DROPPED, KEPT, LEFT)
-                    colour, word = {
-                        STORED: (stage_colour(rank), "stored"),
-                        DROPPED: (PALE, ""),
-                        KEPT: (ORANGE, "kept"),
-                        LEFT: ("white", "left"),
-                        "": ("white", ""),
-                    }.get(result, (RED, result.split(":")[0]))
-                    ax.add_patch(plt.Rectangle((layer - 0.47, rank - 0.42), 0.94, 0.84, fc=colour, ec=PALE, lw=1))
-                    ax.text(layer, rank, word, ha="center", va="center", fontsize=7.5, color=ink(colour), weight="bold")
-            stage_ticks(ax, list(range(PP_SIZE)))
-            ax.set_xticks(range(NUM_LAYERS))
-            ax.set(xlim=(-0.6, NUM_LAYERS - 0.4), ylim=(PP_SIZE - 0.4, -0.6), title=getattr(helper, "__name__", "yours"))
-            ax.tick_params(length=0)
-            ax.spines[["left", "bottom"]].set_visible(False)
-        ax.set_xlabel("layer whose wk is handed to the stage (grey: dropped; white, without a word: never reached)")
-    plt.close(fig)
+    fig, axes = plt.subplots(len(helpers), 1, figsize=(8, 2.0 * len(helpers) + 0.5), squeeze=False)
+    for ax, helper in zip(axes[:, 0], helpers):
+        for rank, held in enumerate(partition_layers(NUM_LAYERS, PP_SIZE, [NUM_LAYERS // PP_SIZE] * PP_SIZE)):
+            looks = {
+                STORED: (stage_colour(rank), "stored"),
+                DROPPED: (PALE, ""),
+                KEPT: (ORANGE, "kept"),
+                LEFT: ("white", "left"),
+            }
+            stage, result = ToyStage(held), STORED
+            for layer in range(NUM_LAYERS):
+                if result not in looks:  # dead
+                    cell(ax, (layer, rank), "white", edge=PALE)
+                    continue
+                result = stage.hand_over(helper, _pair(layer, "weight", "scale"))
+                look = looks.get(result, (RED, result.split(":")[0]))
+                cell(ax, (layer, rank), *look, edge=PALE, fontsize=7.5, weight="bold")
+        as_grid(ax, range(NUM_LAYERS), range(PP_SIZE))
+        stage_ticks(ax, list(range(PP_SIZE)))
+        ax.set_title(getattr(helper, "__name__", "yours"))
+    ax.set_xlabel("layer whose wk is handed to the stage (grey: dropped; white, without a word: never reached)")
     return fig

@@ -8,7 +8,7 @@ from pandas import DataFrame
 
 from glmpp.dryrun.releases import NOT_KNOWN, NOT_THERE, Record
 from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS
-from glmpp.lab.figures import BLUE, GREY, ORANGE, PALE, PURPLE, RED, STYLE, ink
+from glmpp.lab.figures import BLUE, GREY, ORANGE, PALE, PURPLE, RED, as_grid, cell, in_style
 
 CELLS = {
     LOADS: (BLUE, ""),
@@ -21,25 +21,20 @@ CELLS = {
 CONTROL = "GlmMoeDsaForCausalLM"
 
 
+@in_style
 def since_when(record: Record) -> Figure:
     """Architectures (rows) by releases (columns), the worst verdict of the variants at PP=1 and 2; the control on top."""
     table = not_loading(record)
     names = [CONTROL, *(name for name in table.index if name != CONTROL)]
-    with plt.style.context(STYLE):
-        fig, ax = plt.subplots(figsize=(10, 0.21 * len(names) + 0.6))
-        for y, name in enumerate(names):
-            for x, verdict in enumerate(table.loc[name]):
-                colour, word = CELLS[verdict]
-                ax.add_patch(plt.Rectangle((x - 0.48, y - 0.44), 0.96, 0.88, color=colour, lw=0))
-                ax.text(x, y, word, ha="center", va="center_baseline", color=ink(colour), fontsize=6.5)
-        ax.axhline(0.5, color="black", lw=0.8)
-        ax.set_xticks(range(table.shape[1]), table.columns)
-        ax.set_yticks(range(len(names)), names, fontsize=7)
-        ax.set(xlim=(-0.55, table.shape[1] - 0.45), ylim=(len(names) - 0.5, -0.55))
-        ax.xaxis.tick_top()
-        ax.tick_params(length=0)
-        ax.spines[["left", "bottom"]].set_visible(False)
-    plt.close(fig)
+    fig, ax = plt.subplots(figsize=(10, 0.21 * len(names) + 0.6))
+    for y, name in enumerate(names):
+        for x, verdict in enumerate(table.loc[name]):
+            cell(ax, (x, y), *CELLS[verdict], (0.96, 0.88), va="center_baseline", fontsize=6.5)
+    as_grid(ax, table.columns, names)
+    ax.axhline(0.5, color="black", lw=0.8)
+    ax.tick_params(axis="y", labelsize=7)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
     return fig
 
 
