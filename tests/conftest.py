@@ -17,10 +17,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads 
 import glmpp
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun import server, workers
-from glmpp.dryrun.installed import vllm_version
 from glmpp.formats.config import load_config
 from glmpp.formats.glm5 import reduced_config
-from glmpp.gpus import CPU, default_target
 from glmpp.synthetic import write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,19 +44,10 @@ settings.register_profile("any speed", deadline=None, suppress_health_check=[Hea
 settings.load_profile("any speed")
 
 
-def pytest_configure(config):
-    """One process for each target that many ask for imports vLLM for all workers, and for the kernels of the notebooks."""
-    leads = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
-    without = "not vllm" in config.option.markexpr or config.option.markexpr == "mutation"  # mutants have their own
-    if leads and vllm_version() and not without:
-        server.Server.share(default_target(), "h100", CPU)
-
-
 @pytest.fixture
 def own_server(monkeypatch):
     """A process that imports vLLM for this test alone, and is ended with it."""
     monkeypatch.setattr(server.Server, "current", {})
-    monkeypatch.delenv(server.SHARED, raising=False)
     yield
     for one in server.Server.current.values():
         one.process.kill()

@@ -284,8 +284,7 @@ def test_nothing_stays_when_a_signal_ends_it(tmp_path, tiny, name, when):
         (tmp_path / "paths" / "vllm").mkdir(parents=True)
         (tmp_path / "paths" / "vllm" / "__init__.py").write_text(says)
         paths = f"{tmp_path / 'paths'}{os.pathsep}{paths}"
-    environment = {key: value for key, value in os.environ.items() if key != "GLMPP_SERVER"}
-    environment |= {"TMPDIR": str(temporary), "PYTHONPATH": paths}
+    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": paths}
     command = [sys.executable, "-c", program, tiny.directory, f"{helper}:helper"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         with at_work.open() as fifo:

@@ -201,7 +201,7 @@ def test_no_process_stays_when_the_kernel_is_killed(needs_vllm, own_server, endl
 @pytest.mark.parametrize(("gone", "said"), [(False, "alive"), (True, "")])
 def test_a_fork_whose_server_went_before_it_was_tied_to_it_ends(gone, said):
     program = (
-        "import os, sys, time; from glmpp.dryrun.child.clients import end_with_parent\n"
+        "import os, sys, time; from glmpp.dryrun.child.main import end_with_parent\n"
         "gone = bool(sys.argv[1:])\n"
         "read, write = os.pipe()\n"
         "if os.fork() == 0:\n"
@@ -220,54 +220,42 @@ def test_a_fork_whose_server_went_before_it_was_tied_to_it_ends(gone, said):
     assert done.stdout == f"{said}\n", done.stderr
 
 
-# What the process that imports vLLM does with its clients, without vLLM: the fork says that it is at work, and stays so.
-CLIENTS = """
+# What the process that imports vLLM does with requests, without vLLM: the fork says that it is at work, and stays so.
+SERVER = """
 import os, socket, sys, time
-from glmpp.dryrun.child.clients import Clients
-clients, me = Clients(int(sys.argv[1])), os.getuid()
-if sys.argv[2:] == ["another"]:
-    os.getuid = lambda: me + 1
-with clients.watched(lambda: os._exit(7)):
+from glmpp.dryrun.child.main import fork_for_each, watched
+connection = socket.socket(fileno=int(sys.argv[1]))
+def work(message, pipe, turns):
+    os.write(pipe, str(os.getpid()).encode())
+    if message != b"ends":
+        time.sleep(1000)
+with watched(connection, lambda: os._exit(7)):
     print("imports", flush=True)
     if sys.argv[2:] == ["imports"]:
         time.sleep(1000)
-for client, message, pipes in clients.requests():
-    if clients.fork(client):
-        os.write(pipes[0], str(os.getpid()).encode())
-        if message == b"ends":
-            os._exit(0)
-        time.sleep(1000)
-    for pipe in pipes:
-        os.close(pipe)
+fork_for_each(connection, work)
 print("alone", flush=True)
 """
 
 
 class Served:
-    """A process with `CLIENTS`, and a connection that keeps it."""
+    """A process with `SERVER`, and the connection that keeps it."""
 
     def __init__(self, *arguments: str):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
-            listening.bind("")
-            listening.listen()
-            self.address = listening.getsockname()
-            self.client = self.connect()
-            command = [sys.executable, "-c", CLIENTS, str(listening.fileno()), *arguments]
-            self.process = subprocess.Popen(command, pass_fds=[listening.fileno()], stdout=subprocess.PIPE, text=True)
+        self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = [sys.executable, "-c", SERVER, str(theirs.fileno()), *arguments]
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout.readline() == "imports\n"
 
-    def connect(self) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection.connect(self.address)
-        return connection
-
-    def fork(self, message: bytes = b"stays") -> tuple[socket.socket, int]:
-        """A connection, and the process that is at work for it."""
-        connection, (read, write) = self.connect(), os.pipe()
-        socket.send_fds(connection, [message], [write, write])
+    def fork(self, message: bytes = b"stays") -> tuple[int, int]:
+        """The descriptor that keeps a fork, and its process."""
+        (read, write), (asked, asker) = os.pipe(), os.pipe()
+        socket.send_fds(self.connection, [message], [write, write, asked])
         os.close(write)
+        os.close(asked)
         with os.fdopen(read, "rb", 0) as pipe:
-            return connection, int(pipe.read(20))
+            return asker, int(pipe.read(20))
 
 
 @pytest.fixture
@@ -280,68 +268,65 @@ def served():
 
     yield start
     for one in started:
-        one.client.close()
+        one.connection.close()
         one.process.kill()
         one.process.wait()
         one.process.stdout.close()
 
 
 @linux
-def test_a_fork_ends_when_the_connection_of_its_own_is_closed_and_no_other_does(served):
+def test_a_fork_ends_when_its_asker_has_gone_and_no_other_does(served):
     server = served()
     (one, first), (other, second) = server.fork(), server.fork()
     assert is_at_work(first) and is_at_work(second)
-    one.close()
+    os.close(one)
     assert gone(first) and is_at_work(second)
-    server.client.close()  # a fork's connection keeps the process, too
-    assert is_at_work(second) and server.process.poll() is None
-    other.close()
-    assert gone(second) and server.process.stdout.read() == "alone\n"
+    os.close(other)
+    assert gone(second) and server.process.poll() is None
+
+
+@linux
+def test_all_forks_end_with_the_connection_before_the_process_does(served):
+    server = served()
+    forks = [server.fork() for _ in range(3)]
+    server.connection.close()
+    assert server.process.stdout.read() == "alone\n"
+    for asker, pid in forks:
+        assert not Path(f"/proc/{pid}").exists()
+        os.close(asker)
 
 
 @linux
 def test_a_fork_ends_with_the_process_that_it_came_from(served):
     server = served()
-    _connection, pid = server.fork()
+    asker, pid = server.fork()
     try:
         server.process.kill()
         assert gone(pid)
     finally:
+        os.close(asker)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 @linux
-def test_a_fork_that_has_ended_by_itself_is_let_go_of_and_its_number_is_not_killed(served):
+def test_a_fork_that_has_ended_by_itself_disturbs_no_other(served):
     server = served()
-    connections = [server.fork(b"ends") for _ in range(3)]
-    last, pid = server.fork()  # by then the others are let go of, or are before they are closed
-    for connection, _ in connections:
-        connection.close()
-    assert all(gone(ended) for _, ended in connections) and is_at_work(pid)
-    assert server.process.poll() is None
-    last.close()
+    ended = [server.fork(b"ends") for _ in range(3)]
+    last, pid = server.fork()
+    assert all(gone(one) for _, one in ended)
+    for asker, _ in ended:
+        os.close(asker)
+    another, second = server.fork()
+    assert is_at_work(pid) and is_at_work(second) and server.process.poll() is None
+    os.close(last)
+    os.close(another)
 
 
 @linux
-def test_another_user_is_not_served(served):
-    """The process takes itself for another user's, once its first client has come."""
-    server = served("another")
-    with server.connect() as stranger:
-        stranger.settimeout(PATIENCE)
-        assert stranger.recv(1) == b""
-    assert server.process.poll() is None
-
-
-@linux
-@pytest.mark.parametrize("clients", [1, 3])
-def test_a_process_that_imports_ends_with_the_last_of_its_clients(served, clients):
+def test_a_process_that_imports_ends_with_its_connection(served):
     server = served("imports")
-    others = [server.connect() for _ in range(clients - 1)]
-    server.client.close()
-    for other in others:
-        assert server.process.poll() is None
-        other.close()
+    server.connection.close()
     assert server.process.wait(PATIENCE) == 7
 
 

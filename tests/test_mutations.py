@@ -257,17 +257,11 @@ MUTATIONS = {
         "    if False:",
         "test_untrusted.py::test_an_index_cannot_lead_out_of_the_folder",
     ),
-    "another user is not asked": (
-        "dryrun/server.py::Server.connect",
-        "if not peer_is_this_user(connection):",
-        "if False:",
-        "test_vllm_child.py::test_another_users_process_is_not_asked",
-    ),
     "a fork ends with who asked for it": (
-        "dryrun/child/clients.py::Clients.received",
+        "dryrun/child/main.py::end",
         "os.kill(pid, signal.SIGKILL)",
         "return None",
-        "test_faults.py::test_a_fork_ends_when_the_connection_of_its_own_is_closed_and_no_other_does",
+        "test_faults.py::test_a_fork_ends_when_its_asker_has_gone_and_no_other_does",
     ),
     "a fault of the kit is not the connection's": (
         "formats/hub_requests.py::Requests.ask",

@@ -19,7 +19,6 @@ from conftest import ROOT
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
 from glmpp.cli.advice_text import NO_RELEASE
-from glmpp.dryrun import server
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.installed import vllm_version
@@ -186,9 +185,8 @@ def test_what_needs_a_gpu_while_it_loads_cannot_be_told(fault, tmp_path):
 def test_what_a_launcher_or_a_list_of_plugins_sets_decides_nothing(tmp_path):
     model = faulty.write_faulty("unguarded lookup", tmp_path)
     variables = {"VLLM_DP_SIZE": "2", "VLLM_DP_RANK": "1", "RANK": "3", "WORLD_SIZE": "4", "VLLM_PLUGINS": "faulty"}
-    environment = {key: value for key, value in os.environ.items() if key != server.SHARED} | variables
     arguments = [sys.executable, "-m", "glmpp", "check", str(model), "--pp", "2", "--guard", "loader"]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(arguments, env=os.environ | variables, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0 and done.stdout.endswith("PP=2: loads, complete\n"), done.stdout + done.stderr
 
 
@@ -250,7 +248,7 @@ def test_a_vllm_that_lies_elsewhere_is_told_of_in_the_same_words(above, tiny, tm
     folder.mkdir(parents=True)
     (folder / "vllm").symlink_to(Path(importlib.util.find_spec("vllm").origin).parent)
     paths = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
-    environment = {key: value for key, value in os.environ.items() if key != server.SHARED} | {"PYTHONPATH": paths}
+    environment = os.environ | {"PYTHONPATH": paths}
     arguments = [sys.executable, "-m", "glmpp", "check", str(tiny.directory), "--pp", "2"]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1, done.stderr

@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,6 @@ from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.installed import ask_vllm, vllm_version
 from glmpp.dryrun.report import DryRunReport
 from glmpp.dryrun.stage_report import LOADS
-from glmpp.dryrun.workers import ask
 from glmpp.errors import GlmppError
 from glmpp.gpus import CPU
 from glmpp.serving import contract
@@ -71,21 +68,6 @@ def test_the_child_imports_nothing_from_where_the_kernel_works(tiny, tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert dry_run(tiny, Deployment(pp=2, guard="loader"), control=False, progress=False).loads
     assert [file.name for file in marks.iterdir()] == []
-
-
-def test_another_users_process_is_not_asked(monkeypatch):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
-        listening.bind("")
-        listening.listen()
-        asked = server.Server.__new__(server.Server)
-        asked.address = listening.getsockname()
-        asked.connect().close()
-        another = os.getuid() + 1
-        monkeypatch.setattr(os, "getuid", lambda: another)
-        with pytest.raises(PermissionError):
-            asked.connect()
-        monkeypatch.setenv(server.SHARED, f"cpu {asked.address.hex()} {server.PACKAGE}")
-        assert server.Server._shared(CPU) is None
 
 
 def test_the_hostile_modules_would_show(tmp_path):
@@ -178,59 +160,6 @@ def test_a_function_of_the_askers_own_is_called_where_vllm_is_imported(tmp_path)
     (tmp_path / "own.py").write_text("import sys\n\ndef add(a, b):\n    return a + b, 'vllm' in sys.modules\n")
     request = {"kind": "function_call", "folder": str(tmp_path), "function": "own:add", "arguments": {"a": 1, "b": 2}}
     assert ask_vllm(request)["returned"] == [3, True]
-
-
-# --- one process for several kernels ------------------------------------------------------------------------------
-
-ASKS = (
-    "import sys; from glmpp.dryrun.server import Server; from glmpp.dryrun.installed import vllm_pp_indices\n"
-    "print(Server.running('cpu').process is None, vllm_pp_indices([(8, 2)]))"
-)
-
-
-@needs_vllm
-def test_a_process_that_shares_its_vllm_serves_those_that_it_starts(monkeypatch):
-    monkeypatch.setenv(server.SHARED, os.environ.get(server.SHARED, ""))  # put back in the end
-    server.Server.share(CPU)
-    done = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True)
-    assert done.stdout == "True [[(0, 4), (4, 8)]]\n", done.stderr
-    assert not server.Server.current[CPU].ended()  # it outlives them
-
-
-def test_those_that_are_started_together_import_one_after_another(own_server, tmp_path, monkeypatch):
-    patience = 60 if "GLMPP_MUTANT" in os.environ else 3  # seconds that the first gives the second to come in between
-    (tmp_path / "vllm").mkdir()
-    (tmp_path / "vllm" / "__init__.py").write_text(
-        "import pathlib, time\n"
-        f"path = pathlib.Path({str(tmp_path / 'said')!r})\n"
-        "said = path.open('a')\n"
-        "print('begins', file=said, flush=True)\n"
-        f"end = time.monotonic() + {patience}\n"
-        "while path.read_text().count('begins') < 2 and time.monotonic() < end:\n"
-        "    time.sleep(0.05)\n"
-        "print('ends', file=said, flush=True)\n"
-        "raise ImportError\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
-    monkeypatch.setenv(server.SHARED, "")
-    server.Server.share(CPU, "h100")
-    for one in server.Server.current.values():  # the next has its turn, although this one fails
-        with pytest.raises(GlmppError, match="cannot be imported"):
-            ask({"kind": "pp_indices", "gpu": one.target})
-    assert (tmp_path / "said").read_text().split() == ["begins", "ends"] * 2
-
-
-@needs_vllm
-@pytest.mark.parametrize(
-    "shared",
-    ["", "cpu 00 {package}", "cpu 0 {package}", "cpu {address} another/glmpp/__init__.py", "h200 {address} {package}"],
-)
-def test_nobody_is_served_by_a_process_that_has_ended_or_runs_other_code(shared, monkeypatch):
-    address = server.Server.running(CPU).address.hex()
-    monkeypatch.setenv(server.SHARED, shared.format(package=server.PACKAGE, address=address))
-    program = ASKS.partition("\n")[0] + "\nprint(Server._shared('cpu'))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout == "None\n", done.stderr
 
 
 # --- stages side by side ------------------------------------------------------------------------------------------
@@ -364,23 +293,3 @@ def test_a_plugin_that_fails_is_named_with_its_package_and_no_stage_is_told_of(
     for _ in range(2):
         with pytest.raises(GlmppError, match=said):
             dry_run(tiny, Deployment(2, gpu=CPU), progress=False)
-
-
-@pytest.mark.parametrize("says", [b"hello", b"5", b"[]", b'{"kind": []}', b'{"kind": "stage"}', b"\xff"])
-def test_a_process_of_the_same_user_that_answers_nonsense_is_no_fault_of_the_kit(says, tmp_path, monkeypatch):
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listening.bind("")
-    listening.listen()
-
-    def answer() -> None:
-        connections = [listening.accept()[0] for _ in range(2)]  # the parent's own, and a fork's
-        _, (pipe, turns), _, _ = socket.recv_fds(connections[1], 1 << 20, 2)
-        os.write(pipe, says + b"\n")
-        os.close(pipe)
-        os.close(turns)
-
-    thread = threading.Thread(target=answer, daemon=True)
-    thread.start()
-    monkeypatch.setattr(server.Server, "current", {"cpu": server.Server("cpu", listening.getsockname())})
-    with listening, pytest.raises(GlmppError, match="what is no message"):
-        ask({"kind": "contract", "gpu": "cpu"})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-# Begun in this order: first what needs no vLLM, while it is imported for all; then what takes longest, so that in the end no
-# worker waits long for another.
+# Begun in this order: first what needs no vLLM and ends soon; then what takes longest, so that in the end no worker waits
+# long for another.
 ORDER = [
     "test_hub",
     "test_house",

@@ -33,7 +33,6 @@ from safetensors.torch import save
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.installed import vllm_version
-from glmpp.dryrun.server import SHARED, Server
 from glmpp.errors import GlmppError
 from glmpp.formats.glm5 import reduced_config
 from glmpp.formats.index import INDEX_FILE
@@ -317,13 +316,9 @@ def options(rng: random.Random, place: Path) -> str:
 def environment(rng: random.Random, place: Path) -> str:
     """The variables that the kit reads."""
     write(valid(), place)
-    there = rng.choice(
-        ["", "cpu", "cpu 00", f"cpu {rng.randbytes(9).hex()} {cli.__file__}", "cpu zz x", ":::", "%00 %00 %00"]
-    )
     others = {"COLUMNS": rng.choice(NUMBERS[:-4]), "TMPDIR": rng.choice(["", "/dev/null", str(place)])}
-    values = {PARTITION_VARIABLE: rng.choice(COUNTS), SHARED: there, **others}
+    values = {PARTITION_VARIABLE: rng.choice(COUNTS), **others}
     with variables({name: value for name, value in values.items() if "\0" not in value}):
-        assert Server._shared("cpu") is None
         return plan([str(place), "--pp", "2"])
 
 

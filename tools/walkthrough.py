@@ -162,17 +162,12 @@ def main() -> int:
     paths = [path.resolve() for path in arguments.notebooks] or NOTEBOOKS
 
     sys.path.insert(0, str(ROOT))
-    from glmpp.dryrun.installed import vllm_version
-    from glmpp.dryrun.server import Server
-    from glmpp.gpus import CPU, default_target
     from glmpp.lab.notebook import tiny_checkpoint
     from glmpp.progress import progress_bar
 
     at_once = 1 if arguments.in_place else 2
     if at_once > 1:  # more threads than cores would only wait for each other
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
-    if vllm_version() is not None:
-        Server.share(default_target(), CPU)  # vLLM is imported once for all kernels
 
     checkpoint = tiny_checkpoint()
     print(f"synthetic checkpoint: {checkpoint.directory.relative_to(ROOT)}, {len(checkpoint)} tensors")

@@ -7,7 +7,6 @@ of the imports, later ones do not.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import re
 import site
@@ -16,10 +15,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import BinaryIO, ClassVar
-from urllib.parse import quote, unquote
+from typing import ClassVar
 
-from glmpp.dryrun.same_user import peer_is_this_user
 from glmpp.dryrun.scratch import make_scratch, remove_scratch
 from glmpp.errors import GlmppError
 from glmpp.gpus import CPU, default_target
@@ -32,7 +29,7 @@ spec = spec_from_file_location("glmpp", sys.argv[1])
 sys.modules["glmpp"] = module_from_spec(spec)
 spec.loader.exec_module(sys.modules["glmpp"])
 from glmpp.dryrun.child.main import main
-main(int(sys.argv[2]), *sys.argv[3:5], *map(int, sys.argv[5:]))
+main(int(sys.argv[2]), *sys.argv[3:])
 """
 
 
@@ -41,9 +38,6 @@ main(int(sys.argv[2]), *sys.argv[3:5], *map(int, sys.argv[5:]))
 ELSEWHERE = "/"
 
 
-# Set for the processes that a process starts, to let them use its servers: of each its target (quoted), address, and whose
-# code it runs.
-SHARED = "GLMPP_SERVER"
 PACKAGE = Path(__file__).parents[1] / "__init__.py"
 
 # The child's surroundings: what a verdict needs of them. Options of Python itself would take vLLM's assertions away, or its
@@ -54,7 +48,7 @@ KEPT = re.compile(
 )
 LEFT_OUT = re.compile(
     r"VLLM_(DP_\w+|PP_LAYER_PARTITION|(CONFIGURE_)?LOGGING\w*|\w+_(ROOT|CACHE|DIR|PATH)|TRACE_\w+|DEBUG_\w+|HOST_IP|PORT)"
-    r"|VLLM_(USE_MODELSCOPE|API_KEY|S3_\w+)|GLMPP_SERVER"
+    r"|VLLM_(USE_MODELSCOPE|API_KEY|S3_\w+)"
 )
 
 
@@ -76,120 +70,64 @@ class Server:
 
     Attributes:
         current: target -> the server that pretends it.
-        process: None for one that another process has started and shares.
-        address: where it listens.
+        socket: where requests go. The process ends when this is closed, even while it imports.
     """
 
     current: ClassVar[dict[str, Server]] = {}
 
-    def __init__(self, target: str, address: bytes | None = None, turn: BinaryIO | None = None) -> None:
-        """Start one, or connect to the one at an address.
-
-        Args:
-            turn: an open file; those that are started with it import one after another.
-
-        Raises:
-            OSError: nobody is at the address, or another user.
-        """
+    def __init__(self, target: str) -> None:
         self.target, self.owner = target, os.getpid()
-        self.process: subprocess.Popen | None = None
-        if address is None:
-            self._start(turn)
-        else:
-            self.address = address
-            self.socket = self.connect()
-        atexit.register(self.socket.close)
-
-    def _start(self, turn: BinaryIO | None) -> None:
         try:
             self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
         except OSError as error:
             raise GlmppError(f"no temporary file can be made ({error.strerror}): TMPDIR says where") from None
-        folder, lock = make_scratch()  # the child's, and locked for as long as it lives
-        self.folder = folder
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.folder, lock = make_scratch()  # the child's, and locked for as long as it lives
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
-                listening.bind("")  # Linux chooses a name that no file stands for
-                listening.listen(1024)
-                self.address = listening.getsockname()
-                self.socket = self.connect()  # it ends when this is closed, even while it imports
-                held = [listening.fileno(), *([] if turn is None else [turn.fileno()])]
-                arguments = [str(PACKAGE), str(held[0]), self.target, str(folder), *map(str, held[1:])]
-                # A session of its own: interrupting the notebook's kernel must not end it.
-                self.process = subprocess.Popen(
-                    [sys.executable, "-c", START, *arguments],
-                    cwd=ELSEWHERE,
-                    env=surroundings(folder),
-                    pass_fds=[*held, lock],
-                    stdin=subprocess.DEVNULL,
-                    stdout=self.log,
-                    stderr=self.log,
-                    start_new_session=True,
-                )
+            # A session of its own: interrupting the notebook's kernel must not end it.
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", START, str(PACKAGE), str(theirs.fileno()), target, str(self.folder)],
+                cwd=ELSEWHERE,
+                env=surroundings(self.folder),
+                pass_fds=[theirs.fileno(), lock],
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=self.log,
+                start_new_session=True,
+            )
+        except BaseException:
+            remove_scratch(self.folder)
+            raise
         finally:
             os.close(lock)
-            if self.process is None:
-                remove_scratch(folder)
-
-    def connect(self) -> socket.socket:
-        """A connection to it. Raises OSError if there is none, or if it is another user's process that listens."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            connection.connect(self.address)
-            if not peer_is_this_user(connection):
-                raise PermissionError("another user's process")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+            theirs.close()
+        atexit.register(self.socket.close)
 
     @classmethod
-    def running(cls, target: str | None = None, turn: BinaryIO | None = None) -> Server:
+    def running(cls, target: str | None = None) -> Server:
         """The server of a target; for a question that no target has a part in, any that is there."""
-        mine = (server for server in cls.current.values() if server.owner == os.getpid() and not server.ended())
-        for server in mine:
-            if target in (None, server.target):
+        for server in cls.current.values():
+            if target in (None, server.target) and server.owner == os.getpid() and not server.ended():
                 return server
         try:
             target = target or default_target()
         except GlmppError:  # the user has to say which GPU is meant; not for such a question
             target = CPU
-        cls.current[target] = cls._shared(target) or cls(target, turn=turn)
+        cls.current[target] = cls(target)
         return cls.current[target]
 
     @classmethod
-    def _shared(cls, target: str) -> Server | None:
-        for entry in os.environ.get(SHARED, "").split(os.pathsep):
-            name, address, package = [*entry.split(" ", 2), "", ""][:3]
-            if (unquote(name), package) == (target, str(PACKAGE)):
-                with contextlib.suppress(OSError, ValueError):  # it has ended, or is another user's
-                    return cls(target, bytes.fromhex(address))
-        return None
-
-    @classmethod
-    def share(cls, *targets: str) -> None:
-        """Start servers now, for this process and those that it starts. They end with the last of them.
-
-        They import one after another: in a new environment the first compiles what the others then find.
-        """
-        with tempfile.TemporaryFile() as turn:
-            servers = [cls.running(target, turn) for target in targets]
-        told = [(quote(each.target, safe=""), each.address.hex(), str(PACKAGE)) for each in servers]
-        os.environ[SHARED] = os.pathsep.join(" ".join(each) for each in told)
-
-    @classmethod
     def close_all(cls) -> None:
-        """Leave all of them; waits for the end of those that nobody else uses, which leave nothing behind."""
+        """End all of them, and wait until nothing of them is left."""
         for server in cls.current.values():
             server.socket.close()
-            if server.process is not None and server.owner == os.getpid():
+            if server.owner == os.getpid():
                 try:
                     server.process.wait(5)
-                except subprocess.TimeoutExpired:
-                    if SHARED not in os.environ:  # something in it keeps it from looking: a plugin
-                        server.process.kill()
-                        server.process.wait()
-                        remove_scratch(server.folder)
+                except subprocess.TimeoutExpired:  # something in it keeps it from looking: a plugin
+                    server.process.kill()
+                    server.process.wait()
+                    remove_scratch(server.folder)
         cls.current.clear()
 
     def ended(self) -> bool:
@@ -203,8 +141,6 @@ class Server:
 
     def last_words(self, lines: int) -> list[str]:
         """The end of what it said, complete once it has ended."""
-        if self.process is None:
-            return ["the process that imports vLLM, which another process had started, has ended"]
         self.process.wait()
         self.log.seek(0)
         return self.log.read().splitlines()[-lines:]

@@ -16,12 +16,8 @@ from tqdm import tqdm
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.scratch import scratch
-from glmpp.dryrun.server import SHARED, Server
-from glmpp.errors import GlmppError, KitError, positive, short
-
-# What is read here of a message, by its kind.
-_SAID = ("message", "details")
-READ = {"begins": ("what",), "stage": ("run",), "refused": _SAID, "fault": _SAID}
+from glmpp.dryrun.server import Server
+from glmpp.errors import GlmppError, KitError, positive
 
 # Seconds that a stage may take, and vLLM's import before the first: generous, for a stage takes some on a busy machine.
 TIMEOUT = 1800.0
@@ -30,7 +26,7 @@ TIMEOUT = 1800.0
 class Fork:
     """One fork of the server at work on a request; its messages come through a pipe that closes when it ends.
 
-    It has a connection of its own: when that is closed, be it because this process is gone, the server ends the fork.
+    `asker` is a pipe that nothing is written into: when it closes, be it because this process is gone, the server ends it.
     """
 
     def __init__(self, path: Path, number: int, world: tuple[int, int, int], turns: int, server: Server):
@@ -47,17 +43,15 @@ class Fork:
         self.log = path.with_name(f"{number}.log")
         names = {"request": str(path), "log": str(self.log), "group": str(path.with_name(group))}
         names |= {"rank": rank, "size": size, "tp": tp}
-        self.server, self.connection, self.ended, self.rest = server, None, False, b""
+        self.server, self.ended, self.rest = server, False, b""
         self.messages: list[dict] = []
         self.at, self.since = "the import of vLLM", time.monotonic()
-        self.pipe, theirs = os.pipe()
-        try:
-            self.connection = server.connect()
-            socket.send_fds(self.connection, [json.dumps(names).encode()], [theirs, turns])
-        except OSError:
-            pass  # the server has just ended: the pipe says so, too
-        finally:
-            os.close(theirs)
+        self.pipe, answer = os.pipe()
+        asked, self.asker = os.pipe()
+        with contextlib.suppress(OSError):  # the server has just ended: the pipe says so, too
+            socket.send_fds(server.socket, [json.dumps(names).encode()], [answer, turns, asked])
+        os.close(answer)
+        os.close(asked)
 
     def read(self) -> list[dict]:
         """The messages that have come, at least one unless the fork has ended."""
@@ -67,7 +61,7 @@ class Fork:
             if not data:
                 break
             *lines, self.rest = (self.rest + data).split(b"\n")
-            came = [self._message(line) for line in lines]
+            came = [json.loads(line) for line in lines]
         self.since = time.monotonic()
         for message in came:
             self.at = message["what"] if message["kind"] == "begins" else self.at
@@ -75,24 +69,13 @@ class Fork:
         self.messages += [message for message in came if message["kind"] != "begins"]
         return came
 
-    def _message(self, line: bytes) -> dict:
-        """A message from its line; of a server that another process has started it may be anything."""
-        try:
-            message = json.loads(line)
-            for name in READ.get(message["kind"], ()):
-                message[name]
-        except (ValueError, TypeError, KeyError):
-            raise GlmppError(f"the process at {SHARED} answers with what is no message: {short(line[:60])}") from None
-        return message
-
     def __enter__(self) -> Fork:
         return self
 
     def __exit__(self, *_: object) -> None:
         """End it if it is still at work."""
         os.close(self.pipe)
-        if self.connection is not None:
-            self.connection.close()
+        os.close(self.asker)
 
     def check(self) -> None:
         """Raise a GlmppError with its last words if it ended before its work did, a KitError if the kit is to blame."""

@@ -8,20 +8,23 @@ here is imported by the parent.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import ctypes
 import gc
 import importlib.util
 import json
 import os
 import resource
+import select
+import signal
+import socket
 import sys
 import tempfile
+import threading
 import traceback
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from glmpp.dryrun.child.clients import Clients
-from glmpp.dryrun.pretend.cpu_stand_ins import expert_map_on_cpu, inspect_in_process, install_platform
 from glmpp.dryrun.pretend.failures import frames, is_kits, what_to_install, without_paths
 from glmpp.dryrun.scratch import remove_scratch
 from glmpp.errors import GlmppError, KitError
@@ -70,6 +73,8 @@ LATE_ON_GPU = [
 
 def preload(target: str) -> None:
     """Everything slow and common to all requests: half a minute of imports the first time, a second once forked."""
+    from glmpp.dryrun.pretend.cpu_stand_ins import expert_map_on_cpu, inspect_in_process, install_platform
+
     install_platform(target)
     contract.require(contract.DRY_RUN)
     import glmpp.dryrun.child.handlers  # noqa: F401  imports vLLM, which has to find the platform
@@ -170,47 +175,109 @@ def message_of(error: BaseException) -> dict:
     return {"kind": kind, "message": error.args[0], "details": error.details}
 
 
-def main(descriptor: int, target: str, folder: str, turn: int | None = None) -> None:
-    """Import vLLM once, then fork for every message on a connection, so that no request sees another's patches.
+@contextlib.contextmanager
+def watched(connection: socket.socket, gone: Callable[[], None]) -> Iterator[None]:
+    """Call a function when the other end is closed within the block. No thread is left after it."""
+    read, write = os.pipe()
 
-    A message is a JSON object, see `answer`, and with it come the pipe to answer into and the one that gives out turns.
-    The process ends when the last connection is closed: those who asked have gone.
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(connection, 0)  # a hang-up is always told
+        poll.register(read, 0)
+        if connection.fileno() in dict(poll.poll()):
+            gone()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.close(write)
+        thread.join()
+        os.close(read)
+
+
+def fork_for_each(connection: socket.socket, work: Callable[[bytes, int, int], None]) -> None:
+    """Work on each request in a fork of its own, until the other end of the connection is closed.
+
+    With a request come three pipes: the one to answer into, the one that gives out turns, and one that nothing is written
+    into. When that is closed, whoever asked has what it wants, has waited long enough or is gone, and the fork is ended.
+    """
+    server, forks = os.getpid(), {}  # the last of a request's pipes -> process id
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    while True:
+        for descriptor, _ in poll.poll():
+            if descriptor in forks:
+                poll.unregister(descriptor)
+                os.close(descriptor)
+                end(forks.pop(descriptor))
+                continue
+            message, pipes, *_ = socket.recv_fds(connection, 65536, 3)
+            if not message:
+                for pid in forks.values():
+                    end(pid)
+                return
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    end_with_parent(server)
+                    connection.close()
+                    work(message, *pipes[:2])
+                finally:
+                    os._exit(0)  # no exit handlers: they are the server's
+            forks[pipes[2]] = pid
+            poll.register(pipes[2], 0)
+            for pipe in pipes[:2]:
+                os.close(pipe)
+
+
+def end(pid: int) -> None:
+    """End a fork, be it at work or not. Nobody has waited for it yet: the number is its own."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the system end this process with the server, which was `parent` before the fork and may have gone since."""
+    with contextlib.suppress(AttributeError):  # Linux has it
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def main(descriptor: int, target: str, folder: str) -> None:
+    """Import vLLM once, then fork for every request, so that none sees another's patches.
+
+    A request is a JSON object, see `answer`. The process ends when the other end of the connection is closed: the kernel
+    has gone.
 
     Args:
-        descriptor: of a listening socket, which somebody has connected to.
+        descriptor: of the connection to the kernel.
         target: the GPU that is pretended, or "cpu".
         folder: of `glmpp.dryrun.scratch`, this process's own; it goes with it.
-        turn: of a file that is locked while vLLM is imported.
     """
-    clients, failure = Clients(descriptor), None
+    connection, failure = socket.socket(fileno=descriptor), None
 
     def leave() -> None:
         remove_scratch(Path(folder))
         os._exit(0)  # no exit handlers, which may wait
 
-    with clients.watched(leave):
-        if turn is not None:
-            fcntl.lockf(turn, fcntl.LOCK_EX)
+    def work(names: bytes, pipe: int, turns: int) -> None:
+        if failure:
+            os.write(pipe, json.dumps(failure).encode() + b"\n")
+        else:
+            answer(json.loads(names), pipe, turns)
+
+    with watched(connection, leave):
         gc.disable()  # what is imported stays: looking through it again and again would be a fifth of the time
         try:
             preload(target)
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             failure = message_of(error)
-        if turn is not None:
-            os.close(turn)  # and unlocks it, as the end of the process would
     gc.freeze()  # what the forks inherit is not theirs to look through, and stays shared
     gc.set_threshold(50_000)  # a load makes many objects, and little garbage
     gc.enable()
-    for client, names, pipes in clients.requests():
-        if failure:
-            with contextlib.suppress(OSError):  # the client has gone
-                os.write(pipes[0], json.dumps(failure).encode() + b"\n")
-        elif clients.fork(client):
-            try:
-                answer(json.loads(names), *pipes)
-            finally:
-                os._exit(0)  # no exit handlers: they are the server's
-        for pipe in pipes:
-            os.close(pipe)
+    fork_for_each(connection, work)
     leave()
