@@ -1,21 +1,16 @@
-"""The command `glmpp`, from its first import on: torch alone takes seconds, in which somebody may change their mind."""
+"""The command `glmpp` as a process: what it started ends with it."""
 
 from __future__ import annotations
 
 import sys
 
-from glmpp.ending import ended
-
-
-def run() -> int:
-    from glmpp.cli import run
-
-    return run(sys.argv[1:])
+from glmpp.cli import run
+from glmpp.cli.ending import ended
 
 
 def run_and_leave() -> int:
     try:
-        return run()
+        return run(sys.argv[1:])
     finally:
         if server := sys.modules.get("glmpp.dryrun.server"):
             server.Server.close_all()

@@ -16,10 +16,13 @@ from itertools import accumulate, pairwise
 from glmpp.checkpoint import TO_FIRST_NUMBER, Checkpoint
 from glmpp.errors import GlmppError, short, whole
 from glmpp.formats.config import check_config, layer_count, text_config
-from glmpp.layer_names import EMBEDDINGS, ENDS, LAYERS, LLAMA_ENDS
 
 PARTITION_VARIABLE = "VLLM_PP_LAYER_PARTITION"
 MAX_GPUS = 16_384  # of a layout: ten times what the largest models are served on
+LAYERS = "model.layers"  # what most checkpoints call the list of layers
+LLAMA_ENDS = ("model.embed_tokens.", "model.norm.", "lm_head.")  # and the parts beside it, in module order
+EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "embedding", "embeddings"}
+ENDS = EMBEDDINGS | {"norm", "lm_head", "ln_f", "norm_f", "final_layernorm", "final_layer_norm", "embed_out"}
 OWN, OTHER_STAGE, SPECULATIVE, UNKNOWN = "own", "another stage's", "speculative layer", "unknown"
 EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")  # in a tensor's name, as in `vllm/…/model_loader/ep_weight_filter.py`
 

@@ -36,7 +36,8 @@ def shown(text: str, limit: int = 200) -> str:
         return whole
     left_out = f" … ({len(text):,} characters) … "
     end = (limit - len(left_out)) // 4
-    return line(text[:limit])[: limit - len(left_out) - end] + left_out + line(text[-limit:])[-end:]
+    start = line(text[:limit])[: limit - len(left_out) - end].rstrip(" ")  # no space beside another: see above
+    return start + left_out + line(text[-limit:])[-end:].lstrip(" ")
 
 
 def quoted(name: str) -> str:

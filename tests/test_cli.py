@@ -13,6 +13,8 @@ from conftest import ROOT
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.cli import commands
+from glmpp.cli.model import open_checkpoint
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.fit import Fit, KVCache, Memory
 from glmpp.dryrun.report_text import _spans
@@ -102,7 +104,7 @@ def test_plan_finds_the_layers_under_another_name(capsys, monkeypatch):
     names = ["transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight", "vision.patch.weight"]
     names += [f"transformer.h.{n}.mlp.weight" for n in range(4)] + [f"vision.blocks.{n}.weight" for n in range(6)]
     checkpoint = Checkpoint([TensorSpec(name, "BF16", (8,)) for name in names], {"n_layer": 4}, source="x")
-    monkeypatch.setattr(cli, "open_checkpoint", lambda *_: checkpoint)
+    monkeypatch.setattr(commands, "open_checkpoint", lambda *_: checkpoint)
     _, out, _ = command(capsys, "plan", "x", "--pp", 2)
     rows = [line.split() for line in out.splitlines() if line[:1].isdigit() or line.startswith("no stage")]
     assert [row[2] for row in rows] == ["3", "4", "7"]
@@ -208,7 +210,7 @@ def test_layouts_ends_with_2_only_where_a_layout_might_serve_and_nobody_can_tell
     one = lambda room: Fit([Memory(1, 1, (), cache[room])], GPUS["h200"], 0.9)  # noqa: E731
     all_of_them = [Layout(Deployment(gpu="h200"), verdict, "", one(room), None, 1) for verdict, room in found]
     told = Layouts(all_of_them, (2, 100), GPUS["h200"], None, {}, {"vllm": "0"}, 1.0)
-    monkeypatch.setattr(cli, "layouts", lambda *_, **__: told)
+    monkeypatch.setattr(commands, "layouts", lambda *_, **__: told)
     ended, _, err = command(capsys, "layouts", CONFIG, "--gpus", 2)
     assert ended == code
     assert "VLLM_PP_LAYER_PARTITION is ignored" in err
@@ -237,7 +239,7 @@ def test_check_without_vllm_says_what_to_install(capsys, monkeypatch):
 
 def test_a_folder_without_shards_is_read_as_a_config_and_says_so(tmp_path):
     (tmp_path / "config.json").write_text((CONFIG / "config.json").read_text())
-    assert "from the config alone" in cli.open_checkpoint(str(tmp_path)).source
+    assert "from the config alone" in open_checkpoint(str(tmp_path)).source
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(GlmppError, match="not a complete safetensors file"):
-        cli.open_checkpoint(str(tmp_path))
+        open_checkpoint(str(tmp_path))

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from glmpp.cli.ending import ended
 from glmpp.dryrun import scratch
 from glmpp.dryrun.scratch import clear_scratch, make_scratch, remove_scratch
-from glmpp.ending import ended
 from glmpp.errors import GlmppError, KitError
 
 CONFIG = ROOT / "data" / "glm-5.1-fp8" / "config.json"
@@ -66,7 +66,7 @@ def lacks(number: int, *file: str) -> OSError:
 )
 def test_every_end_has_an_exit_code_and_a_line_at_most(error, code, said, capfd, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("glmpp.ending._drop", lambda stream: None)
+    monkeypatch.setattr("glmpp.cli.ending._drop", lambda stream: None)
     assert raises(error) == code
     out, err = capfd.readouterr()
     assert out == "" and err.startswith(said) and err.count("\n") == bool(said)
@@ -84,7 +84,7 @@ def test_a_report_that_cannot_be_kept_is_said(capfd, monkeypatch):
     def full(*_, **__):
         raise lacks(errno.ENOSPC)
 
-    monkeypatch.setattr("glmpp.ending.tempfile.NamedTemporaryFile", full)
+    monkeypatch.setattr("glmpp.cli.ending.tempfile.NamedTemporaryFile", full)
     assert raises(ZeroDivisionError("by nothing")) == 3
     assert "ZeroDivisionError: by nothing" in capfd.readouterr().err
 
@@ -138,7 +138,7 @@ def test_a_signal_that_is_ignored_stays_ignored(capfd):
 
 
 def test_nobody_reads():
-    program = "import sys; from glmpp.ending import ended\nsys.exit(ended(lambda: print('x' * 10**6) or 0))"
+    program = "import sys; from glmpp.cli.ending import ended\nsys.exit(ended(lambda: print('x' * 10**6) or 0))"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == (b"", 141)
@@ -148,7 +148,7 @@ def test_nobody_reads():
 @pytest.mark.parametrize("streams", [("stdout",), ("stderr",), ("stdout", "stderr")])
 @pytest.mark.parametrize("lines", [1, 100_000])  # written when it ends, or before
 def test_what_cannot_be_written(streams, lines):
-    program = f"import sys; from glmpp.ending import ended\nsys.exit(ended(lambda: print('x\\n' * {lines}) or 0))"
+    program = f"import sys; from glmpp.cli.ending import ended\nsys.exit(ended(lambda: print('x\\n' * {lines}) or 0))"
     with FULL.open("w") as full:
         done = subprocess.run(
             [sys.executable, "-c", program],
@@ -272,7 +272,7 @@ def test_nothing_stays_when_a_signal_ends_it(tmp_path, tiny, name, when):
         "from glmpp import __main__, dry_run, Deployment, Checkpoint\n"
         "from glmpp.dryrun.deployment import Helper\n"
         "deployment = Deployment(2, gpu='cpu', guard=Helper(sys.argv[2]))\n"
-        "__main__.run = lambda: dry_run(Checkpoint.from_directory(sys.argv[1]), deployment, progress=False)\n"
+        "__main__.run = lambda arguments: dry_run(Checkpoint.from_directory(sys.argv[1]), deployment, progress=False)\n"
         "__main__.main()"
     )
     at_work = tmp_path / "at_work"
@@ -287,8 +287,10 @@ def test_nothing_stays_when_a_signal_ends_it(tmp_path, tiny, name, when):
     environment = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": paths}
     command = [sys.executable, "-c", program, tiny.directory, f"{helper}:helper"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        with at_work.open() as fifo:
-            fifo.read(1)
+        with open(os.open(at_work, os.O_RDONLY | os.O_NONBLOCK)) as fifo:
+            while not fifo.read(1):
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.05)
         process.send_signal(getattr(signal, name))
         said = process.stderr.read()
     if name == "SIGKILL":

@@ -66,7 +66,7 @@ MUTATIONS = {
         "test_fit.py::test_weights_that_do_not_fit_leave_no_tokens",
     ),
     "a tower is not the language model": (
-        "layer_names.py::layer_list",
+        "layouts/layer_list.py::layer_list",
         'if words.isdisjoint(re.split(r"[._]", path))',
         "",
         "test_partition.py::test_the_list_of_layers_is_the_language_models_whatever_lies_beside_it",

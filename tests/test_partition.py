@@ -14,7 +14,7 @@ from glmpp.dryrun.deployment import Deployment
 from glmpp.errors import GlmppError
 from glmpp.formats.index import natural_key
 from glmpp.formats.tensor import TensorSpec
-from glmpp.layer_names import layer_list
+from glmpp.layouts.layer_list import layer_list
 from glmpp.layouts.split import balance, balance_cache, best_split
 from glmpp.partition import (
     OTHER_STAGE,

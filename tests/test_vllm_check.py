@@ -18,6 +18,7 @@ from conftest import ROOT
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.cli import commands
 from glmpp.cli.advice_text import NO_RELEASE
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
@@ -216,7 +217,7 @@ def test_a_fault_of_the_kit_is_said_to_be_one_and_ends_with_3(tmp_path, capsys, 
 
 def test_a_fault_of_the_command_itself_ends_with_3_too(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(cli, "dry_run", lambda *args, **kwargs: {}["no such"])
+    monkeypatch.setattr(commands, "dry_run", lambda *args, **kwargs: {}["no such"])
     code, _, err = command(capsys, "check", tiny.directory)
     (report,) = tmp_path.glob("glmpp-fault-*.txt")
     assert code == 3 and str(report) in err and "KeyError: 'no such'" in report.read_text()
@@ -358,7 +359,7 @@ def test_an_architecture_that_vllm_does_not_know_is_refused_in_its_words(tiny, t
 def test_a_tensor_that_the_checkpoint_lacks_is_not_called_a_pipeline_fault(tiny, capsys, monkeypatch):
     lost = "model.layers.2.mlp.down_proj.weight"
     partial = Checkpoint([spec for spec in tiny.values() if spec.name != lost], tiny.config, source="partial")
-    monkeypatch.setattr(cli, "open_checkpoint", lambda *_, **__: partial)
+    monkeypatch.setattr(commands, "open_checkpoint", lambda *_, **__: partial)
     code, out, _ = command(capsys, "check", "partial", "--pp", 2, "--guard", "loader")
     assert code == 1 and out.count(f"    left at init: {lost}\n") == 2  # on its stage and at PP=1
     assert out.endswith("PP=2: loads, and is not complete, nor is PP=1: 1 absent\n")

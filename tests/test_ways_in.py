@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.cli.model import open_checkpoint
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import chosen_ranks, dry_run
 from glmpp.errors import GlmppError, positive, short, whole
@@ -291,7 +292,7 @@ def put(path: Path, make) -> None:
 def test_a_folder_with_a_fifo_or_a_device_is_refused_whatever_it_is_called(folder, place):
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
         put(folder / place, make)
-        for read in (Checkpoint.from_directory, lambda path: cli.open_checkpoint(str(path))):
+        for read in (Checkpoint.from_directory, lambda path: open_checkpoint(str(path))):
             with pytest.raises(GlmppError, match=rf"{place}: is a (FIFO|device)"):
                 read(folder)
 
@@ -421,7 +422,7 @@ def test_a_name_that_no_file_can_have_is_told_in_a_sentence(folder, file):
 def test_a_model_that_cannot_be_looked_at_is_told_in_a_sentence(model, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(GlmppError):
-        cli.open_checkpoint(model.replace("LOOP", str(tmp_path / "loop")))
+        open_checkpoint(model.replace("LOOP", str(tmp_path / "loop")))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -587,4 +588,4 @@ def test_a_stage_may_hold_no_layer(tiny, split, capsys):
 def test_a_single_file_without_an_index_is_read(tmp_path):
     save_file({"model.layers.0.w": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"n_layer": 1}')
-    assert list(cli.open_checkpoint(str(tmp_path))) == ["model.layers.0.w"]
+    assert list(open_checkpoint(str(tmp_path))) == ["model.layers.0.w"]

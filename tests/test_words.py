@@ -11,12 +11,14 @@ from pathlib import Path
 import faulty
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.cli import commands
+from glmpp.cli.advice_text import pasted
 from glmpp.dryrun.advice import PLUGINS_VARIABLE
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.fit import Fit, KVCache, Memory
@@ -97,7 +99,7 @@ def test_a_report_has_as_many_lines_with_any_words_as_with_plain_ones(word):
 @given(WORDS)
 def test_layouts_have_as_many_lines_with_any_words_as_with_plain_ones(word):
     model = f"org/{word[:60]}"
-    plain, told = (layouts_text(cli.pasted(model), checkpoint_of(one), layouts_of(one)) for one in ("plain", word))
+    plain, told = (layouts_text(pasted(model), checkpoint_of(one), layouts_of(one)) for one in ("plain", word))
     assert lines_of(told) == lines_of(plain)
     (line,) = (line for line in told.split("\n") if "vllm serve" in line)
     assert shlex.split(line)[:3] == ["vllm", "serve", model if printable(model) == model else "MODEL"]
@@ -115,6 +117,7 @@ def test_a_plan_has_as_many_lines_with_any_words_as_with_plain_ones(word):
 
 
 @given(WORDS, st.lists(WORDS, max_size=3), st.sampled_from([GlmppError, KitError]))
+@example("0 " * 2500, [], GlmppError)  # cut beside a space
 def test_an_error_is_one_line_and_one_for_each_detail(word, details, kind):
     error = kind(f"{word}: cannot be read", details)
     assert lines_of(str(error)) == 1 + len(details)
@@ -235,8 +238,8 @@ def test_the_line_to_paste_lets_vllm_load_the_kits_plugin(plugins, before, tmp_p
     monkeypatch.delenv(PLUGINS_VARIABLE, raising=False)
     if plugins is not None:
         monkeypatch.setenv(PLUGINS_VARIABLE, plugins)
-    monkeypatch.setattr(cli, "open_checkpoint", lambda *_: checkpoint_of("x"))
-    monkeypatch.setattr(cli, "layouts", lambda *_, **__: layouts_of("x"))
+    monkeypatch.setattr(commands, "open_checkpoint", lambda *_: checkpoint_of("x"))
+    monkeypatch.setattr(commands, "layouts", lambda *_, **__: layouts_of("x"))
     (tmp_path / "a $(b)").mkdir()
     (tmp_path / "a $(b)" / "model.safetensors").touch()
     monkeypatch.chdir(tmp_path)
@@ -253,9 +256,9 @@ def test_a_cure_is_pasted_with_the_kits_plugin_and_without_a_name_that_needs_esc
     pytest.importorskip("vllm")
     monkeypatch.delenv(PLUGINS_VARIABLE, raising=False)
     model = faulty.write_faulty("unguarded lookup", tmp_path)
-    for pasted, before in ((str(model), ""), ("MODEL", "VLLM_PLUGINS=faulty,glmpp ")):
+    for name, before in ((str(model), ""), ("MODEL", "VLLM_PLUGINS=faulty,glmpp ")):
         _, out, _ = told_by(capsys, "check", model, "--pp", 2)
         (line,) = (line for line in out if " serve " in line)
-        assert line == f"    {before}vllm serve {shlex.quote(pasted)} --pipeline-parallel-size 2 --load-format glmpp"
+        assert line == f"    {before}vllm serve {shlex.quote(name)} --pipeline-parallel-size 2 --load-format glmpp"
         model = model.rename(tmp_path / "m\nforged")
         monkeypatch.setenv(PLUGINS_VARIABLE, "faulty")  # now: the process that has imported vLLM serves other tests, too

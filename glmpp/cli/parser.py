@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
+from glmpp.cli.ending import versions
 from glmpp.dryrun.deployment import GUARDS
 from glmpp.dryrun.dry_run import MAX_CONTEXT
 from glmpp.dryrun.workers import TIMEOUT
-from glmpp.ending import versions
 from glmpp.errors import GlmppError, positive, whole
 from glmpp.formats.shard import MAX_SHARD_BYTES
 from glmpp.gpus import GPUS, REPORTED

@@ -9,7 +9,7 @@ from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.fit import NO_FIT
 from glmpp.dryrun.report_text import headline
 from glmpp.formats.config import layer_count_said
-from glmpp.layer_names import layer_list
+from glmpp.layouts.layer_list import layer_list
 from glmpp.layouts.split import balance
 from glmpp.partition import (
     MAX_GPUS,

@@ -18,7 +18,7 @@ from glmpp.dryrun.workers import TIMEOUT, run_stages
 from glmpp.errors import GlmppError, positive, whole
 from glmpp.formats.config import has_experts, text_config
 from glmpp.gpus import CPU, GPUS, gpu_of
-from glmpp.layer_names import layer_list
+from glmpp.layouts.layer_list import layer_list
 from glmpp.layouts.layout import Layout, Layouts
 from glmpp.layouts.split import balance_cache, cache_cost, largest
 from glmpp.partition import MAX_GPUS

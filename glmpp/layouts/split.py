@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.formats.config import layer_count
-from glmpp.layer_names import layer_list
+from glmpp.layouts.layer_list import layer_list
 from glmpp.partition import make_stages, part_sizes
 
 

@@ -1,4 +1,4 @@
-"""What checkpoints call the list of layers, and the embedding, final norm and head beside it."""
+"""What a checkpoint calls the list of its language model's layers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ import re
 from glmpp.checkpoint import TO_FIRST_NUMBER, Checkpoint
 from glmpp.errors import GlmppError
 from glmpp.formats.config import layer_count, text_config, tower_layers
+from glmpp.partition import LAYERS
 from glmpp.words import quoted
 
-LAYERS = "model.layers"  # what most checkpoints call the list of layers; `layer_list` finds the name in others
-LLAMA_ENDS = ("model.embed_tokens.", "model.norm.", "lm_head.")  # and the parts beside it, in module order
-EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "embedding", "embeddings"}
-_LAST = {"norm", "lm_head", "ln_f", "norm_f", "final_layernorm", "final_layer_norm", "embed_out"}
-ENDS = EMBEDDINGS | _LAST
 # Words in the path of a list that is not the language model's: towers, what speaks, and MTP layers in a list of their own.
 _TOWERS = {"vision", "visual", "vit", "vpm", "image", "video", "audio", "apm", "speech", "talker", "mtp", "projector"}
 _TOWERS |= {"clip", "dit", "qformer", "resampler", "codec"}
