@@ -26,6 +26,7 @@ from glmpp.formats.index import load_index, longest_list, natural_key, shard_pat
 from glmpp.formats.shard import read_shard
 from glmpp.formats.tensor import TensorSpec
 from glmpp.formats.weights import MISTRALS, by_file, check_readable, missing_line, notes, weight_files
+from glmpp.words import MESSAGE, shown
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +108,12 @@ class Checkpoint(Mapping[str, TensorSpec]):
             tensors, nbytes = found.get(beginning, (0, 0))
             found[beginning] = tensors + 1, nbytes + spec.nbytes
         return found
+
+    @property
+    def headline(self) -> list[str]:
+        """Lines: which checkpoint, how large it is, and what is to be told of the choice of its files."""
+        size = f"{len(self):,} tensors, {self.nbytes / 1e9:,.3f} GB"
+        return [f"{shown(str(self.source), MESSAGE)}: {size}", *(f"    {note}" for note in self.notes)]
 
     @property
     def nbytes(self) -> int:

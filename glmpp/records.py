@@ -10,10 +10,14 @@ import time
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.errors import GlmppError
 
+T = TypeVar("T")
 SYSTEM = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
 MACHINE = SYSTEM.partition(" ")[2] + ", CPU only"
 
@@ -60,13 +64,21 @@ def read(path: str | Path, asked: dict | None = None) -> dict:
     return content
 
 
+def decode(path: str | Path, kind: type[T]) -> T:
+    """A record of a type. Raises GlmppError if it is none."""
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=kind)
+    except msgspec.DecodeError as error:
+        raise GlmppError(f"{path}: no record of a {kind.__name__}: {error}") from None
+
+
 def check(path: str | Path, asked: dict, recorded: dict) -> None:
     """Compare a question with the one that a record was made for, field by field; a record need not say all of them.
 
     Raises:
         GlmppError: they differ; the message says in what.
     """
-    asked = json.loads(json.dumps(asked))  # as a record says it: lists for tuples
+    asked, recorded = (msgspec.json.decode(msgspec.json.encode(one)) for one in (asked, recorded))  # lists for tuples
     differ = [name for name in asked if name in recorded and recorded[name] != asked[name]]
     if differ:
         said = "; ".join(f"{name}: {asked[name]!r} is asked for, {recorded[name]!r} is recorded" for name in differ)

@@ -15,9 +15,9 @@ from glmpp import cli
 from glmpp.checkpoint import Checkpoint
 from glmpp.cli import commands
 from glmpp.cli.model import open_checkpoint
+from glmpp.cli.report_text import _spans
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.fit import Fit, KVCache, Memory
-from glmpp.dryrun.report_text import _spans
 from glmpp.errors import GlmppError
 from glmpp.formats.tensor import TensorSpec
 from glmpp.gpus import GPUS

@@ -75,8 +75,8 @@ def test_a_place_is_the_same_wherever_packages_and_models_lie(above, installed, 
         ("torch.nn.modules.module", of_torch, "raise KeyError('a.b')"),
     )
     told = describe(error)
-    assert (told["exception"], told["key"], told["place"]) == ("KeyError", "a.b", "faulty.py:2")
-    assert [line.split(" in ")[0] for line in told["traceback"]] == [
+    assert (told.exception, told.key, told.place) == ("KeyError", "a.b", "faulty.py:2")
+    assert [line.split(" in ")[0] for line in told.traceback] == [
         "vllm/model_executor/models/deepseek_v2.py:1",
         "faulty.py:2",
     ]
@@ -213,7 +213,7 @@ def test_of_what_pydantic_wraps_the_sentence_is_told():
     with pytest.raises(pydantic.ValidationError) as wrapped:
         Config(heads=2)
     said = "Total number of attention heads (2) must be divisible by tensor parallel size (3)."
-    assert describe(wrapped.value)["message"] == said
+    assert describe(wrapped.value).message == said
     with pytest.raises(pydantic.ValidationError) as own:
         Config(heads="many", layers=[])
     fields = failures.words_of(own.value).split("; ")
@@ -284,7 +284,7 @@ def test_a_failure_while_building_names_the_innermost_module_that_has_a_name():
     for inner, named in (("attn", "vision.attn"), ("", "vision")):
         with pytest.raises(ValueError) as raised:
             Outer("vision", inner)
-        assert failures.describe(raised.value)["message"] == f"4 is not divisible by 8 (while {named} was built)"
+        assert failures.describe(raised.value).message == f"4 is not divisible by 8 (while {named} was built)"
     prefix = "no module's"
     with pytest.raises(ValueError) as raised:
         int(prefix)
@@ -297,4 +297,4 @@ def test_what_a_message_lists_is_left_out(tmp_path):
     error = caught(
         (MODEL, str(tmp_path / "model.py"), f"raise ValueError('no x. The parameters are: ' + repr({names!r}) + ', {{1}}')")
     )
-    assert describe(error)["message"] == "no x. The parameters are: {…}, {1}"
+    assert describe(error).message == "no x. The parameters are: {…}, {1}"

@@ -21,7 +21,9 @@ FILES = {
 # From the ground up; a room imports from those below it, and of those that need vLLM only what needs none before it is used.
 ROOMS = ["formats", "core", "serving", "pretend", "child", "cuts", "dryrun", "layouts", "cli", "lab"]
 IN_A_PROCESS_WITH_VLLM = {"serving", "pretend", "child"}
-FOR_ALL = {"glmpp.serving.contract", "glmpp.serving.fixes", "glmpp.dryrun.scratch"}
+FOR_ALL = {
+    "glmpp.serving.contract", "glmpp.serving.fixes", "glmpp.dryrun.scratch", "glmpp.dryrun.messages", "glmpp.dryrun.fit",
+}  # fmt: skip
 # On the ground beside them: imported by every room.
 GROUND = {"glmpp.errors", "glmpp.progress", "glmpp.words"}
 # What an import inside a function is for: packages that may be missing, or that are slow and rarely needed.

@@ -234,7 +234,7 @@ MUTATIONS = {
         "test_vllm_losses.py::test_a_finding_that_the_bytes_do_not_confirm_is_none",
     ),
     "an exit code for what leaves parameters at init": (
-        "dryrun/report_text.py::overall",
+        "dryrun/report.py::DryRunReport.overall",
         "(INCOMPLETE, NO_FIT, CANNOT_TELL)",
         "(NO_FIT, CANNOT_TELL)",
         "test_vllm_check.py::test_a_tensor_that_the_checkpoint_lacks_is_not_called_a_pipeline_fault",
@@ -289,7 +289,7 @@ MUTATIONS = {
     ),
     "the shard of a rank": (
         "dryrun/pretend/ranks.py::pretend",
-        '"_TP": ranks[place.replica, place.rank],',
+        '"_TP": ranks[run.dp_rank, run.stage],',
         '"_TP": mine,',
         "test_vllm_layouts.py::test_the_ranks_of_a_layout_put_together_are_the_single_rank_bit_for_bit[2-1-False]",
     ),

@@ -18,7 +18,8 @@ from sweep.same_bytes import (
     compare_stage,
 )
 
-from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS, Death, Evidence, StageReport
+from glmpp.dryrun.messages import Failure, Run, StageResult
+from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, INCOMPLETE, LOADS, StageReport
 from glmpp.ledger import ABSENT, EXPECTED, UNTIED, Ledger, UnloadedParam
 from glmpp.partition import make_stages
 
@@ -32,9 +33,9 @@ def stage(
     """A report of a stage; what it dies of is a GlmppError if it is something about parameters."""
     ledger = Ledger({}, {}, padding=padding or {})
     exception = "GlmppError" if "parameters" in said else "KeyError"
-    deaths = [Death(None, exception, said, None, "vllm/a.py:1", "f")] if said else []
-    evidence = Evidence(digests=digests or {})
-    return StageReport(STAGE, verdict, ledger=ledger, deaths=deaths, evidence=evidence, left=left or {})
+    failures = [Failure(exception=exception, message=said, place="vllm/a.py:1", function="f")] if said else []
+    result = StageResult(run=Run(), digests=digests or {}, failures=failures, left=left or {})
+    return StageReport(STAGE, verdict, ledger=ledger, result=result)
 
 
 def refused(count: int, left: dict) -> StageReport:

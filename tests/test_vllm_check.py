@@ -20,10 +20,10 @@ from glmpp import cli
 from glmpp.checkpoint import Checkpoint
 from glmpp.cli import commands
 from glmpp.cli.advice_text import NO_RELEASE
+from glmpp.cli.report_text import as_text
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.installed import vllm_version
-from glmpp.dryrun.report_text import as_text
 from glmpp.dryrun.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, INCOMPLETE, LOADS
 from glmpp.errors import KitError
 from glmpp.formats.tensor import TensorSpec
@@ -128,8 +128,8 @@ def test_a_guard_after_buffering_loads_and_what_it_holds_is_named(checked):
 
 
 def test_all_goes_on_after_a_death_and_finds_every_one(checked):
-    report = checked("dies twice", all_deaths=True)
-    found = [[death.key for death in stage.deaths] for stage in report.stages]
+    report = checked("dies twice", all_failures=True)
+    found = [[failure.key for failure in stage.failures] for stage in report.stages]
     assert [sorted(set(keys)) for keys in found] == [
         ["model.layers.11.ab.weight"],
         ["model.layers.1.ab.weight", "model.layers.11.ab.weight"],
@@ -165,7 +165,7 @@ def test_what_torch_has_no_answer_for_without_data_cannot_be_told_of_a_large_che
     known = (DIES, DIES) if fault == "unguarded lookup" else (DIES,) * 3
     expected = (CANNOT_TELL,) * 3 if fault in faulty.ASKS or fault == ADDRESS else known
     assert tuple(stage.verdict for stage in report.all)[: len(expected)] == expected, report.stages[0].message
-    assert ("no verdict" in report.evidence["messages"][1]["message"]) == (expected[0] == CANNOT_TELL)
+    assert ("no verdict" in report.messages[1].failures[0].message) == (expected[0] == CANNOT_TELL)
 
 
 @pytest.mark.parametrize("fault", ["takes ones for a fault", "goes on without an answer", ADDRESS])
@@ -323,7 +323,7 @@ def test_all_lists_every_death_of_every_stage(tiny, capsys):
     for stage in report["stages"]:
         first, last = stage["layers"]
         missing = {f"layers.{n}.self_attn.indexer.wk_weights_proj.weight" for n in range(12) if not first <= n <= last}
-        assert {death["key"] for death in stage["deaths"]} == missing and len(stage["deaths"]) == len(missing)
+        assert {failure["key"] for failure in stage["failures"]} == missing and len(stage["failures"]) == len(missing)
 
 
 @pytest.mark.parametrize("options", [(), ("--all",), ("--strict",), ("--guard", "loader")])

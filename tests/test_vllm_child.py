@@ -16,6 +16,7 @@ from glmpp.dryrun import server, workers
 from glmpp.dryrun.deployment import Deployment, Helper
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.installed import ask_vllm, vllm_version
+from glmpp.dryrun.messages import FunctionCall
 from glmpp.dryrun.report import DryRunReport
 from glmpp.dryrun.stage_report import LOADS
 from glmpp.errors import GlmppError
@@ -124,7 +125,7 @@ def collected(running: server.Server, tiny: Checkpoint) -> list[dict]:
     path.write_text("{}")
     turns = workers._turns([])
     try:
-        fork = workers.Fork(path, 0, (0, 1, 1), turns, running)
+        fork = workers.Fork(workers._world(path, 0), turns, running)
     finally:
         os.close(turns)
     with fork:
@@ -158,8 +159,7 @@ def test_a_distribution_of_another_name_that_provides_the_module_counts(tmp_path
 @needs_vllm
 def test_a_function_of_the_askers_own_is_called_where_vllm_is_imported(tmp_path):
     (tmp_path / "own.py").write_text("import sys\n\ndef add(a, b):\n    return a + b, 'vllm' in sys.modules\n")
-    request = {"kind": "function_call", "folder": str(tmp_path), "function": "own:add", "arguments": {"a": 1, "b": 2}}
-    assert ask_vllm(request)["returned"] == [3, True]
+    assert ask_vllm(FunctionCall(folder=str(tmp_path), function="own:add", arguments={"a": 1, "b": 2})) == [3, True]
 
 
 # --- stages side by side ------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_a_function_of_the_askers_own_is_called_where_vllm_is_imported(tmp_path)
 def content(report: DryRunReport) -> list[tuple]:
     """Everything that is said of the stages but seconds and memory."""
     return [
-        (one.stage, one.verdict, one.deaths, one.ledger, one.accounted, one.held, one.stand_ins, one.device, one.digests)
+        (one.stage, one.verdict, one.failures, one.ledger, one.accounted, one.held, one.stand_ins, one.device, one.digests)
         for one in report.all
     ]
 
@@ -199,12 +199,12 @@ def test_every_fork_is_ended_when_one_of_them_breaks_down(tiny, tmp_path, side_b
 
 @needs_vllm
 def test_runs_that_take_too_long_are_ended_and_said_to_be(tiny, full):
-    from glmpp.dryrun.dry_run import run_of, stage_request
+    from glmpp.dryrun.dry_run import Options, stage_request
 
     deployment = Deployment(8, guard="helper")
-    runs = [run_of(deployment, rank) for rank in range(8)]
+    runs = [deployment.run(stage) for stage in range(8)]
     with pytest.raises(GlmppError, match=r"was not done after 0\.01 s, and was ended"):
-        workers.run_stages(full, stage_request(full, deployment), runs, timeout=0.01)
+        workers.run_stages(full, stage_request(full, deployment, Options()), runs, timeout=0.01)
 
 
 @needs_vllm

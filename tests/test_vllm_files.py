@@ -101,7 +101,7 @@ def test_the_verdict_is_that_of_the_files_that_vllm_opens(model, tmp_path, case)
     for weights in ("meta", "real"):
         (stage,) = dry_run(checkpoint, 1, weights=weights, progress=False).stages
         assert stage.verdict == ("dies" if words else "loads")
-        assert not words or re.search(words, stage.deaths[0].message)
+        assert not words or re.search(words, stage.failures[0].message)
 
 
 def test_check_tells_what_is_left_out_and_a_missing_shard_is_a_verdict(model, tmp_path, capsys):

@@ -65,5 +65,3 @@ def test_bad_arguments_are_refused(tiny, full):
         load_times(full, 4)
     with pytest.raises(GlmppError, match="choose warm or cold"):
         load_times(tiny, 4, cache="lukewarm")
-    with pytest.raises(GlmppError, match="choose warm or cold"):
-        load_times(tiny, 4, reader="tape")

@@ -9,9 +9,9 @@ import silent
 from sweep.same_bytes import EQUAL, compare_case
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.cli.report_text import as_text, evidence_lines
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
-from glmpp.dryrun.report_text import as_text, evidence_lines
 from glmpp.dryrun.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
 from glmpp.ledger import ABSENT, EXPECTED, LOST, UNTIED, UnloadedParam
 from glmpp.synthetic import checkpoint_without
@@ -237,7 +237,7 @@ def test_forty_three_scales_that_a_repack_lost_do_not_come_up_green(tiny):
         assert len(tiny) - len(checkpoint) == 43
         stock = dry_run(checkpoint, 1, weights="real", progress=False).stages[0]
         ours = dry_run(checkpoint, Deployment(1, guard="loader"), weights="real", progress=False).stages[0]
-    assert stock.verdict == INCOMPLETE and stock.deaths == []
+    assert stock.verdict == INCOMPLETE and stock.failures == []
     assert {one.kind for one in stock.left.values() if one.kind != EXPECTED} == {ABSENT}
     assert ours.verdict == DIES and ours.unaccounted == stock.unaccounted
     assert f"{len(stock.unaccounted)} parameters were left at init" in ours.message  # a report keeps its beginning

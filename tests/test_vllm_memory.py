@@ -13,11 +13,11 @@ from models import SIZES, write_model
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.cli.report_text import as_text
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.installed import vllm_version
 from glmpp.dryrun.report import DryRunReport
-from glmpp.dryrun.report_text import as_text
 from glmpp.dryrun.stage_report import LOADS
 from glmpp.errors import GlmppError
 from glmpp.formats.config import load_config

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.cli.report_json import as_json
+from glmpp.cli.report_text import as_text
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.installed import vllm_pp_indices
-from glmpp.dryrun.report_text import as_json, as_text
 from glmpp.dryrun.stage_report import LOADS
 from glmpp.errors import GlmppError
 from glmpp.ledger import LOADED

@@ -119,7 +119,7 @@ def test_a_rank_between_the_first_and_the_last_that_lacks_a_part_of_its_expert_i
     config = json.loads((source / "config.json").read_text())
     checkpoint = Checkpoint.from_directory(reports.write(tmp_path / "lacks", tensors, config), judged=True)
     report = dry_run(checkpoint, Deployment(tp=8, ep=True, gpu="h100"), progress=False)
-    assert [stage.shard for stage in report.stages if stage.verdict == INCOMPLETE] == [5]
+    assert [stage.run.tp_rank for stage in report.stages if stage.verdict == INCOMPLETE] == [5]
     found = layouts(checkpoint, 8, "h100", context=4096, progress=False).layouts
     assert {one.verdict for one in found if one.deployment.tp == 8 and one.deployment.ep} == {INCOMPLETE}
 

@@ -17,13 +17,13 @@ from quantised import quantised
 
 import glmpp
 from glmpp.checkpoint import Checkpoint
+from glmpp.cli.report_text import as_text
 from glmpp.dryrun import server
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.installed import vllm_version
 from glmpp.dryrun.pretend.targets import properties
 from glmpp.dryrun.report import DryRunReport
-from glmpp.dryrun.report_text import as_text
 from glmpp.dryrun.stage_report import CANNOT_BUILD, DIES, LOADS
 from glmpp.errors import GlmppError
 from glmpp.gpus import ARCHITECTURES, CPU, GPUS, default_target, gpu_of

@@ -19,12 +19,13 @@ from glmpp import cli
 from glmpp.checkpoint import Checkpoint
 from glmpp.cli import commands
 from glmpp.cli.advice_text import pasted
+from glmpp.cli.report_text import as_text
 from glmpp.dryrun.advice import PLUGINS_VARIABLE
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.fit import Fit, KVCache, Memory
+from glmpp.dryrun.messages import Failure, Run, StageResult
 from glmpp.dryrun.report import DryRunReport
-from glmpp.dryrun.report_text import as_text
-from glmpp.dryrun.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS, Death, Evidence, StageReport
+from glmpp.dryrun.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS, StageReport
 from glmpp.errors import GlmppError, KitError
 from glmpp.formats.index import INDEX_FILE
 from glmpp.formats.tensor import TensorSpec
@@ -64,20 +65,25 @@ def report_of(word: str) -> DryRunReport:
     """Each of a report's paragraphs, with a word wherever one of somebody else's can be."""
     names = [f"{word}{at}" for at in range(6)]
     stages = make_stages(CONFIG, 4)
-    evidence = Evidence(word, data="made up", backends={"attention": {word: 1}}, held={word: 1})
-    unplaced = Evidence(word, unplaced=dict.fromkeys(names, 1), held=dict.fromkeys(names, 1))
     left = {name: UnloadedParam(LOST, f"{word} was dropped", word, word, word) for name in names} | {
         "x": UnloadedParam(ABSENT, word)
     }
-    keyed, said = Death(word, "KeyError", word, word, f"{word}:1", word), Death(word, word, word, None, word, word)
-    memory = Memory(1, 1, (), None, 0.9, word)
+    keyed = Failure(exception="KeyError", message=word, key=word, place=f"{word}:1", function=word, tensor=word)
+    said = Failure(exception=word, message=word, place=word, function=word, tensor=word)
+
+    def result(stage: int, **seen) -> StageResult:
+        seen = {"held": {word: 1}, "data": "made up", "backends": {"attention": {word: 1}}} | seen
+        memory = Memory(1, 1, (), None, 0.9, word)
+        return StageResult(run=Run(stage=stage, pp_size=4), model_class=word, memory=memory, **seen)
+
+    untold = {"unplaced": dict.fromkeys(names, 1), "held": dict.fromkeys(names, 1)}
     reports = [
-        StageReport(stages[0], DIES, deaths=[keyed, said], evidence=evidence, memory=memory),
-        StageReport(stages[1], INCOMPLETE, left=left, evidence=evidence, memory=memory),
-        StageReport(stages[2], CANNOT_TELL, evidence=unplaced, memory=memory),
-        StageReport(stages[3], LOADS, ledger=Ledger(dict.fromkeys(names, UNEXPECTED)), evidence=evidence, memory=memory),
+        StageReport(stages[0], DIES, result=result(0, failures=[keyed, said])),
+        StageReport(stages[1], INCOMPLETE, result=result(1, left=left)),
+        StageReport(stages[2], CANNOT_TELL, result=result(2, **untold)),
+        StageReport(stages[3], LOADS, result=result(3), ledger=Ledger(dict.fromkeys(names, UNEXPECTED))),
     ]
-    return DryRunReport(Deployment(4, gpu="h200"), reports, None, [], {"vllm": word}, {word: word}, 1.0, 1, {})
+    return DryRunReport(Deployment(4, gpu="h200"), reports, None, [], {"vllm": word}, {word: word}, 1.0, 1)
 
 
 def layouts_of(word: str) -> Layouts:

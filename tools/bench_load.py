@@ -19,7 +19,7 @@ import torch
 
 from glmpp.dryrun.deployment import Deployment
 from glmpp.formats.shard import read_shard
-from glmpp.lab.load_time import FILTERED, FLOOR, GLMPP, STOCK, load_times
+from glmpp.lab.load_time import FLOOR, GLMPP, STOCK, load_times, measure
 from glmpp.lab.notebook import all_names_checkpoint
 from glmpp.partition import OTHER_STAGE, make_stages
 from glmpp.progress import progress_bar
@@ -85,8 +85,11 @@ def experts() -> None:
     """Seconds of whole loads, warm; bytes that are read, by what is in the page cache after a cold one."""
     checkpoint, rows = all_names_checkpoint(), []
     for cache, runs in (("warm", SPREAD_RUNS), ("cold", 1)):
-        times = load_times(checkpoint, SPREAD, [0], dict.fromkeys((STOCK, FILTERED, GLMPP), runs), cache, place=(0, REPLICA))
-        for (_, form), row in times.median(cache).iterrows():
+        ran = [SPREAD.run(0, 0, REPLICA)]
+        for form, filtered in ((STOCK, False), (STOCK, True), (GLMPP, False)):
+            times = measure(checkpoint, SPREAD, ran, form, runs, cache, filtered=filtered)
+            ((_, row),) = times.median(cache).iterrows()
+            form += ", filter of experts on" * filtered  # `--enable-ep-weight-filter`
             said = {"seconds_median": float(row.total), "tensors": int(row.tensors), "bytes": int(row.bytes_handed)}
             read = {} if cache == "warm" else {"bytes_read": int(row.bytes_read)}
             rows.append({"peer": f"load, {form}", "cache": cache, **said, **read})
@@ -127,9 +130,10 @@ def stage() -> None:
     rows = []
 
     for reader in (None, "runai_streamer", "fastsafetensors"):
-        repeats = dict.fromkeys((GLMPP,) if reader else (STOCK, GLMPP, FLOOR), RUNS)
-        times = load_times(checkpoint, PP_SIZE, [RANK], repeats, reader=reader)
-        for (_, form), row in times.median().iterrows():
+        for form in (GLMPP,) if reader else (STOCK, GLMPP, FLOOR):
+            deployment = Deployment(PP_SIZE)
+            times = measure(checkpoint, deployment, [deployment.run(RANK)], form, RUNS, "warm", reader=reader)
+            ((_, row),) = times.median().iterrows()
             peer = f"load, {form}" + (f" with {reader}" if reader else "")
             said = {"seconds_median": float(row.total), "tensors": int(row.tensors), "bytes": int(row.bytes_handed)}
             rows.append({"peer": peer, **said})

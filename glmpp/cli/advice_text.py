@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.cli.report_text import evidence_lines, label
 from glmpp.dryrun.advice import (
     PLUGINS_VARIABLE,
     KnownFault,
@@ -21,7 +22,6 @@ from glmpp.dryrun.advice import (
 )
 from glmpp.dryrun.fit import NO_FIT
 from glmpp.dryrun.report import DryRunReport
-from glmpp.dryrun.report_text import evidence_lines, label
 from glmpp.serving import fixes
 from glmpp.words import MESSAGE, printable, shown
 

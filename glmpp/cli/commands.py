@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from glmpp.cli.advice_text import other_lines, pasted, what_to_do
 from glmpp.cli.model import open_checkpoint
 from glmpp.cli.parser import make_parser
+from glmpp.cli.report_json import as_json
+from glmpp.cli.report_text import as_text
 from glmpp.dryrun.advice import PLUGINS_VARIABLE, try_fixes, try_layouts, try_load_format
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.fit import NO_FIT
-from glmpp.dryrun.report_text import as_json, as_text, overall
 from glmpp.dryrun.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
 from glmpp.errors import GlmppError
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
@@ -66,7 +67,7 @@ def _check(options: argparse.Namespace) -> int:
     )
     share, how = options.gpu_memory_utilization, {"strict": options.strict, "timeout": options.timeout}
     how["context"] = options.context
-    report = dry_run(checkpoint, deployment, ranks=options.ranks, all_deaths=options.all, **how)
+    report = dry_run(checkpoint, deployment, ranks=options.ranks, all_failures=options.all, **how)
     again, fixed = try_load_format(checkpoint, report, **how), try_fixes(checkpoint, report, **how)
     loading = next((one for one in (again, fixed) if one and one.loads), None)
     others = None if loading else try_layouts(checkpoint, report, share, **how)
@@ -78,7 +79,7 @@ def _check(options: argparse.Namespace) -> int:
         lines = what_to_do(options, checkpoint, report, again, fixed)
         if lines := [*lines, *([""] if room or others else []), *room, *other_lines(options, others)]:
             print(joined(lines))
-    return EXIT_CODES[overall(report, share)]
+    return EXIT_CODES[report.overall(share)]
 
 
 def _layouts(options: argparse.Namespace) -> int:

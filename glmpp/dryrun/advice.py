@@ -51,9 +51,9 @@ KNOWN_FAULTS = [
 
 def failures(report: DryRunReport) -> set[tuple[str, str]]:
     """What the ranks end with: exception and file, or kind of incompleteness and parameter, its layer's number taken out."""
-    deaths = {(death.exception, death.place.rpartition(":")[0]) for stage in report.all for death in stage.deaths}
-    ended = [stage for stage in report.all if not stage.deaths]  # what a death leaves at init is no failure of its own
-    return deaths | {(stage.left[name].kind, numberless(name)) for stage in ended for name in stage.unaccounted}
+    raised = {(one.exception, one.place.rpartition(":")[0]) for stage in report.all for one in stage.failures}
+    ended = [stage for stage in report.all if not stage.failures]  # what one leaves at init is no failure of its own
+    return raised | {(stage.left[name].kind, numberless(name)) for stage in ended for name in stage.unaccounted}
 
 
 def known_fault(stage: StageReport) -> KnownFault | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from glmpp.dryrun.messages import Run
 from glmpp.errors import GlmppError, short, whole
 from glmpp.formats.config import layer_count_said
 from glmpp.gpus import target_name
@@ -69,11 +71,11 @@ class Deployment:
     tp: int = 1
     dp: int = 1
     ep: bool = False
-    layer_counts: tuple[int, ...] | list[int] | str | None = None
+    layer_counts: Sequence[int] | str | None = None
     drafter: bool = False
     guard: str | Helper = "installed"
     gpu: str | None = None
-    fixes: tuple[str, ...] | list[str] | str = ()
+    fixes: Sequence[str] | str = ()
 
     def __post_init__(self):
         for name in ("tp", "pp", "dp"):
@@ -108,18 +110,29 @@ class Deployment:
         sizes = [f"{name.upper()}={getattr(self, name)}" for name in ("tp", "pp", "dp") if getattr(self, name) > 1]
         return " ".join([*(sizes or ["PP=1"]), *(["EP"] if self.ep else [])])
 
+    def run(self, stage: int, tp_rank: int = 0, dp_rank: int = 0, drafter: bool = False) -> Run:
+        """One of its ranks, or the drafter on it, to be run."""
+        sizes = {"pp_size": self.pp, "tp_size": self.tp, "dp_size": self.dp}
+        split = self.partition if self.pp > 1 else None
+        return Run(stage=stage, tp_rank=tp_rank, dp_rank=dp_rank, **sizes, ep=self.ep, drafter=drafter, layer_counts=split)
+
+    @property
+    def control(self) -> Run:
+        """The same in a single stage."""
+        return Run(tp_size=self.tp, dp_size=self.dp, ep=self.ep, control=True)
+
     @property
     def representative_ranks(self) -> list[tuple[int, int, int]]:
-        """The ranks that are run unless all are asked for, as (stage, shard, replica)."""
+        """The ranks that are run unless all are asked for, as (stage, tensor rank, data rank)."""
         return [rank for stage in range(self.pp) for rank in self.corners_of(stage)]
 
     def corners_of(self, stage: int) -> list[tuple[int, int, int]]:
-        """The first and the last shard of a stage, of the first and of the last replica."""
-        return [(stage, shard, at) for at in sorted({0, self.dp - 1}) for shard in sorted({0, self.tp - 1})]
+        """The first and the last rank of a stage, of the first and of the last replica."""
+        return [(stage, rank, at) for at in sorted({0, self.dp - 1}) for rank in sorted({0, self.tp - 1})]
 
     @property
     def all_ranks(self) -> list[tuple[int, int, int]]:
-        return [(stage, shard, at) for stage in range(self.pp) for at in range(self.dp) for shard in range(self.tp)]
+        return [(stage, rank, at) for stage in range(self.pp) for at in range(self.dp) for rank in range(self.tp)]
 
     @property
     def partition(self) -> str | None:

@@ -58,13 +58,6 @@ class Memory:
     why: str | None = None
     refused: bool = False
 
-    @classmethod
-    def of(cls, message: dict) -> Memory:
-        """From what the child says."""
-        cache = message["kv_cache"]
-        cache = cache and KVCache(**{**cache, "pages": tuple(cache["pages"])})
-        return cls(**{**message, "layers": tuple(message["layers"]), "kv_cache": cache})
-
     @property
     def figures(self) -> tuple:
         """What two ranks have in common that take the same of their GPUs."""

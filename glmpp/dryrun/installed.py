@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from glmpp.dryrun.messages import Answer, PPIndices, Request
 from glmpp.dryrun.workers import TIMEOUT, ask
 from glmpp.errors import GlmppError
 from glmpp.serving import contract
@@ -14,11 +17,11 @@ def vllm_version() -> str | None:
     return contract.vllm_version()
 
 
-def ask_vllm(request: dict, timeout: float = TIMEOUT) -> dict:
+def ask_vllm(request: Request, timeout: float = TIMEOUT) -> Any:
     """The child's answer to a request that is not about a checkpoint's stages. Raises GlmppError if there is none."""
     if vllm_version() is None:
         raise GlmppError(NO_VLLM)
-    return next(message for message in ask(request, timeout=timeout) if message["kind"] == request["kind"])
+    return next(message.value for message in ask(request, timeout=timeout) if isinstance(message, Answer))
 
 
 def vllm_pp_indices(cases: list[tuple[int, int]], layer_counts: str | None = None) -> list[list[tuple[int, int]]] | None:
@@ -35,5 +38,5 @@ def vllm_pp_indices(cases: list[tuple[int, int]], layer_counts: str | None = Non
     """
     if vllm_version() is None:
         return None
-    request = {"kind": "pp_indices", "cases": cases, "layer_counts": layer_counts}
-    return [[tuple(pair) for pair in case] for case in ask_vllm(request)["indices"]]
+    found = ask_vllm(PPIndices(cases=cases, layer_counts=layer_counts))
+    return [[tuple(pair) for pair in case] for case in found]

@@ -6,15 +6,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from glmpp import records
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.deployment import Deployment
-from glmpp.dryrun.fit import Fit
-from glmpp.dryrun.stage_report import CANNOT_BUILD, CANNOT_TELL, CONTROL, DRAFTER, STAGE, StageReport, stage_report
+from glmpp.dryrun.fit import NO_FIT, Fit
+from glmpp.dryrun.messages import End, Message, Ready, Run, StageResult
+from glmpp.dryrun.stage_report import (
+    CANNOT_BUILD,
+    CANNOT_TELL,
+    CONTROL,
+    DIES,
+    DRAFTER,
+    INCOMPLETE,
+    LOADS,
+    STAGE,
+    StageReport,
+    stage_report,
+)
 from glmpp.errors import GlmppError
 from glmpp.formats.config import layer_count
 from glmpp.gpus import CPU, gpu_of
-from glmpp.partition import Stage
 from glmpp.words import MESSAGE, shown
 
 if TYPE_CHECKING:
@@ -22,6 +35,41 @@ if TYPE_CHECKING:
 
 RANK_STAND_IN = "a real gloo group of size 1 whose rank and size fields are rewritten for each stage"
 GROUPS_STAND_IN = "real gloo groups of size 1 whose rank and size fields are rewritten for each rank of the layout"
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a report is about: a checkpoint's digest, how it is to be served, and how it was run.
+
+    Attributes:
+        helper, callers: of `glmpp.dryrun.deployment.Helper`; None for another guard.
+    """
+
+    checkpoint: str = ""
+    pp_size: int = 1
+    tp_size: int = 1
+    dp_size: int = 1
+    ep: bool = False
+    layer_counts: str | None = None
+    drafter: bool = False
+    guard: str = "installed"
+    helper: str | None = None
+    callers: tuple[str, ...] | None = None
+    fixes: tuple[str, ...] = ()
+    gpu: str = CPU
+    weights: str = "meta"
+    strict: bool = False
+    all_failures: bool = False
+    context: int | None = None
+    real_group: bool = False
+
+
+class Record(msgspec.Struct):
+    """A report as it is kept."""
+
+    recorded: str
+    question: Question
+    seconds: float
+    messages: list[Message]
 
 
 @dataclass
@@ -35,7 +83,8 @@ class DryRunReport:
         drafters: the MTP model on the last stage, on its first and its last shard, when asked for.
         versions: of python, vllm, torch, transformers in the child.
         stand_ins: part -> what stands in for it and why, on any stage.
-        evidence: what the child sent, as it came.
+        question: what it is the answer to, as it is recorded.
+        messages: what the child sent, as it came.
         recorded: None for a live run; otherwise when and where the shown result was recorded.
     """
 
@@ -47,7 +96,8 @@ class DryRunReport:
     stand_ins: dict[str, str]
     seconds: float
     peak_rss_bytes: int
-    evidence: dict = field(repr=False)
+    question: Question = field(repr=False, default=Question())
+    messages: list[Message] = field(repr=False, default_factory=list)
     recorded: str | None = None
 
     @property
@@ -72,6 +122,16 @@ class DryRunReport:
     def loads(self) -> bool:
         """Whether every stage that was run loads (the control and the drafter included)."""
         return all(report.loads for report in self.all)
+
+    def overall(self, utilization: float | None = None) -> str:
+        """LOADS if every stage and the control do, completely, and it fits as far as it was counted; otherwise the first of
+        DIES, INCOMPLETE, NO_FIT, CANNOT_TELL. Args: utilization: as in `fit`."""
+        verdicts = {stage.verdict for stage in self.all}
+        if verdicts & {DIES, CANNOT_BUILD}:
+            return DIES
+        if (found := self.fit(utilization)) and found.fits is False:
+            verdicts.add(NO_FIT)
+        return next((verdict for verdict in (INCOMPLETE, NO_FIT, CANNOT_TELL) if verdict in verdicts), LOADS)
 
     def fit(self, utilization: float | None = None) -> Fit | None:
         """What room the deployment has for tokens; None on a CPU, or if a stage was not built.
@@ -111,79 +171,68 @@ class DryRunReport:
 
     def save(self, path: str | Path) -> None:
         """Write what the child sent, and on which day and machine, so that `load` can show it where vLLM is not."""
-        head = {"recorded": f"{records.today()} on {records.MACHINE}", **self.evidence}
-        records.write(path, head, "messages", head.pop("messages"))
+        when = f"{records.today()} on {records.MACHINE}"
+        record = msgspec.to_builtins(Record(when, self.question, self.seconds, self.messages))
+        records.write(path, record, "messages", record.pop("messages"))
 
     @classmethod
     def load(
-        cls, path: str | Path, checkpoint: Checkpoint, asked: dict | None = None, runs: list[dict] | None = None
+        cls, path: str | Path, checkpoint: Checkpoint, asked: Question | None = None, runs: list[Run] | None = None
     ) -> DryRunReport:
         """Read a saved report of `checkpoint` back, labelled as recorded.
 
         Args:
-            asked: what it has to be the answer to, see `glmpp.dryrun.dry_run.question`; default: whatever it is.
-            runs: those that are wanted of it, see `glmpp.dryrun.dry_run.run_of`; default all.
+            asked: what it has to be the answer to; default: whatever it is.
+            runs: those that are wanted of it; default all.
 
         Raises:
-            GlmppError: it is of another checkpoint, answers another question, or lacks a run.
+            GlmppError: it is no record, is of another checkpoint, answers another question, or lacks a run.
         """
-        evidence = records.read(path)
-        recorded = evidence.pop("recorded")
-        ran = [message for message in evidence["messages"] if message["kind"] == "stage"]
-        evidence.setdefault("fixes", [])  # records before 2026-11-26 do not say it
-        evidence.setdefault("drafter", any(message["drafter"] for message in ran))
-        records.check(path, {"checkpoint": records.digest(checkpoint), **(asked or {})}, evidence)
-        held = {sum(count for _, count in message["columns"]) for message in ran if "columns" in message}
-        if held - {len(checkpoint)}:
-            raise GlmppError(f"{path}: the record is of {held.pop()} tensors, the checkpoint has {len(checkpoint)}")
+        record = records.decode(path, Record)
+        kept = record.question
+        asked = asked or msgspec.structs.replace(kept, checkpoint=records.digest(checkpoint))
+        records.check(path, *map(msgspec.structs.asdict, (asked, kept)))
+        results = {one.run: one for one in record.messages if isinstance(one, StageResult)}
         if runs is not None:
-            found = {_run(message): message for message in ran}
-            if lacking := [run for run in runs if _run(run) not in found]:
-                raise GlmppError(f"{path}: the record answers another question: it has no run {lacking[0]}")
-            others = [message for message in evidence["messages"] if message["kind"] != "stage"]
-            evidence["messages"] = [*others, *(found[_run(run)] for run in runs)]
+            if lacking := [run for run in runs if run not in results]:
+                raise GlmppError(f"{path}: the record answers another question: it has no run of {lacking[0]}")
+            others = [one for one in record.messages if not isinstance(one, StageResult)]
+            record.messages = [*others, *(results[run] for run in runs)]
         deployment = Deployment(
-            pp=evidence["pp_size"],
-            tp=evidence.get("tp_size", 1),
-            dp=evidence.get("dp_size", 1),
-            ep=evidence.get("ep", False),
-            layer_counts=evidence["layer_counts"],
-            drafter=evidence["drafter"],
-            guard=evidence["guard"],
-            fixes=tuple(evidence["fixes"]),
-            gpu=evidence.get("gpu", CPU),
+            pp=kept.pp_size,
+            tp=kept.tp_size,
+            dp=kept.dp_size,
+            ep=kept.ep,
+            layer_counts=kept.layer_counts,
+            drafter=kept.drafter,
+            guard=kept.guard,
+            fixes=kept.fixes,
+            gpu=kept.gpu,
         )
-        return assemble(evidence, checkpoint, deployment, deployment.stages(checkpoint.config), recorded)
-
-
-def _run(message: dict) -> tuple:
-    """What tells a run from others of a report."""
-    fresh = {"shard": 0, "replica": 0}
-    return tuple({**fresh, **message}[name] for name in ("rank", "shard", "replica", "drafter", "control"))
+        return assemble(record.messages, checkpoint, deployment, kept, record.seconds, record.recorded)
 
 
 def assemble(
-    evidence: dict, checkpoint: Checkpoint, deployment: Deployment, stages: list[Stage] | None, recorded: str | None = None
+    messages: list[Message],
+    checkpoint: Checkpoint,
+    deployment: Deployment,
+    question: Question = Question(),  # noqa: B008  it is frozen
+    seconds: float = 0.0,
+    recorded: str | None = None,
 ) -> DryRunReport:
-    """A report from what the child sent.
+    """A report from what the child sent."""
+    from glmpp.dryrun.cuts.readings import Readings  # and numpy, which a plan can do without
 
-    Args:
-        stages: what the deployment makes of the checkpoint's config.
-    """
-    from glmpp.dryrun.cuts.readings import Readings
-
-    messages = evidence["messages"]
+    results = [one for one in messages if isinstance(one, StageResult)]
     # What vLLM says counts: a config may give its layers in a way of its own.
-    said = next((message["num_layers"] for message in messages if message.get("num_layers")), None)
-    if stages is None or said not in (None, stages[0].num_layers):
-        stages = deployment.stages(checkpoint.config, said or layer_count(checkpoint.config))
-    ready = next(message for message in messages if message["kind"] == "ready")
-    ran = [message for message in messages if message["kind"] == "stage"]
-    reports = [stage_report(message, checkpoint, stages) for message in ran]
-    readings = Readings(ran, checkpoint, (deployment.tp, deployment.dp))
+    said = next((one.num_layers for one in results if one.num_layers), None)
+    stages = deployment.stages(checkpoint.config, said or layer_count(checkpoint.config))
+    ready = next(one for one in messages if isinstance(one, Ready))
+    reports = [stage_report(one, checkpoint, stages) for one in results]
+    readings = Readings(results, checkpoint, (deployment.tp, deployment.dp))
     unread = readings.unread()
-    for report, message in zip(reports, ran):
-        report.add_cuts(readings.of_rank(message), unread)
+    for report in reports:
+        report.add_cuts(readings.of_rank(report.result), unread)
     control = next((report for report in reports if report.role == CONTROL), None)
     if (control and control.verdict == CANNOT_BUILD) or deployment.pp == 1:
         for report in reports:
@@ -191,22 +240,23 @@ def assemble(
                 report.verdict = CANNOT_TELL
     several = deployment.tp * deployment.dp > 1
     groups = {"process groups": GROUPS_STAND_IN} if several else {"pipeline group": RANK_STAND_IN}
-    stand_ins = {} if evidence["real_group"] else groups
+    stand_ins = {} if question.real_group else groups
     return DryRunReport(
         deployment=deployment,
         stages=[report for report in reports if report.role == STAGE],
         control=control,
         drafters=[report for report in reports if report.role == DRAFTER],
-        versions=ready["versions"],
+        versions=ready.versions,
         stand_ins={part: why for report in reports for part, why in report.stand_ins.items()} | stand_ins,
-        seconds=evidence["seconds"],
-        peak_rss_bytes=peak_bytes([message for message in messages if message["kind"] == "end"]),
-        evidence=evidence,
+        seconds=seconds,
+        peak_rss_bytes=peak_bytes([one for one in messages if isinstance(one, End)]),
+        question=question,
+        messages=messages,
         recorded=recorded,
     )
 
 
-def peak_bytes(ends: list[dict]) -> int:
+def peak_bytes(ends: list[End]) -> int:
     """Peak memory of forks together: what they share with the process they came from counts once."""
-    shared = max(end.get("shared_bytes", 0) for end in ends)
-    return shared + sum(end["peak_rss_bytes"] - end.get("shared_bytes", 0) for end in ends)
+    shared = max(end.shared_bytes for end in ends)
+    return shared + sum(end.peak_rss_bytes - end.shared_bytes for end in ends)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
 import socket
@@ -12,9 +11,11 @@ from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 from tqdm import tqdm
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.messages import Begins, End, Load, Message, Ready, Refused, Request, Run, StageRequest, StageResult, World
 from glmpp.dryrun.scratch import scratch
 from glmpp.dryrun.server import Server
 from glmpp.errors import GlmppError, KitError, positive
@@ -29,44 +30,36 @@ class Fork:
     `asker` is a pipe that nothing is written into: when it closes, be it because this process is gone, the server ends it.
     """
 
-    def __init__(self, path: Path, number: int, world: tuple[int, int, int], turns: int, server: Server):
+    def __init__(self, world: World, turns: int, server: Server):
         """Start it.
 
         Args:
-            path: the request, a JSON file; what the fork says beside its messages goes into a log in the same folder.
-            number: tells it from others that work on the same request.
-            world: rank and size of the process group that it joins, and how many of it share a stage.
             turns: descriptor that the numbers of the runs are read from, see `_turns`; it may be shared.
         """
-        rank, size, tp = world
-        group = "group" if size > 1 else f"group-{number}"
-        self.log = path.with_name(f"{number}.log")
-        names = {"request": str(path), "log": str(self.log), "group": str(path.with_name(group))}
-        names |= {"rank": rank, "size": size, "tp": tp}
-        self.server, self.ended, self.rest = server, False, b""
-        self.messages: list[dict] = []
+        self.log, self.server, self.ended, self.rest = Path(world.log), server, False, b""
+        self.messages: list[Message] = []
         self.at, self.since = "the import of vLLM", time.monotonic()
         self.pipe, answer = os.pipe()
         asked, self.asker = os.pipe()
         with contextlib.suppress(OSError):  # the server has just ended: the pipe says so, too
-            socket.send_fds(server.socket, [json.dumps(names).encode()], [answer, turns, asked])
+            socket.send_fds(server.socket, [msgspec.json.encode(world)], [answer, turns, asked])
         os.close(answer)
         os.close(asked)
 
-    def read(self) -> list[dict]:
+    def read(self) -> list[Message]:
         """The messages that have come, at least one unless the fork has ended."""
-        came: list[dict] = []
+        came: list[Message] = []
         while not came:
             data = os.read(self.pipe, 1 << 20)
             if not data:
                 break
             *lines, self.rest = (self.rest + data).split(b"\n")
-            came = [json.loads(line) for line in lines]
+            came = [msgspec.json.decode(line, type=Message) for line in lines]
         self.since = time.monotonic()
         for message in came:
-            self.at = message["what"] if message["kind"] == "begins" else self.at
-            self.ended = self.ended or message["kind"] == "end"
-        self.messages += [message for message in came if message["kind"] != "begins"]
+            self.at = message.what if isinstance(message, Begins) else self.at
+            self.ended = self.ended or isinstance(message, End)
+        self.messages += [message for message in came if not isinstance(message, Begins)]
         return came
 
     def __enter__(self) -> Fork:
@@ -82,8 +75,8 @@ class Fork:
         if self.ended:
             return
         for message in self.messages:
-            if message["kind"] in ("refused", "fault"):
-                raise (GlmppError if message["kind"] == "refused" else KitError)(message["message"], message["details"])
+            if isinstance(message, Refused):
+                raise (KitError if message.fault else GlmppError)(message.message, message.details)
         words = self.last_words()
         how, hint = ("broke off", ":") if words else ("was killed", ", by the system if memory ran out")
         raise GlmppError(f"the vLLM child process {how} at {self.at}{hint}", words)
@@ -96,7 +89,7 @@ class Fork:
         return self.server.last_words(lines) if self.server.ended() else []
 
 
-def collect(forks: Sequence[Fork], bar: tqdm | None = None, timeout: float = TIMEOUT) -> list[dict]:
+def collect(forks: Sequence[Fork], bar: tqdm | None = None, timeout: float = TIMEOUT) -> list[Message]:
     """All messages of forks that work side by side, fork by fork.
 
     Args:
@@ -119,7 +112,7 @@ def collect(forks: Sequence[Fork], bar: tqdm | None = None, timeout: float = TIM
                 fork: Fork = key.data
                 came = fork.read()
                 if bar is not None:
-                    bar.update(sum(message["kind"] in ("stage", "load") for message in came))
+                    bar.update(sum(isinstance(message, StageResult | Load) for message in came))
                 if not came:
                     at_work.unregister(key.fileobj)
                     fork.check()
@@ -134,20 +127,30 @@ def cores() -> int:
 
 
 @contextlib.contextmanager
-def _folder(request: dict, checkpoint: Checkpoint | None = None) -> Iterator[Path]:
-    """A folder with the request in it; the model's config lies there if the checkpoint has no folder of its own.
-
-    Yields:
-        The request's path.
-    """
+def _folder(request: Request) -> Iterator[Path]:
+    """A folder with the request in it. Yields the request's path."""
     with scratch() as folder:
-        if checkpoint is not None:
-            if checkpoint.directory is None:
-                Path(folder, "config.json").write_text(json.dumps(checkpoint.config))
-            request = {**request, "model": str(Path(checkpoint.directory or folder).resolve())}
         path = Path(folder, "request.json")
-        path.write_text(json.dumps(request))
+        path.write_bytes(msgspec.json.encode(request))
         yield path
+
+
+@contextlib.contextmanager
+def _stages(checkpoint: Checkpoint, request: StageRequest, runs: Sequence[Run]) -> Iterator[Path]:
+    """The same for runs; the model's config lies there, too, if the checkpoint has no folder of its own."""
+    with scratch() as folder:
+        if checkpoint.directory is None:
+            Path(folder, "config.json").write_bytes(msgspec.json.encode(checkpoint.config))
+        model = str(Path(checkpoint.directory or folder).resolve())
+        path = Path(folder, "request.json")
+        path.write_bytes(msgspec.json.encode(msgspec.structs.replace(request, model=model, runs=list(runs))))
+        yield path
+
+
+def _world(path: Path, number: int, rank: int = 0, size: int = 1, tp_size: int = 1) -> World:
+    """Of the fork with this number of those that work on the same request."""
+    group = path.with_name("group" if size > 1 else f"group-{number}")
+    return World(str(path), str(path.with_name(f"{number}.log")), str(group), rank, size, tp_size)
 
 
 def _turns(numbers: Sequence[int]) -> int:
@@ -158,12 +161,12 @@ def _turns(numbers: Sequence[int]) -> int:
     return read
 
 
-def ask(request: dict, bar: tqdm | None = None, timeout: float = TIMEOUT) -> list[dict]:
-    """The messages of one fork for a request that has no runs. Raises GlmppError as `collect` does."""
+def ask(request: Request, bar: tqdm | None = None, timeout: float = TIMEOUT) -> list[Message]:
+    """The messages of one fork for a request that has no runs to share. Raises GlmppError as `collect` does."""
     with _folder(request) as path:
         turns = _turns([])
         try:
-            fork = Fork(path, 0, (0, 1, 1), turns, Server.running(request.get("gpu")))
+            fork = Fork(_world(path, 0), turns, Server.running(request.gpu))
         finally:
             os.close(turns)
         with fork:
@@ -172,58 +175,52 @@ def ask(request: dict, bar: tqdm | None = None, timeout: float = TIMEOUT) -> lis
 
 def run_stages(
     checkpoint: Checkpoint,
-    request: dict,
-    runs: list[dict],
+    request: StageRequest,
+    runs: Sequence[Run],
     bar: tqdm | None = None,
     workers: int | None = None,
     timeout: float = TIMEOUT,
-) -> list[dict]:
+) -> list[Message]:
     """The messages for runs of stages, in the order of the runs.
 
     Args:
-        runs: what each is, see `glmpp.dryrun.dry_run.run_of`.
         workers: forks that share them, each taking the next one that is left; default one for each core.
         timeout: seconds for each run.
 
     Raises:
         GlmppError: as `collect`.
     """
-    with _folder({**request, "runs": runs}, checkpoint) as path, contextlib.ExitStack() as started:
+    with _stages(checkpoint, request, runs) as path, contextlib.ExitStack() as started:
         # The control goes first: it has all layers and takes the longest.
-        turns = _turns(sorted(range(len(runs)), key=lambda at: not runs[at]["control"]))
+        turns = _turns(sorted(range(len(runs)), key=lambda at: not runs[at].control))
         try:
             number = min(workers or cores(), max(len(runs), 1))
-            server = Server.running(request["gpu"])
-            forks = [started.enter_context(Fork(path, each, (0, 1, 1), turns, server)) for each in range(number)]
+            server = Server.running(request.gpu)
+            forks = [started.enter_context(Fork(_world(path, each), turns, server)) for each in range(number)]
         finally:
             os.close(turns)
         return _in_order(collect(forks, bar, timeout))
 
 
 def run_group(
-    checkpoint: Checkpoint,
-    request: dict,
-    runs: list[dict],
-    pp: int,
-    tp: int,
-    bar: tqdm | None = None,
-    timeout: float = TIMEOUT,
-) -> list[dict]:
+    checkpoint: Checkpoint, request: StageRequest, runs: Sequence[Run], bar: tqdm | None = None, timeout: float = TIMEOUT
+) -> list[Message]:
     """The same with one fork for each rank, all joined in vLLM's process groups. There is no PP=1 control in it."""
-    with _folder({**request, "runs": runs}, checkpoint) as path, contextlib.ExitStack() as started:
+    tp_size, size = runs[0].tp_size, runs[0].pp_size * runs[0].tp_size
+    with _stages(checkpoint, request, runs) as path, contextlib.ExitStack() as started:
         forks = []
-        for rank in range(pp * tp):
-            turns = _turns([at for at, run in enumerate(runs) if run["rank"] * tp + run["shard"] == rank])
+        for rank in range(size):
+            turns = _turns([at for at, run in enumerate(runs) if run.stage * tp_size + run.tp_rank == rank])
             try:
-                fork = Fork(path, rank, (rank, pp * tp, tp), turns, Server.running(request["gpu"]))
+                fork = Fork(_world(path, rank, rank, size, tp_size), turns, Server.running(request.gpu))
                 forks.append(started.enter_context(fork))
             finally:
                 os.close(turns)
         return _in_order(collect(forks, bar, timeout))
 
 
-def _in_order(messages: list[dict]) -> list[dict]:
-    """One "ready", the stages in the order of the runs, every "end"."""
-    ready = [message for message in messages if message["kind"] == "ready"][:1]
-    stages = sorted((message for message in messages if message["kind"] == "stage"), key=lambda message: message["run"])
-    return ready + stages + [message for message in messages if message["kind"] == "end"]
+def _in_order(messages: list[Message]) -> list[Message]:
+    """One `Ready`, the results in the order of the runs, every `End`."""
+    ready = [message for message in messages if isinstance(message, Ready)][:1]
+    results = sorted((one for one in messages if isinstance(one, StageResult)), key=lambda one: one.at)
+    return ready + results + [message for message in messages if isinstance(message, End)]

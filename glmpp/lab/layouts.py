@@ -58,7 +58,8 @@ def parts_of_layer(checkpoint: Checkpoint, deployment: Deployment, layer: int, r
     table = pd.DataFrame(NOWHERE, index=list(PARTS), columns=range(deployment.gpus))
     for one in report.stages:
         held = _elements({name: size for name, (_, size) in one.ledger.parameters.items()}, layer)
-        table[stage * deployment.tp + one.shard] = [_share(held[part], whole[part], part, one.experts) for part in PARTS]
+        rank = stage * deployment.tp + one.run.tp_rank
+        table[rank] = [_share(held[part], whole[part], part, one.experts) for part in PARTS]
     if records.recording():
         recorded.write_text(json.dumps({**asked, "table": json.loads(table.to_json())}, indent=1) + "\n")
     return table

@@ -9,23 +9,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import pandas as pd
+from tqdm import tqdm
 
 from glmpp import records
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.deployment import Deployment
-from glmpp.dryrun.dry_run import question, stage_request
+from glmpp.dryrun.dry_run import Options, question, stage_request
 from glmpp.dryrun.installed import NO_VLLM, vllm_version
+from glmpp.dryrun.messages import Load, LoadTimeRequest, Ready, Run
 from glmpp.dryrun.workers import ask
 from glmpp.errors import GlmppError
 from glmpp.partition import make_stages, stage_bytes
 from glmpp.progress import progress_bar
 
 STOCK, GLMPP, FLOOR = "stock", "glmpp", "in-memory list"
-FILTERED = "stock, filter of experts on"
 PARTS = ("choosing", "reading", "dequantising", "vllm")
 LAYOUT = ("checkpoint", "pp_size", "tp_size", "dp_size", "ep", "layer_counts")  # of a deployment; the rest has no part in it
-READERS = (None, "safetensors", "runai_streamer", "fastsafetensors")
 THREE_EACH = {STOCK: 3, GLMPP: 3, FLOOR: 3}
 
 
@@ -40,7 +41,7 @@ class LoadTimes:
             and `bytes_handed` to the model; `files_opened`; cold only: `bytes_in_cache_before`, `bytes_read`.
         machine: what it was measured on.
         recorded: None for a live run; otherwise when it was recorded.
-        question: the checkpoint's digest, the layout, the rank of each stage and the reader.
+        question: the checkpoint's digest and the layout.
     """
 
     rows: pd.DataFrame
@@ -87,21 +88,16 @@ def load_times(
     repeats: dict[str, int] = THREE_EACH,
     cache: str = "warm",
     recorded: str | Path | None = None,
-    reader: str | None = None,
-    place: tuple[int, int] = (0, 0),
 ) -> LoadTimes:
     """Load stages of a checkpoint folder with the installed vLLM's own classes, in a child process, on the CPU.
 
     Args:
         checkpoint: from a folder.
-        deployment: pipeline stages, or a deployment.
+        deployment: pipeline stages, or a deployment, of which the first rank of each stage is loaded.
         ranks: stages to load; default all.
-        repeats: format -> loads of each stage; formats are STOCK, FILTERED, GLMPP, FLOOR. FILTERED is STOCK with vLLM's
-            filter of experts on. These two have the kit's helper in the place of an affected release's.
+        repeats: format -> loads of each stage; formats are STOCK, GLMPP, FLOOR.
         cache: "warm": all shards have been read before; "cold": they are dropped from the page cache before each load.
         recorded: where to save to with GLMPP_RECORD=1, and what to return where vLLM is not installed.
-        reader: the load format's reader, see `glmpp.serving.load_format.StageModelLoader`; GLMPP only.
-        place: shard and replica of the rank of each stage.
 
     Raises:
         GlmppError: vLLM is not installed (and nothing was recorded, or of another question), no folder, or the child broke
@@ -109,48 +105,58 @@ def load_times(
     """
     if checkpoint.directory is None:
         raise GlmppError("load_times needs a checkpoint with files: from_directory, or write_checkpoint")
-    if cache not in ("warm", "cold") or reader not in READERS:
-        raise GlmppError(f"cache={cache!r}, reader={reader!r}: choose warm or cold, and one of {', '.join(READERS[1:])}")
+    if cache not in ("warm", "cold"):
+        raise GlmppError(f"cache={cache!r}: choose warm or cold")
     deployment = Deployment.of(deployment)
     ranks = list(range(deployment.pp)) if ranks is None else ranks
-    of_a_stage = {"shard": place[0], "replica": place[1], "reader": reader}
     layout = question(checkpoint, deployment)
-    asked = {name: layout[name] for name in LAYOUT} | of_a_stage
+    asked = {name: getattr(layout, name) for name in LAYOUT}
     if vllm_version() is None:
         if recorded is None:
             raise GlmppError(NO_VLLM)
         found = LoadTimes.load(recorded)
         records.check(recorded, asked, found.question)
         return found.only(recorded, ranks, cache, repeats)
-    rows = []
-    with progress_bar(what=f"loading, {cache}", total=len(ranks) * sum(repeats.values())) as bar:
-        for form, times in repeats.items():
-            served = replace(deployment, guard="helper" if form in (STOCK, FILTERED) else "loader", gpu="cpu")
-            request = {
-                **stage_request(checkpoint, served, "real"),
-                **of_a_stage,
-                "kind": "load_time",
-                "format": form,
-                "tensors": [],
-                "model": str(checkpoint.directory.resolve()),
-                "files": sorted({spec.file for spec in checkpoint.values()}),
-                "size": deployment.pp,
-                "shards": deployment.tp,
-                "replicas": deployment.dp,
-                "ep": deployment.ep,
-                "ranks": ranks,
-                "cache": cache,
-                "repeats": times,
-                "reader": reader if form == GLMPP else None,
-            }
-            messages = ask(request, bar)
-            rows += [message for message in messages if message["kind"] == "load"]
-            versions = next(message["versions"] for message in messages if message["kind"] == "ready")
-    machine = {**versions, "system": f"{records.SYSTEM}, CPU only"}
-    times = LoadTimes(pd.DataFrame(rows).drop(columns="kind"), machine, question=asked)
+    runs = [deployment.run(stage) for stage in ranks]
+    with progress_bar(what=f"loading, {cache}", total=len(runs) * sum(repeats.values())) as bar:
+        parts = [measure(checkpoint, deployment, runs, form, times, cache, bar) for form, times in repeats.items()]
+    times = replace(parts[0], rows=pd.concat([part.rows for part in parts], ignore_index=True), question=asked)
     if recorded is not None and records.recording():
         times.save(recorded)
     return times
+
+
+def measure(
+    checkpoint: Checkpoint,
+    deployment: Deployment,
+    runs: list[Run],
+    form: str,
+    repeats: int,
+    cache: str,
+    bar: tqdm | None = None,
+    **how,
+) -> LoadTimes:
+    """Load runs in one format.
+
+    Args:
+        form: STOCK, with the kit's helper in the place of an affected release's; GLMPP; FLOOR.
+        how: what else a `LoadTimeRequest` says: filtered, reader.
+    """
+    served = replace(deployment, guard="helper" if form == STOCK else "loader", gpu="cpu")
+    stages = msgspec.structs.replace(
+        stage_request(checkpoint, served, Options(weights="real")),
+        tensors=[],
+        model=str(checkpoint.directory.resolve()),
+        files=sorted({spec.file for spec in checkpoint.values()}),
+        runs=runs,
+    )
+    request = LoadTimeRequest(
+        gpu="cpu", stages=stages, repeats=repeats, in_memory=form == FLOOR, cold=cache == "cold", **how
+    )
+    messages = ask(request, bar)
+    rows = [{"format": form, "cache": cache, **message.row} for message in messages if isinstance(message, Load)]
+    (ready,) = (message for message in messages if isinstance(message, Ready))
+    return LoadTimes(pd.DataFrame(rows), {**ready.versions, "system": f"{records.SYSTEM}, CPU only"})
 
 
 def project(times: LoadTimes, small: Checkpoint, real: Checkpoint, pp_size: int, bytes_per_second: float) -> pd.DataFrame:

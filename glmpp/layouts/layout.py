@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
 
 from glmpp import records
 from glmpp.dryrun.deployment import Deployment
-from glmpp.dryrun.fit import Fit, Memory
+from glmpp.dryrun.fit import Fit
 from glmpp.dryrun.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
-from glmpp.gpus import GPU, gpu_of
+from glmpp.gpus import GPU
 
 CRITERION = (
     "first those that load completely and hold a request of this length; of these first the most requests at a time, then "
@@ -64,21 +66,12 @@ class Layout:
             return "not complete" if self.verdict == INCOMPLETE else self.verdict
         return "loads, no room" if self.fit and self.fit.known else "loads, not counted"
 
-    def plain(self) -> dict:
-        """As values that JSON knows; memories that are alike once, without what each layer takes."""
-        one, fit = self.deployment, None
-        if self.fit:
-            cut = [replace(m, layers=(), kv_cache=m.kv_cache and replace(m.kv_cache, pages=())) for m in self.fit.memories]
-            fit = [asdict(memory) for memory in dict.fromkeys(cut)]
-        layout = {"tp": one.tp, "pp": one.pp, "ep": one.ep, "layer_counts": one.layer_counts, "guard": one.guard}
-        return {**layout, "verdict": self.verdict, "why": self.why, "even": self.even, "ran": self.ran, "memories": fit}
-
-    @classmethod
-    def of(cls, plain: dict, gpu: GPU, utilization: float | None) -> Layout:
-        memories = plain.pop("memories")
-        fit = memories and Fit([Memory.of(memory) for memory in memories], gpu, utilization)
-        layout = {name: plain.pop(name) for name in ("tp", "pp", "ep", "layer_counts", "guard")}
-        return cls(Deployment(**layout, gpu=gpu.name), fit=fit, **plain)
+    def brief(self) -> Layout:
+        """The same without what each layer takes, and memories that are alike once: what a record needs."""
+        if not self.fit:
+            return self
+        cut = [replace(m, layers=(), kv_cache=m.kv_cache and replace(m.kv_cache, pages=())) for m in self.fit.memories]
+        return replace(self, fit=replace(self.fit, memories=list(dict.fromkeys(cut))))
 
     @property
     def rank(self) -> tuple:
@@ -121,14 +114,13 @@ class Layouts:
 
     def save(self, path: str | Path) -> None:
         """Write it down, with the day and the machine, so that `load` can show it where vLLM is not."""
-        head = {name: getattr(self, name) for name in ("asked", "utilization", "left", "versions", "seconds", "checkpoint")}
-        head = {"recorded": f"{records.today()} on {records.MACHINE}", "gpu": self.gpu.name, **head}
-        records.write(path, head, "layouts", [one.plain() for one in self.layouts])
+        when, brief = f"{records.today()} on {records.MACHINE}", [one.brief() for one in self.layouts]
+        head = msgspec.to_builtins(replace(self, recorded=when, layouts=brief))
+        records.write(path, head, "layouts", head.pop("layouts"))
 
     @classmethod
     def load(cls, path: str | Path, question: dict | None = None) -> Layouts:
         """Read a record. Raises GlmppError if it answers another question, see `glmpp.layouts.search.question`."""
-        content = records.read(path, question)
-        gpu = gpu_of(content.pop("gpu"))
-        found = [Layout.of(plain, gpu, content["utilization"]) for plain in content.pop("layouts")]
-        return cls(found, gpu=gpu, **{**content, "asked": tuple(content["asked"])})
+        found = records.decode(path, cls)
+        records.check(path, question or {}, {**vars(found), "gpu": found.gpu.name})
+        return found

@@ -7,7 +7,6 @@ from dataclasses import replace
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.fit import NO_FIT
-from glmpp.dryrun.report_text import headline
 from glmpp.formats.config import layer_count_said
 from glmpp.layouts.layer_list import layer_list
 from glmpp.layouts.split import balance
@@ -74,7 +73,7 @@ def plan(checkpoint: Checkpoint, deployment: Deployment, gpu_gb: float | None = 
     sizes = [nbytes for _, nbytes in held]
     room = "left of a GPU" if tp_size == 1 else "left, at most"
     lines = [
-        *headline(checkpoint),
+        *checkpoint.headline,
         "",
         f"{'stage':<6} {'layers':<9} {'tensors':>9} {'GB':>9}" + (f"{room:>16}" if gpu_gb else ""),
     ]

@@ -8,7 +8,6 @@ from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.fit import NO_FIT, Fit
 from glmpp.dryrun.report import DryRunReport
-from glmpp.dryrun.report_text import overall
 from glmpp.layouts.plan import smallest_layouts
 
 TRIES = 3  # of each kind
@@ -23,7 +22,7 @@ def would_fit(
         utilization, context: as they were asked for.
         how: of `dry_run`: strict, timeout.
     """
-    if overall(report, utilization) != NO_FIT:
+    if report.overall(utilization) != NO_FIT:
         return []
     found = report.fit(utilization)
     run = partial(dry_run, checkpoint, control=False, **how)

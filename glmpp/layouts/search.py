@@ -7,11 +7,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.deployment import Deployment
-from glmpp.dryrun.dry_run import MAX_CONTEXT, other_ranks, run_of, stage_request, with_ranks
+from glmpp.dryrun.dry_run import Options, other_ranks, stage_request, with_ranks
 from glmpp.dryrun.fit import Fit, Memory
 from glmpp.dryrun.installed import NO_VLLM, vllm_version
+from glmpp.dryrun.messages import Message, Run, StageResult
 from glmpp.dryrun.report import DryRunReport, assemble
 from glmpp.dryrun.stage_report import INCOMPLETE, LOADS, StageReport
 from glmpp.dryrun.workers import TIMEOUT, run_stages
@@ -62,10 +65,10 @@ def layouts(
         if recorded is None:
             raise GlmppError(NO_VLLM)
         return Layouts.load(recorded, question(checkpoint, gpus, gpu, context, utilization))
-    gpus, context = whole("gpus", gpus, 1, MAX_GPUS), whole("context", context, 1, MAX_CONTEXT)
+    gpus, how = whole("gpus", gpus, 1, MAX_GPUS), Options(context=context, timeout=timeout, progress=progress)
     if utilization is not None:
         positive("utilization", utilization, 1)
-    search = Search(checkpoint, gpus, Deployment(gpu=gpu), context, utilization, timeout, progress)
+    search = Search(checkpoint, gpus, Deployment(gpu=gpu), how, utilization)
     even = search.run(search.deployments, "loader")
     split = {one.deployment: counts for one in even if (counts := search.better(one))}
     balanced = search.run([replace(one, layer_counts=counts) for one, counts in split.items()], "loader")
@@ -78,7 +81,7 @@ def layouts(
         found.append(replace(one, deployment=asked if asked in loads else one.deployment, even=tokens))
     result = Layouts(
         layouts=sorted(found, key=lambda one: one.rank),
-        asked=(gpus, context),
+        asked=(gpus, how.context),
         gpu=gpu_of(search.base.gpu),
         utilization=utilization,
         left=search.left,
@@ -113,15 +116,13 @@ class Search:
         checkpoint: Checkpoint,
         gpus: int,
         base: Deployment,
-        context: int,
+        options: Options,
         utilization: float | None,
-        timeout: float,
-        progress: bool | None,
     ):
         if base.gpu == CPU:
             raise GlmppError(f"--gpu {base.gpu}: whether a model fits is asked of a GPU: {', '.join(GPUS)}")
-        self.checkpoint, self.base, self.context, self.utilization = checkpoint, base, context, utilization
-        self.timeout, self.progress, self.versions, self.left = timeout, progress, {}, {}
+        self.checkpoint, self.base, self.options, self.utilization = checkpoint, base, options, utilization
+        self.versions, self.left = {}, {}
         self.kinds = layer_kinds(checkpoint)
         self.deployments = []
         experts = has_experts(checkpoint.config)
@@ -150,44 +151,37 @@ class Search:
             runs += [self.run_of(deployment, rank, at) for rank in ranks]
         if not runs:
             return []
-        request = stage_request(self.checkpoint, replace(self.base, guard=guard), context=self.context)
-        with progress_bar(what=f"{len(deployments)} layouts, {guard}", total=len(runs), show=self.progress) as bar:
-            messages = run_stages(self.checkpoint, request, runs, bar, timeout=self.timeout)
+        request = stage_request(self.checkpoint, replace(self.base, guard=guard), self.options)
+        with progress_bar(what=f"{len(deployments)} layouts, {guard}", total=len(runs), show=self.options.progress) as bar:
+            messages = run_stages(self.checkpoint, request, runs, bar, timeout=self.options.timeout)
             between = []
             for at, deployment in enumerate(deployments):
-                ran = [message for message in messages if message.get("layout", at) == at]
-                between += [self.run_of(deployment, rank, at) for rank in self.between(ran, deployment)]
+                between += [self.run_of(deployment, rank, at) for rank in self.between(of_layout(messages, at), deployment)]
             if between:
                 bar.total += len(between)
-                more = run_stages(self.checkpoint, request, between, bar, timeout=self.timeout)
+                more = run_stages(self.checkpoint, request, between, bar, timeout=self.options.timeout)
                 messages = with_ranks(messages, more)
         found = []
         for at, (deployment, stages) in enumerate(zip(deployments, chosen)):
-            mine = [message for message in messages if message.get("layout", at) == at]
-            report = assemble(
-                {"messages": mine, "real_group": False, "seconds": 0.0},
-                self.checkpoint,
-                deployment,
-                deployment.stages(self.checkpoint.config),
-            )
+            report = assemble(of_layout(messages, at), self.checkpoint, deployment)
             self.versions = report.versions
             found.append(self.layout(report, stages))
         return found
 
-    def run_of(self, deployment: Deployment, rank: tuple[int, int, int], at: int) -> dict:
+    def run_of(self, deployment: Deployment, rank: tuple[int, int, int], at: int) -> Run:
         """A run of the layout with this number."""
-        return {**run_of(deployment, *rank), "layer_counts": deployment.partition, "layout": at}
+        return msgspec.structs.replace(deployment.run(*rank), layout=at)
 
-    def between(self, messages: list[dict], deployment: Deployment) -> list[tuple[int, int, int]]:
+    def between(self, messages: list[Message], deployment: Deployment) -> list[tuple[int, int, int]]:
         """Ranks between the first and the last shard of a stage, see `other_ranks`; none where one of these fails."""
-        if any(message.get("verdict", LOADS) != LOADS for message in messages):
+        if any(isinstance(one, StageResult) and one.verdict != LOADS for one in messages):
             return []
         return other_ranks(messages, self.checkpoint, deployment)
 
     def layout(self, report: DryRunReport, stages: list[int]) -> Layout:
         """What came of one. Args: stages: of each stage the one that was run for it."""
         failing = next((one for one in report.stages if not one.loads), None)
-        first = {one.stage.rank: one for one in reversed(report.stages)}  # shards, of which the first is the fullest
+        first = {one.stage.rank: one for one in reversed(report.stages)}  # ranks, of which the first is the fullest
         memories = [first[rank].memory for rank in stages]
         found = Fit(memories, gpu_of(self.base.gpu), self.utilization) if all(memories) else None
         verdict = LOADS if failing is None else failing.verdict
@@ -228,6 +222,11 @@ class Search:
             worth = other is not None and other.verdict == LOADS and other.tokens > WORTH_IT * one.tokens
             found.append((other, one.tokens) if worth else (one, None))
         return found
+
+
+def of_layout(messages: list[Message], at: int) -> list[Message]:
+    """Those of the layout with this number, and those of all."""
+    return [one for one in messages if not isinstance(one, StageResult) or one.run.layout == at]
 
 
 def rest(memory: Memory) -> int:

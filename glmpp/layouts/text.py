@@ -5,7 +5,6 @@ from __future__ import annotations
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.advice import command
 from glmpp.dryrun.fit import LEFT_OUT
-from glmpp.dryrun.report_text import headline
 from glmpp.layouts.layout import CRITERION, Layout, Layouts
 from glmpp.partition import PARTITION_VARIABLE
 from glmpp.words import MESSAGE, joined, shown
@@ -27,7 +26,7 @@ def layouts_text(model: str, checkpoint: Checkpoint, found: Layouts, plugins: st
     share = next((one.fit.share for one in found.layouts if one.fit), found.utilization or 0)
     versions = shown(", ".join(f"{name} {version}" for name, version in found.versions.items()), MESSAGE)
     lines = [
-        *headline(checkpoint),
+        *checkpoint.headline,
         f"{gpus} x {found.gpu.name}, {share:.0%} of {found.gpu.memory / 1e9:.1f} GB each; requests of {context:,} tokens",
         versions,
         "",

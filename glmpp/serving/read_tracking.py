@@ -94,7 +94,9 @@ class Reads:
                 storage._weak_ref()
             self._origins[storage._cdata] = _Copy(origin, _layout(source), _layout(result))
 
-    def message(self, order: list[str], model: Iterable[torch.Tensor], nbytes: Mapping[str, int], loaded: set[str]) -> dict:
+    def summary(
+        self, order: list[str], model: Iterable[torch.Tensor], nbytes: Mapping[str, int], loaded: set[str]
+    ) -> tuple[str, list]:
         """What was read of each tensor, as plain values.
 
         Args:
@@ -104,8 +106,8 @@ class Reads:
             loaded: those that have left a trace in the model; of others nothing counts as read.
 
         Returns:
-            "kinds": lists of regions; "numbers": for each tensor UNREAD, WHOLE, UNKNOWN, or PARTS and up for a kind, as
-            32 bits each, packed.
+            For each tensor UNREAD, WHOLE, UNKNOWN, or PARTS and up for a kind, as 32 bits each, packed; and the kinds, lists
+            of regions.
         """
         for tensor in model:
             self.add(tensor, storage_of(tensor))
@@ -123,7 +125,7 @@ class Reads:
             return kinds.setdefault(tuple(sorted(regions)), len(kinds) + PARTS)
 
         numbers = array("I", [number(name, size) for name, size in nbytes.items()])
-        return {"kinds": list(kinds), "numbers": base64.b64encode(zlib.compress(numbers.tobytes())).decode()}
+        return base64.b64encode(zlib.compress(numbers.tobytes())).decode(), list(kinds)
 
     def _find(self, origin: int | list | _Copy, shape: tuple, steps: tuple, start: int, width: int) -> tuple[int, Region]:
         if isinstance(origin, _Copy):

@@ -21,8 +21,9 @@ from typing import Any
 
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.deployment import Deployment
-from glmpp.dryrun.dry_run import run_of, stage_request
+from glmpp.dryrun.dry_run import Options, stage_request
 from glmpp.dryrun.installed import ask_vllm
+from glmpp.dryrun.messages import FunctionCall, StageResult
 from glmpp.dryrun.report import DryRunReport, assemble
 from glmpp.dryrun.stage_report import CANNOT_TELL, INCOMPLETE, LOADS, StageReport
 from glmpp.dryrun.workers import TIMEOUT, run_stages
@@ -75,8 +76,8 @@ def call_in_vllm(function: str, gpu: str | None, timeout: float = TIMEOUT, **arg
     Raises:
         GlmppError: vLLM is not installed, or the function raised it.
     """
-    request = {"kind": "function_call", "folder": str(TOOLS), "function": f"sweep.tiny_models:{function}", "gpu": gpu}
-    return ask_vllm({**request, "arguments": arguments}, timeout)["returned"]
+    call = FunctionCall(gpu=gpu, folder=str(TOOLS), function=f"sweep.tiny_models:{function}", arguments=arguments)
+    return ask_vllm(call, timeout)
 
 
 def try_all(try_one: Callable, cases: list, what: str, workers: int | None, progress: bool | None) -> list:
@@ -119,15 +120,14 @@ def dry_runs(
     checkpoint: Checkpoint, deployment: Deployment, sizes: tuple[int, ...] = SIZES, weights: str = "meta"
 ) -> list[DryRunReport]:
     """`dry_run` of a deployment at several pipeline sizes in one fork, which imports the model's module once."""
-    runs = [run_of(replace(deployment, pp=size), rank) for size in sizes for rank in range(size)]
-    request = stage_request(checkpoint, deployment, weights)
+    sized = {size: replace(deployment, pp=size) for size in sizes}
+    runs = [sized[size].run(stage) for size in sizes for stage in range(size)]
+    request = stage_request(checkpoint, deployment, Options(weights=weights))
     messages = run_stages(checkpoint, request, runs, workers=1, timeout=SECONDS_PER_CASE)
     reports = []
     for size in sizes:
-        of_size = [message for message in messages if message.get("size", size) == size]
-        evidence = {"real_group": False, "seconds": 0.0, "messages": of_size}
-        sized = replace(deployment, pp=size)
-        reports.append(assemble(evidence, checkpoint, sized, sized.stages(checkpoint.config)))
+        of_size = [one for one in messages if not isinstance(one, StageResult) or one.run.pp_size == size]
+        reports.append(assemble(of_size, checkpoint, sized[size]))
     return reports
 
 

@@ -11,8 +11,6 @@ import torch
 
 from glmpp.formats.tensor import TensorSpec
 
-NO_DATA, MADE_UP, REAL = "none", "made up", "the checkpoint's"  # what the tensors that are handed over hold
-
 
 class DummyWeights:
     """A checkpoint's tensors by name, dtype and shape.

@@ -13,39 +13,37 @@ from vllm.distributed.utils import get_pp_indices
 
 from glmpp.dryrun.child import load_time
 from glmpp.dryrun.child.run_stage import Stages
-from glmpp.dryrun.pretend.ranks import Place, init_groups, pretend, set_layer_counts
+from glmpp.dryrun.messages import Answer, AnyRequest, Begins, FunctionCall, LoadTimeRequest, Message, PPIndices, Ready, World
+from glmpp.dryrun.pretend.ranks import init_groups, pretend, set_layer_counts
 from glmpp.serving import contract
 
 
-def serve(request: dict, world: dict, turns: int, send: Callable[[dict], None]) -> None:
+def serve(request: AnyRequest, world: World, turns: int, send: Callable[[Message], None]) -> None:
     """Answer one request: those of its runs that are this fork's turn, one message each.
 
     Args:
-        request: its `kind` and what that needs.
-        world: rank, size and the file of the process group that this fork is in, and how many of it share a stage.
         turns: where the numbers of the runs come from, two bytes each.
     """
-    kind = request["kind"]
-    send({"kind": "begins", "what": f"the answer about {kind.replace('_', ' ')}"})
-    if kind == "function_call":
-        return send({"kind": kind, "returned": call(request["folder"], request["function"], request["arguments"])})
-    if kind == "pp_indices":
-        set_layer_counts(request["layer_counts"])
-        indices = [[get_pp_indices(layers, rank, size) for rank in range(size)] for layers, size in request["cases"]]
-        return send({"kind": kind, "indices": indices})
-    init_groups(world["rank"], world["size"], world["tp"], world["group"])
-    send({"kind": "ready", "versions": versions()})
-    if kind == "load_time":
+    send(Begins(f"the answer about {type(request).__struct_config__.tag.replace('_', ' ')}"))
+    if isinstance(request, FunctionCall):
+        return send(Answer(call(request.folder, request.function, request.arguments)))
+    if isinstance(request, PPIndices):
+        set_layer_counts(request.layer_counts)
+        return send(Answer([[get_pp_indices(layers, at, size) for at in range(size)] for layers, size in request.cases]))
+    init_groups(world.rank, world.size, world.tp_size, world.group)
+    send(Ready(versions()))
+    if isinstance(request, LoadTimeRequest):
         return load_time.measure(request, send)
     stages = Stages(request)
     while number := os.read(turns, 2):
         at = int.from_bytes(number, sys.byteorder)
-        run = request["runs"][at]
-        place = Place.of(run)
-        send({"kind": "begins", "what": "the PP=1 control" if run["control"] else str(place)})
-        if world["size"] == 1:
-            pretend(place)
-        send({"kind": "stage", "run": at, **run, **stages.run(place)})
+        run = request.runs[at]
+        send(Begins(str(run)))
+        if world.size == 1:
+            pretend(run)
+        result = stages.run(run)
+        result.at = at
+        send(result)
 
 
 def call(folder: str, function: str, arguments: dict) -> object:

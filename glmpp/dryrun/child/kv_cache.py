@@ -15,7 +15,9 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
-from glmpp.dryrun.child.build import Built, ModelBuilder, Place
+from glmpp.dryrun.child.build import Built, ModelBuilder
+from glmpp.dryrun.fit import KVCache
+from glmpp.dryrun.messages import Run
 
 ANY_LENGTH = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 PLENTY = 1 << 60  # bytes: more than the square of any block's, so that a quotient gives the block's bytes exactly
@@ -23,7 +25,7 @@ PLENTY = 1 << 60  # bytes: more than the square of any block's, so that a quotie
 PLANNING = "vllm.v1.core.kv_cache_planning"
 
 
-def serving(builder: ModelBuilder, place: Place, built: Built, context: int | None) -> VllmConfig:
+def serving(builder: ModelBuilder, run: Run, built: Built, context: int | None) -> VllmConfig:
     """A built model's config as a server has it: models are built for a nominal context and nobody's use.
 
     Layers go on reading the cache config that they were built with, so that is brought up to date.
@@ -33,7 +35,7 @@ def serving(builder: ModelBuilder, place: Place, built: Built, context: int | No
     """
     allowed = os.environ.pop(ANY_LENGTH, None)  # of a nominal length: this one is meant
     try:
-        served = builder.vllm_config(place, context, usage_context=UsageContext.OPENAI_API_SERVER)
+        served = builder.vllm_config(run, context, usage_context=UsageContext.OPENAI_API_SERVER)
     finally:
         if allowed is not None:
             os.environ[ANY_LENGTH] = allowed
@@ -43,7 +45,7 @@ def serving(builder: ModelBuilder, place: Place, built: Built, context: int | No
     return config
 
 
-def kv_cache(config: VllmConfig, layers: list[str]) -> dict | None:
+def kv_cache(config: VllmConfig, layers: list[str]) -> KVCache | None:
     """What one block of the KV cache takes on this rank, and how many of them a request of the longest context needs.
 
     vLLM makes the blocks of all layers together one pool, whatever their kinds, and gives every rank as many blocks as the
@@ -63,14 +65,14 @@ def kv_cache(config: VllmConfig, layers: list[str]) -> dict | None:
         (cache,) = kv_cache_configs(config, [specs], [PLENTY])
         requests = kv_cache_utils.get_max_concurrency_for_kv_cache_config(config, cache)
     pages = [sum(spec.page_size_bytes for name, spec in specs.items() if name.startswith(layer)) for layer in layers]
-    return {
-        "caches": len(specs),
-        "pages": pages,
-        "block_bytes": PLENTY // cache.num_blocks,
-        "blocks_per_request": round(cache.num_blocks / requests),
-        "context": config.model_config.max_model_len,
-        "dtype": config.cache_config.cache_dtype,
-    }
+    return KVCache(
+        caches=len(specs),
+        pages=tuple(pages),
+        block_bytes=PLENTY // cache.num_blocks,
+        blocks_per_request=round(cache.num_blocks / requests),
+        context=config.model_config.max_model_len,
+        dtype=config.cache_config.cache_dtype,
+    )
 
 
 def kv_cache_configs(config: VllmConfig, specs: list[dict[str, Any]], available: list[int]) -> list[Any]:

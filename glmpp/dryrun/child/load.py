@@ -1,4 +1,4 @@
-"""One stage's load by vLLM's own loader, and the deaths on the way."""
+"""One stage's load by vLLM's own loader, and the failures on the way."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from glmpp.dryrun.child.build import Built
 from glmpp.dryrun.child.helper_patch import HelperPatch
+from glmpp.dryrun.messages import Failure
 from glmpp.dryrun.pretend.failures import describe, is_kits
 from glmpp.dryrun.pretend.targets import is_gpu
 from glmpp.errors import on_behalf
@@ -24,10 +25,10 @@ LINGERING = 4  # tensors that live on in the variables of a loop are not held
 
 
 class StageLoad:
-    """One stage's load, and the deaths on the way.
+    """One stage's load, and the failures on the way.
 
     Attributes:
-        deaths: one dict each: the tensor that was handed over last (None: after all of them), exception, key, place.
+        failures: in their order.
         error: the first of them as it was raised; None without one.
         recorder, loader: of the last pass over the checkpoint.
         held: tensor -> bytes, of those that the model still held when the last one, or HELD_FOR others, had been handed
@@ -41,26 +42,26 @@ class StageLoad:
         device: of the parameters.
         """
         self.built, self.guard, self.make_loader, self.nbytes, self.device = built, guard, make_loader, nbytes, device
-        self.deaths: list[dict] = []
+        self.failures: list[Failure] = []
         self.error: Exception | None = None
-        self.dead: set[str] = set()
+        self.failed: set[str] = set()
         self.loader = None
 
-    def run(self, all_deaths: bool) -> None:
-        """Load until the end or the first death.
+    def run(self, all_failures: bool) -> None:
+        """Load until the end or the first failure.
 
         Args:
-            all_deaths: drop the tensor that died and go on with the rest. Then load once more from the start without
-                those that died, so that the ledger says what they leave undone.
+            all_failures: drop the tensor that failed and go on with the rest. Then load once more from the start without
+                those that failed, so that the ledger says what they leave undone.
         """
-        if self.survives(self.load_all) or not all_deaths:
+        if self.ends_well(self.load_all) or not all_failures:
             return
         for step in (self.load_rest, self.load_all):
-            while not self.survives(step) and self.deaths[-1]["tensor"]:
+            while not self.ends_well(step) and self.failures[-1].tensor:
                 pass
 
-    def survives(self, step) -> bool:
-        """Take a step; a death on the way is noted."""
+    def ends_well(self, step) -> bool:
+        """Take a step; a failure on the way is noted."""
         try:
             step()
             return True
@@ -69,8 +70,11 @@ class StageLoad:
                 raise
             self.error = self.error or error
             tensor = self.recorder.order[-1] if self.recorder.order and not self.exhausted else None
-            self.deaths.append({"tensor": tensor, **describe(error)})
-            self.dead.add(tensor)
+            failure = describe(error)
+            failure.tensor = tensor
+            failure.traceback = [] if self.failures else failure.traceback
+            self.failures.append(failure)
+            self.failed.add(tensor)
             return False
 
     def load_all(self) -> None:
@@ -82,7 +86,7 @@ class StageLoad:
             self.loader.load_weights(self.built.model, self.built.model_config)
 
     def load_rest(self) -> None:
-        """What comes after the tensor that died."""
+        """What comes after the tensor that failed."""
         with self.surroundings():
             self.built.model.load_weights(self.rest)
 
@@ -93,7 +97,7 @@ class StageLoad:
             yield
 
     def hand_over(self, weights):
-        self.rest = self.until_exhausted(self.recorder.hand_over(pair for pair in weights if pair[0] not in self.dead))
+        self.rest = self.until_exhausted(self.recorder.hand_over(pair for pair in weights if pair[0] not in self.failed))
         return self.rest
 
     def until_exhausted(self, weights):

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -21,10 +21,9 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from glmpp.dryrun.child.helper_patch import HELPER
 from glmpp.dryrun.child.run_stage import Stages
-from glmpp.dryrun.pretend.ranks import Place, pretend
+from glmpp.dryrun.messages import Load, LoadTimeRequest, Run
+from glmpp.dryrun.pretend.ranks import pretend
 from glmpp.serving.load_format import StageModelLoader
-
-FILTERED = "stock, filter of experts on"  # `--enable-ep-weight-filter`
 
 
 class Clock:
@@ -114,32 +113,31 @@ def clocked(loader: type, clock: Clock) -> type:
 
 
 class Bench:
-    """A request's model, one stage at a time, and its loads."""
+    """A request's model, one rank at a time, and its loads."""
 
-    def __init__(self, request: dict):
-        self.request, self.stages = request, Stages(request)
-        self.shards = [Path(request["model"], file) for file in request["files"]]
+    def __init__(self, request: LoadTimeRequest):
+        self.request, self.stages = request, Stages(request.stages)
+        self.shards = [Path(request.stages.model, file) for file in request.stages.files]
 
-    def build(self, rank: int) -> None:
+    def build(self, run: Run) -> None:
         self.model = None  # the stage before it goes first
-        place = Place.of({**self.request, "rank": rank})
-        pretend(place)
-        built = self.stages.builder.build(place, "cpu")
+        pretend(run)
+        built = self.stages.builder.build(run, "cpu")
         self.model, self.config = built.model, built.config
         self.config.load_config.use_tqdm_on_load = False
-        self.config.parallel_config.enable_ep_weight_filter = self.request["format"] == FILTERED
-        if self.request["reader"]:
-            self.config.load_config.model_loader_extra_config = {"reader": self.request["reader"]}
+        self.config.parallel_config.enable_ep_weight_filter = self.request.filtered
+        if self.request.reader:
+            self.config.load_config.model_loader_extra_config = {"reader": self.request.reader}
         for parameter in self.model.parameters():
             parameter.data.view(torch.uint8).fill_(0)  # so that no load pays for the first touch of its pages
         self.stages.guard.install()
 
-    def load(self, cache: str, weights: list | None = None) -> dict:
+    def load(self, weights: list | None = None) -> dict:
         """One load; from a list in memory if one is given, otherwise by the loader that vLLM chooses."""
         self.stages.guard.reset()
         clock = Clock()
         loader = clocked(type(get_model_loader(self.config.load_config)), clock)(self.config.load_config)
-        stayed = drop_from_cache(self.shards) if cache == "cold" else None
+        stayed = drop_from_cache(self.shards) if self.request.cold else None
         dtype = self.config.model_config.dtype
         with set_current_vllm_config(self.config), set_default_torch_dtype(dtype), clock.around_helpers():
             started = time.perf_counter()
@@ -160,7 +158,7 @@ class Bench:
             "bytes_handed": clock.nbytes,
             "files_opened": opened if weights is None else 0,
             "bytes_in_cache_before": stayed,
-            "bytes_read": sum(map(resident_bytes, self.shards)) if cache == "cold" else None,
+            "bytes_read": sum(map(resident_bytes, self.shards)) if self.request.cold else None,
         }
 
     def in_memory(self) -> list[tuple[str, torch.Tensor]]:
@@ -169,15 +167,14 @@ class Bench:
         return [(n, tensor.clone()) for n, tensor in loader.get_all_weights(self.config.model_config, self.model)]
 
 
-def measure(request: dict, send) -> None:
-    """Load every stage asked for, `repeats` times, and send a message for each. Warm: all shards have been read before."""
+def measure(request: LoadTimeRequest, send: Callable[[Load], None]) -> None:
+    """Load every run, `repeats` times, and send a message for each. Warm: all shards have been read before."""
     bench = Bench(request)
-    if request["cache"] == "warm":
+    if not request.cold:
         for shard in bench.shards:
             read_through(shard)
-    for rank in request["ranks"]:
-        bench.build(rank)
-        weights = bench.in_memory() if request["format"] == "in-memory list" else None
-        for _ in range(request["repeats"]):
-            row = bench.load(request["cache"], weights)
-            send({"kind": "load", "rank": rank, "format": request["format"], "cache": request["cache"], **row})
+    for run in request.stages.runs:
+        bench.build(run)
+        weights = bench.in_memory() if request.in_memory else None
+        for _ in range(request.repeats):
+            send(Load({"rank": run.stage, **bench.load(weights)}))

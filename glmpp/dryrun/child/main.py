@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import gc
 import importlib.util
-import json
 import os
 import resource
 import select
@@ -25,6 +24,9 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import msgspec
+
+from glmpp.dryrun.messages import AnyRequest, End, Message, Refused, World
 from glmpp.dryrun.pretend.failures import frames, is_kits, what_to_install, without_paths
 from glmpp.dryrun.scratch import remove_scratch
 from glmpp.errors import GlmppError, KitError
@@ -123,32 +125,29 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def answer(names: dict, pipe: int, turns: int) -> None:
+def answer(world: World, pipe: int, turns: int) -> None:
     """In a fork of its own: read the request, write messages into the pipe and everything else into the log.
 
     Args:
-        names: request, log, group: files in a folder of the request's own; rank and size in the process group, and tp:
-            how many of it share a stage.
         turns: where the numbers of the runs come from, two bytes each.
     """
-    log = os.open(names["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(world.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     shared = resident_bytes()
-    with os.fdopen(pipe, "w") as channel:
+    with os.fdopen(pipe, "wb") as channel:
 
-        def send(message: dict) -> None:
-            channel.write(json.dumps(message) + "\n")
+        def send(message: Message) -> None:
+            channel.write(msgspec.json.encode(message) + b"\n")
             channel.flush()
 
         try:
-            with open(names["request"]) as file:
-                request = json.load(file)
-            os.chdir(os.path.dirname(names["request"]))
+            request = msgspec.json.decode(Path(world.request).read_bytes(), type=AnyRequest)
+            os.chdir(os.path.dirname(world.request))
             from glmpp.dryrun.child.handlers import serve
 
-            serve(request, names, turns, send)
-            send({"kind": "end", "peak_rss_bytes": peak_rss_bytes(), "shared_bytes": shared})
+            serve(request, world, turns, send)
+            send(End(peak_rss_bytes(), shared))
         except BaseException as error:
             traceback.print_exc()  # before the pipe closes: the parent reads the log then
             sys.stderr.flush()
@@ -162,7 +161,7 @@ def line_and_traceback(error: BaseException) -> tuple[str, list[str]]:
     return f"{type(error).__name__}: {without_paths(str(error))}", where
 
 
-def message_of(error: BaseException) -> dict:
+def message_of(error: BaseException) -> Refused:
     """What is sent of an error that ends all: what the kit says, a fault of its own, or of what keeps vLLM from starting."""
     if not isinstance(error, GlmppError):
         line, where = line_and_traceback(error)
@@ -171,8 +170,7 @@ def message_of(error: BaseException) -> dict:
         else:
             advice = f"; {what_to_install(error)}" if isinstance(error, ImportError) and error.name else ""
             error = GlmppError(f"vLLM {contract.vllm_version()} cannot be imported here{advice}: {line}", where)
-    kind = "fault" if isinstance(error, KitError) else "refused"
-    return {"kind": kind, "message": error.args[0], "details": error.details}
+    return Refused(error.args[0], error.details, fault=isinstance(error, KitError))
 
 
 @contextlib.contextmanager
@@ -249,7 +247,7 @@ def end_with_parent(parent: int) -> None:
 def main(descriptor: int, target: str, folder: str) -> None:
     """Import vLLM once, then fork for every request, so that none sees another's patches.
 
-    A request is a JSON object, see `answer`. The process ends when the other end of the connection is closed: the kernel
+    What is sent is a `World`, see `answer`. The process ends when the other end of the connection is closed: the kernel
     has gone.
 
     Args:
@@ -263,11 +261,11 @@ def main(descriptor: int, target: str, folder: str) -> None:
         remove_scratch(Path(folder))
         os._exit(0)  # no exit handlers, which may wait
 
-    def work(names: bytes, pipe: int, turns: int) -> None:
+    def work(world: bytes, pipe: int, turns: int) -> None:
         if failure:
-            os.write(pipe, json.dumps(failure).encode() + b"\n")
+            os.write(pipe, msgspec.json.encode(failure) + b"\n")
         else:
-            answer(json.loads(names), pipe, turns)
+            answer(msgspec.json.decode(world, type=World), pipe, turns)
 
     with watched(connection, leave):
         gc.disable()  # what is imported stays: looking through it again and again would be a fifth of the time

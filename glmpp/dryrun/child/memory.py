@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -14,54 +15,56 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from glmpp.dryrun.child.build import Built, ModelBuilder, Place
+from glmpp.dryrun.child.build import Built, ModelBuilder
+from glmpp.dryrun.fit import Memory
+from glmpp.dryrun.messages import Run
 from glmpp.dryrun.pretend.failures import REFUSAL, is_kits, kind_of
 from glmpp.dryrun.pretend.targets import tensors_on
 from glmpp.serving import contract
 from glmpp.serving.left_at_init import SHARED_BY_DRAFTER
 
 
-def memory(builder: ModelBuilder, place: Place, built: Built, device: str, context: int | None) -> dict:
-    """The message about a rank that has been built and loaded. Nothing may come after it: the model is changed.
+def memory(builder: ModelBuilder, run: Run, built: Built, device: str, context: int | None) -> Memory:
+    """What a rank takes that has been built and loaded. Nothing may come after it: the model is changed.
 
     Args:
         context: tokens of the longest request; None: what `vllm serve` takes for this model.
     """
     prepare_attention(built, device)
-    shared = {storage for name, p in built.model.named_parameters() if name.endswith(_shared(place)) for storage in _of([p])}
+    shared = {storage for name, p in built.model.named_parameters() if name.endswith(_shared(run)) for storage in _of([p])}
     parameters = _of(built.model.parameters()).keys() - shared
     held = _of([*built.model.parameters(), *_others(built.model)])
     layers = layer_list(built.model, builder.num_layers)
     own = [{} if layer is None else _of([*layer.parameters(), *_others(layer)]) for layer in layers.values()]
     several = {storage for storage, times in Counter(storage for one in own for storage in one).items() if times > 1}
-    message = {
-        "parameters": sum(held[storage] for storage in parameters),
-        "others": sum(held[storage] for storage in held.keys() - shared - parameters),
-        "layers": [sum(nbytes for storage, nbytes in one.items() if storage not in several) for one in own],
-        "kv_cache": None,
-        "why": None,
-    }
+    found = Memory(
+        parameters=sum(held[storage] for storage in parameters),
+        others=sum(held[storage] for storage in held.keys() - shared - parameters),
+        layers=tuple(sum(nbytes for storage, nbytes in one.items() if storage not in several) for one in own),
+        kv_cache=None,
+    )
+    refused = False
     try:
         contract.require(contract.KV_CACHE)
         from glmpp.dryrun.child.kv_cache import kv_cache, serving
 
         try:
-            config = serving(builder, place, built, context)
+            config = serving(builder, run, built, context)
         except Exception as error:
-            message["refused"] = kind_of(error) == REFUSAL
+            refused = kind_of(error) == REFUSAL
             raise
-        message["utilization"] = config.cache_config.gpu_memory_utilization
-        message["kv_cache"] = kv_cache(config, list(layers))
+        found = replace(found, utilization=config.cache_config.gpu_memory_utilization)
+        return replace(found, kv_cache=kv_cache(config, list(layers)))
     except Exception as error:  # no verdict on the checkpoint depends on it
         whose = "a fault of glmpp, please report it: " if is_kits(error) else ""
-        message["why"] = f"{whose}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return message
+        said = f"{whose}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return replace(found, why=said, refused=refused)
 
 
-def _shared(place: Place) -> tuple[str, ...]:
+def _shared(run: Run) -> tuple[str, ...]:
     """Ends of the names of parameters that a drafter shares with the main model: the embedding only where that has one."""
-    ends = SHARED_BY_DRAFTER if place.drafter else ()
-    return tuple(end for end in ends if place.size == 1 or "embed" not in end)
+    ends = SHARED_BY_DRAFTER if run.drafter else ()
+    return tuple(end for end in ends if run.pp_size == 1 or "embed" not in end)
 
 
 def layer_list(model: torch.nn.Module, num_layers: int) -> dict[str, torch.nn.Module | None]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import groupby
 
-from glmpp.dryrun.child.dummy_weights import MADE_UP, REAL
 from glmpp.dryrun.child.load import StageLoad
+from glmpp.dryrun.messages import MADE_UP, REAL, Reads, StageResult
 from glmpp.ledger import DROPPED, IGNORED, LOADED, NOT_REACHED, OTHER_RANK, UNEXPECTED
 from glmpp.partition import OTHER_STAGE, SPECULATIVE, PrefixSet
 from glmpp.serving.dropped import dropped
@@ -25,6 +24,7 @@ class TensorOutcomes:
     Attributes:
         missing: vLLM's placeholders on this stage, as prefixes.
         experts: numbers of those that this rank holds; None: all.
+        unseen: biases that the model has no parameter for, and whose values are not here.
     """
 
     def __init__(self, load: StageLoad, shapes: Mapping[str, Sequence[int]], drafted: list[str] | None):
@@ -43,7 +43,7 @@ class TensorOutcomes:
         selection = getattr(load.loader, "selection", None)
         self.experts = held_experts(expert_maps(model))
         filtered = set() if selection is None else {name for name in shapes if not selection.wants(name)}
-        self._reached = handed | filtered
+        self._reached, self.unseen = handed | filtered, []
 
     def column(self, name: str) -> str:
         """Where a tensor belongs in the ledger."""
@@ -61,41 +61,35 @@ class TensorOutcomes:
             return IGNORED
         return OTHER_STAGE if self._elsewhere.cover(place) else rest
 
-    def message(self, folder: str | None, data: str) -> dict:
-        """The account as plain values; neighbours in the same column are one entry.
+    def tell(self, result: StageResult, folder: str | None) -> None:
+        """Put the account into a result; neighbours in the same column are one entry.
 
         Args:
-            folder: of the checkpoint; None if there are no files.
-            data: REAL: what was left at init is compared with it; MADE_UP, NO_DATA: biases are looked up in the files.
+            folder: of the checkpoint; None if there are no files. What was left at init is compared with it where data is
+                REAL, otherwise biases are looked up there.
         """
         load, recorder, model = self.load, self.load.recorder, self.load.built.model
         sizes, added = {name: p.numel() for name, p in parameters(model).items()}, padding(model)
         written, filled = recorder.written, recorder.filled
         columns = {name: self.column(name) for name in self.shapes}
         lacking = left(recorder, model, load.built.model_config, self._gone)
-        unseen = []
-        if data == REAL:
+        if result.data == REAL:
             lacking = confirmed(lacking, model, folder, self.shapes)
         else:
             biases = [name for name, one in lacking.items() if one.kind == DROPPED and name.endswith("bias")]
-            unseen = biases if folder is None else []
             nonzero = set() if folder is None else with_values(folder, biases)
             lacking = {name: one for name, one in lacking.items() if name not in {*biases} - nonzero}
-        reads = None
-        if data != MADE_UP and not load.deaths:  # whose elements all are one
-            reads = recorder.reads.message(recorder.order, loadable(model).values(), load.nbytes, self._loaded)
-        return {
-            "reads": reads,
-            "handed_over": len(recorder.order),
-            "order": hashlib.sha256("\n".join(recorder.order).encode()).hexdigest(),
-            "columns": [[column, len(list(run))] for column, run in groupby(columns.values())],
-            "parameters": {name: [written.get(name, size), size] for name, size in sizes.items()},
-            "filled": {name: filled[name] for name in sizes if name in filled and filled[name] != written[name]},
-            "missing_prefixes": self.missing,
-            "experts": None if self.experts is None else sorted(self.experts),
-            "padding": added,
-            "left": {name: asdict(one) for name, one in lacking.items()},
-            "unseen": unseen,
-            "unplaced": recorder.unplaced(added),
-            "held": {name: size for name, size in load.held.items() if columns[name] in (OTHER_STAGE, OTHER_RANK)},
-        }
+            self.unseen = biases if folder is None else []
+        if result.data != MADE_UP and not load.failures:  # whose elements all are one
+            reads = recorder.reads.summary(recorder.order, loadable(model).values(), load.nbytes, self._loaded)
+            result.reads = Reads(*reads)
+        result.handed_over = len(recorder.order)
+        result.order = hashlib.sha256("\n".join(recorder.order).encode()).hexdigest()
+        result.columns = [(column, len(list(run))) for column, run in groupby(columns.values())]
+        result.parameters = {name: (written.get(name, size), size) for name, size in sizes.items()}
+        result.filled = {name: filled[name] for name in sizes if name in filled and filled[name] != written[name]}
+        result.missing_prefixes = self.missing
+        result.experts = None if self.experts is None else sorted(self.experts)
+        result.padding, result.left = added, lacking
+        result.unplaced = recorder.unplaced(added)
+        result.held = {name: size for name, size in load.held.items() if columns[name] in (OTHER_STAGE, OTHER_RANK)}

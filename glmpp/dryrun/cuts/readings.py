@@ -6,7 +6,7 @@ import base64
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain, product
 from math import prod
 
@@ -15,6 +15,7 @@ import numpy as np
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.cuts.cut import Cut
 from glmpp.dryrun.cuts.regions import Regions, between_ranks, compared, covered, where
+from glmpp.dryrun.messages import StageResult
 from glmpp.formats.tensor import TensorSpec
 from glmpp.ledger import LOADED, OTHER_RANK, PARTS, UNEXPECTED, UNKNOWN, UNREAD, WHOLE
 from glmpp.partition import EXPERT, OTHER_STAGE
@@ -25,7 +26,7 @@ WEIGHTS = re.compile(r"[._](q?weight(_packed)?|blocks)$")
 
 
 class Reading:
-    """What one rank has read, from the message of its load.
+    """What one rank has read, from the result of its load.
 
     Attributes:
         numbers: for each tensor of the checkpoint UNREAD, WHOLE, UNKNOWN, or PARTS and up for a kind of parts.
@@ -34,16 +35,15 @@ class Reading:
         experts: numbers of those that it holds; None without expert parallelism.
     """
 
-    def __init__(self, message: Mapping):
-        reads = message["reads"]
-        self.numbers = np.frombuffer(zlib.decompress(base64.b64decode(reads["numbers"])), np.uint32)
+    def __init__(self, result: StageResult):
+        self.numbers = np.frombuffer(zlib.decompress(base64.b64decode(result.reads.numbers)), np.uint32)
         self.regions: dict[int, Regions] = {
             number: tuple((start, run, tuple(map(tuple, rest))) for start, run, rest in kind)
-            for number, kind in enumerate(reads["kinds"], PARTS)
+            for number, kind in enumerate(result.reads.kinds, PARTS)
         }
-        columns, counts = zip(*message["columns"]) if message["columns"] else ((), ())
+        columns, counts = zip(*result.columns) if result.columns else ((), ())
         self.columns = np.repeat(columns, counts)
-        self.experts = message.get("experts")
+        self.experts = result.experts
 
     def regions_of(self, at: int) -> Regions | None:
         """What is read of a tensor; None: all."""
@@ -54,31 +54,31 @@ class Readings:
     """What the ranks of a deployment have read.
 
     Attributes:
-        ranks: (stage, shard, replica) -> its reading, in order.
+        ranks: (stage, tensor rank, data rank) -> its reading, in order.
         size: ranks of a stage.
     """
 
-    def __init__(self, messages: Sequence[Mapping], checkpoint: Checkpoint, sizes: tuple[int, int]):
+    def __init__(self, results: Sequence[StageResult], checkpoint: Checkpoint, sizes: tuple[int, int]):
         """Args:
-        messages: of ranks; left out are those whose load did not end, and a control's or a drafter's.
-        sizes: shards and replicas of a stage.
+        results: of ranks; left out are those whose load did not end, and a control's or a drafter's.
+        sizes: tensor ranks and replicas of a stage.
         """
         told = {
-            (one["rank"], one.get("replica", 0), one.get("shard", 0)): one
-            for one in messages
-            if is_told(one) and not (one["control"] or one["drafter"])
+            (one.run.stage, one.run.dp_rank, one.run.tp_rank): one
+            for one in results
+            if is_told(one) and not (one.run.control or one.run.drafter)
         }
         self.specs, self.sizes, self.size = list(checkpoint.values()), sizes, prod(sizes)
-        asked = any(is_told(one) and (one["reads"]["kinds"] or UNEXPECTED in dict(one["columns"])) for one in messages)
+        asked = any(is_told(one) and (one.reads.kinds or UNEXPECTED in dict(one.columns)) for one in results)
         quantization = checkpoint.config.get("quantization_config")
         in_order = isinstance(quantization, dict) and quantization.get("desc_act") is True
         self.pairs = pairs_of(self.specs, in_order) if asked else np.zeros((0, 2), np.int64)
-        self.ranks = {(stage, shard, at): Reading(told[stage, at, shard]) for stage, at, shard in sorted(told)}
+        self.ranks = {(stage, rank, at): Reading(told[stage, at, rank]) for stage, at, rank in sorted(told)}
         self.ran = Counter(stage for stage, *_ in self.ranks)
 
-    def of_rank(self, message: Mapping) -> list[Cut]:
+    def of_rank(self, result: StageResult) -> list[Cut]:
         """Weights of which a rank, a control or a drafter reads other elements than those that its scales are of."""
-        return mismatched(self.specs, self.pairs, Reading(message)) if is_told(message) else []
+        return mismatched(self.specs, self.pairs, Reading(result)) if is_told(result) else []
 
     def unread(self) -> list[Cut]:
         """What is read by no rank, if all ranks of the stages were run that read something of a tensor."""
@@ -160,8 +160,8 @@ class Readings:
         return bool(experts) and (len(experts) > most or max(experts) > max(chain.from_iterable(held), default=-1))
 
 
-def is_told(message: Mapping) -> bool:
-    return bool(message.get("reads")) and message["verdict"] == "loads"
+def is_told(result: StageResult) -> bool:
+    return result.reads is not None and result.verdict == "loads"
 
 
 def pairs_of(specs: Sequence[TensorSpec], in_order: bool) -> np.ndarray:

@@ -19,6 +19,7 @@ from types import TracebackType
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from glmpp.dryrun.messages import Failure
 from glmpp.errors import GlmppError, chain, is_pydantics, on_behalf, says_no_memory
 from glmpp.serving.contract import vllm_version
 
@@ -111,20 +112,20 @@ def frames(error: BaseException) -> list[Frame]:
     return found
 
 
-def describe(error: BaseException) -> dict:
+def describe(error: BaseException) -> Failure:
     """Exception type, message, key, where in vLLM, the model or the kit's helper it rose, and the trimmed traceback."""
     every = frames(error)
     shown = [frame for frame in every if frame.is_shown]
     last = (shown or every)[-1]
     said, built = LISTED.sub("{…}", without_paths(words_of(error))), being_built(error)
-    return {
-        "exception": type(error).__name__,
-        "message": said[:2000] + (f" (while {built} was built)" if built else ""),
-        "key": str(error.args[0]) if isinstance(error, KeyError) and error.args else None,
-        "place": f"{last.file}:{last.line}",
-        "function": last.function,
-        "traceback": [str(frame) for frame in shown],
-    }
+    return Failure(
+        exception=type(error).__name__,
+        message=said[:2000] + (f" (while {built} was built)" if built else ""),
+        key=str(error.args[0]) if isinstance(error, KeyError) and error.args else None,
+        place=f"{last.file}:{last.line}",
+        function=last.function,
+        traceback=[str(frame) for frame in shown],
+    )
 
 
 def words_of(error: BaseException) -> str:

@@ -3,48 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 
+from glmpp.dryrun.messages import Run
 from glmpp.dryrun.pretend.failures import RANKS_AWAY, NeedsRanks
 from glmpp.partition import PARTITION_VARIABLE
-
-
-@dataclass(frozen=True)
-class Place:
-    """What is built: a rank of a layout, or the drafter that runs on it.
-
-    Attributes:
-        rank, size: the pipeline stage, of how many.
-        shard, shards: the same for tensor parallelism.
-        replica, replicas: the same for data parallelism.
-        ep: experts are spread over the shards of all replicas.
-        layer_counts: of this run alone, as in VLLM_PP_LAYER_PARTITION; None: those of the request.
-    """
-
-    rank: int
-    size: int
-    shard: int = 0
-    shards: int = 1
-    replica: int = 0
-    replicas: int = 1
-    ep: bool = False
-    drafter: bool = False
-    layer_counts: str | None = None
-
-    @classmethod
-    def of(cls, run: dict) -> Place:
-        return cls(**{name: run[name] for name in cls.__dataclass_fields__ if name in run})
-
-    def __str__(self) -> str:
-        """ "stage 1 of 2, rank 7 of 8"."""
-        name = "the MTP drafter" if self.drafter else f"stage {self.rank} of {self.size}"
-        name += f", rank {self.shard} of {self.shards}" if self.shards > 1 else ""
-        return name + (f", replica {self.replica} of {self.replicas}" if self.replicas > 1 else "")
 
 
 class Alone:
@@ -65,27 +32,27 @@ class Alone:
         return f"<{self.size()} ranks: {RANKS_AWAY}>"
 
 
-def init_groups(rank: int, size: int, tp: int, init_file: str) -> None:
+def init_groups(rank: int, size: int, tp_size: int, init_file: str) -> None:
     """vLLM's process groups over gloo: the real thing when `size` processes call this, or groups of one."""
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(size, rank, f"file://{init_file}", rank, backend="gloo")
-        parallel_state.initialize_model_parallel(tp, size // tp)
+        parallel_state.initialize_model_parallel(tp_size, size // tp_size)
 
 
-def pretend(place: Place) -> None:
+def pretend(run: Run) -> None:
     """Rewrite the fields of vLLM's groups, real ones of size 1, for one rank of a layout.
 
-    Ranks are numbered as in `vllm.distributed.parallel_state.initialize_model_parallel`: replicas, stages, shards.
+    Ranks are numbered as in `vllm.distributed.parallel_state.initialize_model_parallel`: data, pipeline, tensor parallel.
     """
-    ranks = torch.arange(place.replicas * place.size * place.shards, device="cpu")
-    ranks = ranks.reshape(place.replicas, place.size, place.shards)
-    mine = ranks[place.replica, place.rank, place.shard]
+    ranks = torch.arange(run.dp_size * run.pp_size * run.tp_size, device="cpu")
+    ranks = ranks.reshape(run.dp_size, run.pp_size, run.tp_size)
+    mine = ranks[run.dp_rank, run.stage, run.tp_rank]
     for name, members in {
         "_WORLD": ranks,
-        "_TP": ranks[place.replica, place.rank],
-        "_PP": ranks[place.replica, :, place.shard],
-        "_DP": ranks[:, place.rank, place.shard],
-        "_EP": ranks[:, place.rank],
+        "_TP": ranks[run.dp_rank, run.stage],
+        "_PP": ranks[run.dp_rank, :, run.tp_rank],
+        "_DP": ranks[:, run.stage, run.tp_rank],
+        "_EP": ranks[:, run.stage],
         "_DCP": mine,
         "_PCP": mine,
     }.items():

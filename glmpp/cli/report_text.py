@@ -1,135 +1,27 @@
-"""A report as a terminal shows it, and as JSON."""
+"""A report as a terminal shows it."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import groupby
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.dryrun.advice import Tried, fixed_in, nearest_in_record
-from glmpp.dryrun.fit import LEFT_OUT, NO_FIT, Fit
+from glmpp.dryrun.fit import LEFT_OUT, NO_FIT
+from glmpp.dryrun.messages import NO_DATA
 from glmpp.dryrun.report import DryRunReport
 from glmpp.dryrun.stage_report import (
-    CANNOT_BUILD,
     CANNOT_TELL,
     DIES,
     DRAFTER,
     INCOMPLETE,
     LOADS,
-    NO_DATA,
     PARTLY,
     STAGE,
     StageReport,
 )
 from glmpp.ledger import CUT, DROPPED
 from glmpp.words import MESSAGE, joined, quoted, shown, some
-
-SCHEMA_VERSION = 7
-
-
-def overall(report: DryRunReport, utilization: float | None = None) -> str:
-    """LOADS if every stage and the control do, completely, and it fits as far as it was counted; otherwise the first of
-    DIES, INCOMPLETE, NO_FIT, CANNOT_TELL. Args: utilization: as in `as_json`."""
-    verdicts = {stage.verdict for stage in report.all}
-    if verdicts & {DIES, CANNOT_BUILD}:
-        return DIES
-    if (found := report.fit(utilization)) and found.fits is False:
-        verdicts.add(NO_FIT)
-    return next((verdict for verdict in (INCOMPLETE, NO_FIT, CANNOT_TELL) if verdict in verdicts), LOADS)
-
-
-def as_json(
-    checkpoint: Checkpoint,
-    report: DryRunReport,
-    again: DryRunReport | None = None,
-    utilization: float | None = None,
-    fixed: DryRunReport | None = None,
-    would_fit: Sequence[str] = (),
-    others: Tried | None = None,
-) -> dict:
-    """The report as plain values; `tests/check.schema.json` is its schema.
-
-    Args:
-        again: the failing stages with the load format, see `glmpp.dryrun.advice`.
-        utilization: share of a GPU's memory that vLLM may take; default what it takes by default.
-        fixed: the same with the fixes that are known.
-        would_fit: what was tried and does, see `glmpp.layouts.room`.
-        others: layouts of the same GPUs that were tried, see `glmpp.dryrun.advice.try_layouts`.
-    """
-    known, found = fixed_in(report), report.fit(utilization)
-    return {
-        "schema": SCHEMA_VERSION,
-        "checkpoint": {
-            "source": checkpoint.source,
-            "tensors": len(checkpoint),
-            "bytes": checkpoint.nbytes,
-            "notes": checkpoint.notes,
-        },
-        "versions": report.versions,
-        "guard": report.guard,
-        "fixes": list(report.deployment.fixes),
-        "gpu": report.deployment.gpu,
-        "pp_size": report.pp_size,
-        "tp_size": report.deployment.tp,
-        "dp_size": report.deployment.dp,
-        "ep": report.deployment.ep,
-        "verdict": overall(report, utilization),
-        "fit": found
-        and {
-            "gpu_memory_bytes": found.gpu.memory,
-            "gpu_memory_utilization": found.share,
-            "tokens": found.tokens,
-            "context": found.context if found.known else None,
-            "left_out": LEFT_OUT,
-            "fits": found.fits,
-            "lack": found.lack,
-        },
-        "would_fit": [*would_fit],
-        "other_layouts": others and {"tried": others.names, "loads": others.loads and others.loads.layout},
-        "stages": [_stage_json(stage, found) for stage in report.stages],
-        "control": None if report.control is None else _stage_json(report.control),
-        "stand_ins": report.stand_ins,
-        "with_load_format": again
-        and {"verdict": overall(again, utilization), "stages": [_stage_json(stage) for stage in again.stages]},
-        "with_fixes": fixed
-        and {
-            "fixes": list(fixed.deployment.fixes),
-            "verdict": overall(fixed, utilization),
-            "stages": [_stage_json(stage) for stage in fixed.stages],
-        },
-        "known_to_load_from": known and {"vllm": known.fixed_in, "source": known.source},
-        "nearest_in_record": nearest_in_record(checkpoint, report),
-    }
-
-
-def _stage_json(stage: StageReport, found: Fit | None = None) -> dict:
-    return {
-        "rank": stage.stage.rank,
-        "shard": stage.shard,
-        "experts": stage.experts,
-        "replica": stage.replica,
-        "layers": [*stage.stage.layers[:1], *stage.stage.layers[-1:]],  # the first and the last; a stage may have none
-        "verdict": stage.verdict,
-        "model_class": stage.model_class,
-        "backends": stage.backends,
-        "refused": stage.refused,
-        "device": stage.device,
-        "data": stage.data,
-        "tensors_handed_over": stage.handed_over,
-        "deaths": [
-            {key: getattr(death, key) for key in ("exception", "message", "key", "place", "function", "tensor")}
-            for death in stage.deaths
-        ],
-        "complete": None if stage.ledger is None or stage.deaths else not (stage.unaccounted or stage.cuts),
-        "cut": [asdict(cut) for cut in stage.cuts],
-        "left_at_init": {name: asdict(one) for name, one in stage.left.items()},
-        "dropped": [] if stage.deaths else stage.dropped,
-        "held": stage.held,
-        "memory": memory_json(stage, found),
-    }
 
 
 def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, utilization: float | None = None) -> str:
@@ -141,7 +33,7 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, ut
     """
     versions = shown(", ".join(f"{name} {version}" for name, version in report.versions.items()), MESSAGE)
     lines = [
-        *headline(checkpoint),
+        *checkpoint.headline,
         f"{versions}; guard: {report.guard}; GPU: {report.deployment.gpu}"
         + (f"; fixes: {', '.join(report.deployment.fixes)}" if report.deployment.fixes else ""),
         *chosen(report),
@@ -158,15 +50,9 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, ut
     lines += held_lines(report)
     lines += ["", *lines_of_memory] if (lines_of_memory := memory_lines(report, utilization)) else []
     lines += ["", "stand-ins: " + ", ".join(map(shown, report.stand_ins))]
-    if data := sorted({stage.data for stage in report.all if stage.data != NO_DATA and not stage.deaths}):
+    if data := sorted({stage.data for stage in report.all if stage.data != NO_DATA and not stage.failures}):
         lines.append(f"not complete without data, and tried again on the CPU with values: {', '.join(data)}")
     return joined([*lines, "", f"{report.deployment.layout}: {conclusion(report, utilization)}"])
-
-
-def headline(checkpoint: Checkpoint) -> list[str]:
-    """Which checkpoint, how large it is, and what is to be told of the choice of its files."""
-    size = f"{len(checkpoint):,} tensors, {checkpoint.nbytes / 1e9:,.3f} GB"
-    return [f"{shown(str(checkpoint.source), MESSAGE)}: {size}", *(f"    {note}" for note in checkpoint.notes)]
 
 
 def chosen(report: DryRunReport) -> list[str]:
@@ -192,18 +78,18 @@ def evidence_lines(stage: StageReport, several: bool = False) -> list[str]:
         several: other ranks end alike: what has numbers of this rank's own says so.
     """
     lines = []
-    for death in stage.deaths:
-        said = shown(" ".join(death.message.split()), MESSAGE)
-        lines.append(f"    KeyError: {quoted(death.key)}" if death.key else f"    {shown(death.exception)}: {said}")
-        handed = f", handed {shown(death.tensor)}" if death.tensor else ""
-        handed += f" of {shown(death.file)}" if death.file else ""
-        lines.append(f"        in {shown(death.place)} {shown(death.function)}{handed}")
+    for failure in stage.failures:
+        said = shown(" ".join(failure.message.split()), MESSAGE)
+        lines.append(f"    KeyError: {quoted(failure.key)}" if failure.key else f"    {shown(failure.exception)}: {said}")
+        handed = f", handed {shown(failure.tensor)}" if failure.tensor else ""
+        handed += f" of {shown(failure.file)}" if failure.file else ""
+        lines.append(f"        in {shown(failure.place)} {shown(failure.function)}{handed}")
     if stage.verdict == INCOMPLETE:
         lines += _left_lines(stage) + _cut_lines(stage, several)
-    if stage.verdict == CANNOT_TELL and stage.evidence.unplaced:
-        lines.append(f"    written at places that only data would tell: {some([*stage.evidence.unplaced])}")
-    if stage.evidence.why and not stage.deaths:
-        lines.append(f"    {shown(stage.evidence.why, MESSAGE)}")
+    if stage.verdict == CANNOT_TELL and stage.unplaced:
+        lines.append(f"    written at places that only data would tell: {some([*stage.unplaced])}")
+    if stage.why and not stage.failures:
+        lines.append(f"    {shown(stage.why, MESSAGE)}")
     told = {stage.left[name].tensor for name in stage.unaccounted}
     if stage.verdict in (LOADS, INCOMPLETE) and (dropped := [name for name in stage.dropped if name not in told]):
         lines.append(f"    dropped without a trace: {some(dropped)}")
@@ -212,7 +98,7 @@ def evidence_lines(stage: StageReport, several: bool = False) -> list[str]:
 
 def held_lines(report: DryRunReport) -> list[str]:
     """The rank that holds most of other stages' tensors while it loads, in the host's memory, and how much."""
-    holding = [stage for stage in report.all if stage.held and not stage.deaths]
+    holding = [stage for stage in report.all if stage.held and not stage.failures]
     if not holding:
         return []
     most = max(holding, key=lambda stage: sum(stage.held.values()))
@@ -238,7 +124,7 @@ def _cut_lines(stage: StageReport, several: bool = False) -> list[str]:
     lines = []
     for (_, said), cuts in alike.items():
         more = f" and {len(cuts) - 1:,} more" if len(cuts) > 1 else ""
-        here = f" (on rank {stage.shard}; on the others likewise)" if several and cuts[0].scales else ""
+        here = f" (on rank {stage.run.tp_rank}; on the others likewise)" if several and cuts[0].scales else ""
         lines += [f"    cut: {shown(cuts[0].tensor)}{more}", f"        {said}{here}"]
     return lines
 
@@ -246,7 +132,7 @@ def _cut_lines(stage: StageReport, several: bool = False) -> list[str]:
 def memory_lines(report: DryRunReport, utilization: float | None = None) -> list[str]:
     """What each rank takes, those that take the same on one line, and what the deployment has room for."""
     found = report.fit(utilization)
-    if found is None or overall(report) == DIES:
+    if found is None or report.overall() == DIES:
         return []
     of = f"{found.share:.0%} of the {found.gpu.memory / 1e9:.1f} GB of {found.gpu.name}"
     lines = [f"memory, {of}; left out: {LEFT_OUT}"]
@@ -266,30 +152,15 @@ def memory_lines(report: DryRunReport, utilization: float | None = None) -> list
     return lines
 
 
-def memory_json(stage: StageReport, found: Fit | None) -> dict | None:
-    """What a rank takes, as plain values. `found` is of its deployment."""
-    memory = stage.memory
-    if memory is None:
-        return None
-    cache = memory.kv_cache
-    return {
-        "weights_bytes": memory.weights,
-        "kv_cache_bytes_per_token": cache and cache.bytes_per_token,
-        "kv_cache_dtype": cache and cache.dtype,
-        "tokens": found and found.tokens_of(memory),
-        "not_counted_because": memory.why,
-    }
-
-
 def label(stages: list[StageReport]) -> str:
     """ "stage 3", "stages 0, 2-7", "stages 0-1, ranks 0, 7 of 8", or what else was run."""
     if len(stages) == 1:
         return stages[0].label
     numbers = sorted({stage.stage.rank for stage in stages})
     found = f"stage{'s' * (len(numbers) > 1)} {_spans(numbers)}"
-    for name, number, count in (("rank", "shard", "shards"), ("replica", "replica", "replicas")):
-        if (of := getattr(stages[0], count)) > 1:
-            numbers = sorted({getattr(stage, number) for stage in stages})
+    for name, number, count in (("rank", "tp_rank", "tp_size"), ("replica", "dp_rank", "dp_size")):
+        if (of := getattr(stages[0].run, count)) > 1:
+            numbers = sorted({getattr(stage.run, number) for stage in stages})
             found += f", {name}{'s' * (len(numbers) > 1)} {_spans(numbers)} of {of}"
     return found
 
@@ -309,7 +180,7 @@ def conclusion(report: DryRunReport, utilization: float | None = None) -> str:
     failing = [stage for stage in report.stages if not stage.loads]
     several = report.deployment.tp * report.deployment.dp > 1
     of = f"{len(report.stages)} ranks that were run" if several else f"{report.pp_size} stages"
-    found, room = overall(report, utilization), report.fit(utilization)
+    found, room = report.overall(utilization), report.fit(utilization)
     if found == LOADS:
         return "loads, complete" + ("; whether it fits was not counted" if room and room.fits is None else "")
     if found == NO_FIT:
