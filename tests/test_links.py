@@ -19,6 +19,8 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "tests" / "README.md",
+    ROOT / "upstream" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
     *sorted(path for path in (ROOT / "data").rglob("*.md") if "generated" not in path.parts),
 ]
 

@@ -63,7 +63,7 @@ def table() -> list[str]:
     """The README's rows."""
     rows = []
     for entry in FINDINGS:
-        folder = f"[{entry.name}](upstream/{entry.name}){', no fix' * bool(entry.why)}"
+        folder = f"[{entry.name}]({entry.name}){', no fix' * bool(entry.why)}"
         links = ", ".join(f"[{link.rpartition('/')[2]}]({link})" for link in entry.links)
         rows.append(f"| {folder} | {entry.what} | {entry.state}{f' ({links})' if links else ''} |")
     return rows
