@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -23,7 +23,11 @@ from glmpp.serving.write_tracking import WriteRecorder, loadable
 LAYER = re.compile(r"[^.]+\.\d+(?=\.)")  # "layers.3"
 SCALE = re.compile(r"_scale(_inv)?$")
 TIED = "vLLM ties the head to {}, although tie_word_embeddings of the language model is false"
-WITHOUT_USE = re.compile(r"inv_freq$|masked_bias$|attn\.bias$|num_batches_tracked$|scale|zero|g_idx|perm$|weight_shape$")
+WITHOUT_USE = re.compile(r"(^|[._])(inv_freq|masked_bias|num_batches_tracked|(k|v|q|kv|prob)_(scale|zero_point))$")
+MASK = 4  # dimensions of a causal mask that old checkpoints hold as a bias of the attention
+# What lies beside a weight that is quantised, with what stands between; and what the weight may be called there.
+BESIDE = re.compile(r"([._])((weight|input|output)_)?(global_)?(scales?(_inv|_2)?|zero_point|q?zeros|g_idx|perm|shape)$")
+QUANTISED = ("", ".weight", ".qweight", ".weight_packed", "_packed", "_blocks")
 NO_PARAMETER = "the model has no parameter for it"
 
 
@@ -79,7 +83,7 @@ def without_place(
     experts, shapes = held_experts(expert_maps(model)), dict(zip(recorder.order, recorder.shapes))
     told = {layer_of(name) for name, one in found.items() if one.kind != EXPECTED}
     computed = {_beside(recorder.order[turn - 1], shapes) for turn in recorder.reads.unknown if turn}
-    unused, own = {}, loadable(model)
+    unused, own, layers = {}, loadable(model), model_config.get_total_num_hidden_layers()
     for name in set(gone) - read(recorder) - recorder.zeros:
         place = rename(name)
         if place is None or place in own or elsewhere.cover(place) or is_elsewhere(name, experts):
@@ -88,11 +92,26 @@ def without_place(
         if getattr(paths.get(path), leaf, None) is not None:
             continue  # another's, as a tied head's
         layer = LAYER.search(place)
-        is_here = (path and path in paths) or (layer and place[: layer.end()] in paths)
-        is_anothers = layer_of(place) in told or _beside(name, shapes) in computed
-        if is_here and not is_anothers and not WITHOUT_USE.search(name):
-            unused[name] = UnloadedParam(DROPPED, NO_PARAMETER, name)
+        is_more = is_beyond(place, paths, layers)
+        is_here = (path and path in paths) or (layer and place[: layer.end()] in paths) or is_more
+        is_anothers = layer_of(place) in told or _beside(name, shapes) in computed or is_beside_a_weight(name, shapes)
+        is_mask = leaf == "bias" and len(shapes[name]) == MASK
+        if is_here and not (is_anothers or is_mask or WITHOUT_USE.search(name)):
+            unused[name] = UnloadedParam(DROPPED, f"the config says {layers} layers" if is_more else NO_PARAMETER, name)
     return dict(sorted(unused.items(), key=lambda item: natural_key(item[0])))
+
+
+def is_beside_a_weight(name: str, names: Container[str]) -> bool:
+    """Whether a tensor is the scale, zero point or order of columns of one that the checkpoint has, too."""
+    return bool(found := BESIDE.search(name)) and any(name[: found.start()] + weight in names for weight in QUANTISED)
+
+
+def is_beyond(place: str, lists: Mapping[str, torch.nn.Module], layers: int) -> bool:
+    """Whether a tensor is of a layer after the last that the config speaks of, in the model's list of all layers."""
+    if (layer := LAYER.search(place)) is None:
+        return False
+    path, _, number = place[: layer.end()].rpartition(".")
+    return isinstance(lists.get(path), torch.nn.ModuleList) and len(lists[path]) == layers <= int(number)
 
 
 def read(recorder: WriteRecorder) -> set[str]:
