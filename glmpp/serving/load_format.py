@@ -278,7 +278,7 @@ def read_fast(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     from fastsafetensors import fastsafe_open
     from vllm.platforms import current_platform
 
-    device = f"cuda:{current_platform.current_device()}" if current_platform.is_cuda_alike() else "cpu"
+    device = f"cuda:{torch.cuda.current_device()}" if current_platform.is_cuda_alike() else "cpu"
     for file in sorted(files, key=natural_key):
         with fastsafe_open(filenames=[file], nogds=device == "cpu", device=device) as shard:
             for name in shard.keys():  # noqa: SIM118  not a dict

@@ -86,7 +86,8 @@ def kv_cache_configs(config: VllmConfig, specs: list[dict[str, Any]], available:
         return kv_cache_utils.get_kv_cache_configs(config, specs, available)
     planning = importlib.import_module(PLANNING)
     importlib.import_module("vllm.v1.core.single_type_kv_cache_manager").register_all_kvcache_specs(config)
-    layouts, workers = map(importlib.import_module, ("vllm.v1.attention.backends.utils", "vllm.v1.worker.worker_base"))
+    layouts = importlib.import_module("vllm.v1.attention.backends.utils")
+    workers = importlib.import_module("vllm.v1.worker.worker_base")
     supported = layouts.get_supported_kv_cache_layouts(workers.get_current_attn_backends(config))
     names = [layout.name for layout in supported]
     layouts.resolve_kv_cache_layout(config, [names] * len(specs), [spec for one in specs for spec in one.values()])

@@ -54,8 +54,6 @@ sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
 # What vLLM imports only once a model is built, which would be half of the time of a small model's verdict in every fork. A
 # release that has no such module does without.
-BACKENDS = "vllm.v1.attention.backends"
-PLUGINS = "vllm.general_plugins"
 LATE = [
     "vllm.model_executor.models.adapters",
     "vllm.model_executor.models.deepseek_mtp",
@@ -68,8 +66,15 @@ LATE_ON_GPU = [
     "vllm.compilation.passes.fusion.allreduce_rms_fusion",
     "vllm.models.deepseek_v32",
     "vllm.third_party.deep_gemm",
-    *(f"{BACKENDS}.{name}" for name in ("flash_attn", "flashinfer", "triton_attn", "flex_attention", "turboquant_attn")),
-    *(f"{BACKENDS}.mla.{name}" for name in ("flashattn_mla", "flashmla", "flashmla_sparse", "triton_mla")),
+    "vllm.v1.attention.backends.flash_attn",
+    "vllm.v1.attention.backends.flashinfer",
+    "vllm.v1.attention.backends.triton_attn",
+    "vllm.v1.attention.backends.flex_attention",
+    "vllm.v1.attention.backends.turboquant_attn",
+    "vllm.v1.attention.backends.mla.flashattn_mla",
+    "vllm.v1.attention.backends.mla.flashmla",
+    "vllm.v1.attention.backends.mla.flashmla_sparse",
+    "vllm.v1.attention.backends.mla.triton_mla",
 ]
 
 
@@ -101,11 +106,12 @@ def load_plugins() -> None:
     """
     from vllm import plugins
 
-    for name, run in plugins.load_plugins_by_group(PLUGINS).items():
+    group = plugins.DEFAULT_PLUGINS_GROUP
+    for name, run in plugins.load_plugins_by_group(group).items():
         try:
             run()
         except (Exception, SystemExit) as error:
-            points = (point for point in entry_points(group=PLUGINS) if point.name == name and point.dist)
+            points = (point for point in entry_points(group=group) if point.name == name and point.dist)
             whose = ", ".join(f"{point.dist.name} {point.dist.version}" for point in points) or "unknown"
             line, where = line_and_traceback(error)
             raise GlmppError(

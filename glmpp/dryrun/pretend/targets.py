@@ -110,7 +110,7 @@ def install(gpu: GPU) -> None:
     from vllm.platforms.interface import DeviceCapability
 
     if gpu.gfx:
-        Platform = importlib.import_module("vllm.platforms.rocm").RocmPlatform  # not in the contract: it asks for a GPU
+        Platform = importlib.import_module("vllm.platforms.rocm").RocmPlatform  # optional in the contract: it asks for a GPU
     else:
         from vllm.platforms.cuda import CudaPlatformBase as Platform
 
