@@ -173,13 +173,13 @@ def wrong_scales(form: str, masks: dict[str, np.ndarray]) -> set[tuple[str, str]
 
 
 def sized(monkeypatch, **sizes: int) -> None:
-    """Sizes of the models in `quantised.py`; an MLP has an expert's."""
+    """Sizes of the models in `quantised/models.py`; an MLP has an expert's."""
     sizes = {"HIDDEN": 128, "HEADS": 16, "KV_HEADS": 2, "HEAD": 64, "VOCABULARY": 512, **sizes}
     for name, size in {"INTERMEDIATE": sizes["EXPERT"], **sizes}.items():
-        monkeypatch.setattr(forms, name, size)
+        monkeypatch.setattr(forms.models, name, size)
     fields = {"hidden_size": "HIDDEN", "num_attention_heads": "HEADS", "num_key_value_heads": "KV_HEADS"}
     for field, name in fields.items():
-        monkeypatch.setitem(forms.COMMON, field, sizes[name])
+        monkeypatch.setitem(forms.models.COMMON, field, sizes[name])
 
 
 def kits(report: DryRunReport) -> tuple[set[str], dict[tuple, set]]:
@@ -270,7 +270,9 @@ def test_an_expert_that_no_rank_holds_is_cut(tp, experts, configured, monkeypatc
     """The checkpoint has more of them than the config: to every rank they are another's."""
     sized(monkeypatch, EXPERT=256, EXPERTS=experts)
     checkpoint = forms.quantised("compressed-tensors, FP8 channel", "moe")
-    routers = {f"model.layers.{layer}.mlp.gate.weight": (configured, forms.HIDDEN) for layer in range(forms.LAYERS)}
+    routers = {
+        f"model.layers.{layer}.mlp.gate.weight": (configured, forms.models.HIDDEN) for layer in range(forms.models.LAYERS)
+    }
     specs = [TensorSpec(spec.name, spec.dtype, routers.get(spec.name, spec.shape)) for spec in checkpoint.values()]
     checkpoint = Checkpoint(specs, {**checkpoint.config, "num_experts": configured})
     report = dry_run(checkpoint, Deployment(tp=tp, ep=tp > 1, gpu="h100"), progress=False)

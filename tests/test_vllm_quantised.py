@@ -1,6 +1,6 @@
 """Every published way of quantising, on three GPUs: it loads, or vLLM refuses it in these words.
 
-The names come from `quantised.py`. What is expected was seen on the three releases below, and read in their code.
+Names and what is expected of them lie in `quantised/`, a file for each tool.
 """
 
 from __future__ import annotations
@@ -9,131 +9,28 @@ import ast
 import importlib.util
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from quantised import ELSEWHERE, FORMATS, Model, cases, quantised
+from quantised import ELSEWHERE, FORMATS, NEW, OLD, REFUSALS, Model, Refusal, cases, quantised
 from safetensors.torch import save_file
 
 from glmpp.checkpoint import Checkpoint, TensorSpec
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.installed import vllm_version
-from glmpp.dryrun.stage_report import CANNOT_BUILD, CANNOT_TELL, DIES, LOADS
+from glmpp.dryrun.stage_report import LOADS
 from glmpp.ledger import LOADED, digest
 
 pytest.importorskip("vllm")
 VLLM = vllm_version()
-OLD, NEW = ("0.22.1", "0.23.0"), ("0.33.0",)
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(VLLM not in OLD + NEW, reason="the table is about other releases"),
 ]
 GPUS = ("a100", "h100", "b200")
 AROUND = {"platform", "driver", "class inspection", "pipeline group"}  # what stands in outside the model
-FP8_OF_MODELOPT = ("modelopt, FP8", "modelopt, FP8, cache", "modelopt, FP8 channel", "modelopt, FP8 blocks")
-FP8_OF_QUARK = ("quark, FP8", "quark, FP8, cache", "quark, FP8 channel", "quark, FP8 blocks")
-BITSANDBYTES = ("bitsandbytes, 4 bits", "bitsandbytes, 8 bits")
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Cases that do not load, and what vLLM says: a part of "exception: message". Empty fields mean all."""
-
-    words: str
-    forms: tuple[str, ...]
-    models: tuple[str, ...] = ()
-    gpus: tuple[str, ...] = ()
-    releases: tuple[str, ...] = ()
-    verdict: str = CANNOT_BUILD
-
-    def covers(self, form: str, model: str, gpu: str) -> bool:
-        asked = ((form, self.forms), (model, self.models), (gpu, self.gpus), (VLLM, self.releases))
-        return all(value in values or not values for value, values in asked)
-
-
-REFUSALS = [
-    # Methods.
-    Refusal("is deprecated and will be removed in future versions of vLLM", ("fbgemm, FP8", "fp_quant, NVFP4")),
-    Refusal("Unknown quantization method: bitsandbytes", BITSANDBYTES, releases=NEW),
-    Refusal("ImportError: Please install bitsandbytes>=", BITSANDBYTES, releases=OLD, verdict=CANNOT_TELL),
-    Refusal("ImportError: Please install torchao>=", ("torchao, FP8",), verdict=CANNOT_TELL),
-    # GPUs.
-    Refusal(
-        "quantization method modelopt is not supported for the current GPU. Minimum capability: 89. Current capability: 80",
-        FP8_OF_MODELOPT,
-        gpus=("a100",),
-        releases=OLD,
-    ),
-    Refusal(
-        "modelopt_mixed is not supported for the current GPU. Minimum capability: 89. Current capability: 80",
-        ("modelopt, mixed",),
-        gpus=("a100",),
-        releases=OLD,
-    ),
-    Refusal(
-        "Quantization scheme is not supported for the current GPU. Min capability: 89. Current capability: 80",
-        FP8_OF_QUARK,
-        gpus=("a100",),
-        releases=NEW,
-    ),
-    Refusal("No quark compatible scheme was found", FP8_OF_QUARK, gpus=("a100",), releases=OLD),
-    Refusal(
-        "To apply FP8 Marlin on high-capability GPUs",
-        ("compressed-tensors, FP8 weights",),
-        gpus=("h100", "b200"),
-        releases=OLD,
-    ),
-    Refusal(
-        "No compressed-tensors compatible scheme was found",
-        ("compressed-tensors, W4A8 FP8",),
-        gpus=("a100", "b200"),
-    ),
-    Refusal(
-        "No compressed-tensors compatible scheme was found",
-        ("compressed-tensors, W4A8 int",),
-        gpus=("a100", "b200"),
-        releases=OLD,
-    ),
-    # Schemes that a release does not have.
-    Refusal(
-        "No quark compatible scheme was found",
-        ("quark, FP8 blocks", "quark, MXFP8", "quark, int4 weights"),
-        releases=OLD,
-    ),
-    Refusal("Unsupported data_type: mx_fp", ("autoround, MXFP4", "autoround, MXFP8"), releases=OLD),
-    Refusal("Unsupported data_type: fp", ("autoround, FP8 blocks",), releases=OLD),
-    Refusal(
-        "group/dynamic activation ordering (actorder='group') is no longer supported",
-        ("compressed-tensors, W4A16 in the order of activation",),
-        releases=NEW,
-    ),
-    Refusal(
-        "GPTQ group activation ordering (desc_act=True) is no longer supported",
-        ("gptq, in the order of activation",),
-        releases=NEW,
-    ),
-    # Experts.
-    Refusal("For Fused MoE layers, only format: ", ("compressed-tensors, FP8 weights",), ("moe",), releases=NEW),
-    Refusal("For Fused MoE layers, only format: ", ("compressed-tensors, FP8 weights",), ("moe",), ("a100",), OLD),
-    Refusal("Unsupported FusedMoe scheme", ("compressed-tensors, W8A8 int8, static",), ("moe",)),
-    Refusal("No MXFP4 MoE backend supports the deployment", ("quark, MXFP4",), ("moe",), releases=OLD),
-    Refusal("INCFp8Scheme does not support MoE layers", ("autoround, FP8 blocks",), ("moe",), releases=NEW),
-    Refusal("W4A8 Int8 MoE is only supported on CPU", ("compressed-tensors, W4A8 int",), ("moe",), releases=NEW),
-    Refusal(
-        "Only symmetric quantization is supported for MoE",
-        ("compressed-tensors, W4A16 with zero points",),
-        ("moe",),
-        releases=("0.22.1",),
-    ),
-    # These two say nothing: a kernel that wants groups, and one that wants 4 bits.
-    Refusal("AssertionError: ", ("compressed-tensors, W4A16 channel",), ("moe",), ("h100",), NEW),
-    Refusal("AssertionError: ", ("compressed-tensors, W8A16",), ("moe",), releases=("0.23.0",)),
-    # Not refused: an expert of ModelOpt's has one scale for each matrix in vLLM, whatever the algorithm; more are a death.
-    Refusal("RuntimeError: ", ("modelopt, FP8 channel", "modelopt, FP8 blocks"), ("moe",), verdict=DIES),
-]
 
 
 def refusal(form: str, model: str, gpu: str) -> Refusal | None:
