@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.advice import serve_line
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.fit import Fit, KVCache, Memory
 from glmpp.dryrun.stage_report import DIES, LOADS
@@ -17,7 +18,7 @@ from glmpp.formats.tensor import TensorSpec
 from glmpp.gpus import GPUS
 from glmpp.layouts.layout import Layout, Layouts
 from glmpp.layouts.search import CONTEXT, distinct, layer_kinds
-from glmpp.layouts.text import layouts_json, layouts_text, serve_line
+from glmpp.layouts.text import layouts_json, layouts_text
 
 H200 = GPUS["h200"]
 
@@ -63,7 +64,13 @@ def test_a_drafter_takes_its_weights_and_its_part_of_every_block():
     ("weights", "per_request", "more", "fits", "says"),
     [
         (10**9, 16, {}, True, None),
-        (int(H200.memory * 0.9) + 1, 1, {}, False, "GB of weights on a rank, vLLM takes 135.7 GB of h200"),
+        (
+            int(H200.memory * 0.9) + 1,
+            1,
+            {},
+            False,
+            "135,679,338,087 bytes of weights on a rank, vLLM takes 135,679,338,086",
+        ),
         (int(H200.memory * 0.9) - 2**30, 1025, {}, False, "1,024 tokens needs 1.00 GiB of KV cache on a rank, 1.00 GiB"),
         (int(H200.memory * 0.9) - 2**30, 1024, {}, True, None),
         (10**9, 16, {"why": "ValueError: longer", "refused": True}, False, "ValueError: longer"),
@@ -123,12 +130,12 @@ def test_the_best_layout_loads_has_room_then_holds_most_requests_then_has_the_fe
 
 def test_the_line_to_paste_says_all_that_differs_from_the_default():
     one = layout(4, 2, ep=True, layer_counts="40,38", guard="loader")
-    assert serve_line("org/a model", one, CONTEXT, 0.85) == (
+    assert serve_line("org/a model", one.deployment, CONTEXT, 0.85) == (
         "VLLM_PP_LAYER_PARTITION=40,38 vllm serve 'org/a model' --tensor-parallel-size 4 --pipeline-parallel-size 2 "
         "--enable-expert-parallel --max-model-len 131072 --gpu-memory-utilization 0.85 --load-format glmpp"
     )
-    plain = "vllm serve m --tensor-parallel-size 8 --pipeline-parallel-size 1 --max-model-len 4096"
-    assert serve_line("m", layout(8, 1), 4096, None) == plain
+    plain = "vllm serve m --tensor-parallel-size 8 --max-model-len 4096"
+    assert serve_line("m", layout(8, 1).deployment, 4096) == plain
 
 
 def test_a_terminal_is_told_why_a_layout_does_not_serve():

@@ -356,7 +356,7 @@ def test_the_command_names_the_ranks_and_its_line_to_paste_has_the_layout(tmp_pa
     sizes = "--tensor-parallel-size 2 --pipeline-parallel-size 3 --data-parallel-size 2"
     assert f"    vllm serve {model} {sizes} --load-format glmpp\n" in out
     line = "vllm serve model --tensor-parallel-size 8 --enable-expert-parallel --load-format glmpp"
-    assert serve_line("model", Deployment(tp=8, ep=True)) == line
+    assert serve_line("model", Deployment(tp=8, ep=True, guard="loader")) == line
 
 
 @pytest.mark.usefixtures("no_partition_variable")

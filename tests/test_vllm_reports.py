@@ -69,7 +69,7 @@ def test_heads_that_do_not_divide_are_refused_without_what_pydantic_says_and_not
     code, out = ask("fp8 experts of 640", "--tp", "3")
     assert code == 1 and "\n    ValidationError: Total number of attention heads (16) must be divisible by tensor" in out
     assert "pydantic" not in out and "input_value" not in out and "known to load" not in out and "PP=2" not in out
-    assert out.endswith("\nno other layout of these GPUs that was tried loads: TP=3 EP\n")
+    assert out.endswith("\nno other layout of these GPUs that was tried loads and fits: TP=3 EP\n")
 
 
 @pytest.mark.parametrize("gpu", ["h100"])
@@ -103,11 +103,28 @@ def verdicts(out: str) -> dict[str, str]:
 def test_what_some_experts_lack_is_written_in_part_and_the_experts_are_named(ask):
     code, out = ask("nvfp4 experts without input_scale", "--gpu", "b200")
     assert code == 1 and out.endswith("\nPP=1: loads, and is not complete: 4 written in part\n")
-    at, stacks = "model.layers.{}.mlp.experts" + ("" if OLD else ".routed_experts"), ("w13_input_scale", "w2_input_scale")
+    at = "model.layers.{}.mlp.experts" + ("" if OLD else ".routed_experts")
+    stacks = {"w13_input_scale": "gate_proj.input_scale and up_proj.input_scale", "w2_input_scale": "down_proj.input_scale"}
     for layer, experts in ((0, "1 of 8 experts: 3"), (1, "2 of 8 experts: 5, 6")):
-        names = ", ".join(f"{at.format(layer)}.{name}" for name in stacks)
-        assert f"    written in part: {names}\n        absent: the checkpoint lacks input_scale of {experts}\n" in out
+        for name, parts in stacks.items():
+            why = f"absent: the checkpoint lacks {parts} of {experts}"
+            assert f"    written in part: {at.format(layer)}.{name}\n        {why}\n" in out
     assert "left at init" not in out and "in the model" not in out
+
+
+@pytest.mark.parametrize(
+    ("lacks", "said"),
+    [
+        ("mlp.experts.3.up_proj.weight", "the checkpoint lacks up_proj.weight of 1 of 8 experts: 3"),
+        ("mlp.experts.3.down_proj.weight", "the checkpoint lacks down_proj.weight of 1 of 8 experts: 3"),
+        ("self_attn.k_proj.weight", "the checkpoint lacks k_proj.weight; "),
+    ],
+)
+def test_what_lacks_is_named_and_not_what_it_would_be_a_part_of(tmp_path, capsys, lacks, said):
+    into, config = reports.qwen3_moe(256, 8, reports.plain, reports.plain)
+    del into[f"model.layers.1.{lacks}"]
+    assert cli.main(["check", str(reports.write(tmp_path / "model", into, config)), "--gpu", "h100"]) == 1
+    assert f"        absent: {said}" in capsys.readouterr().out
 
 
 def test_a_rank_between_the_first_and_the_last_that_lacks_a_part_of_its_expert_is_found(folders, tmp_path):

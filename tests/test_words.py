@@ -252,7 +252,7 @@ def test_the_line_to_paste_lets_vllm_load_the_kits_plugin(plugins, before, tmp_p
     _, out, _ = told_by(capsys, "layouts", "a $(b)", "--gpus", 2)
     _, told, _ = told_by(capsys, "layouts", "a $(b)", "--gpus", 2, "--json")
     (line,) = (line for line in out if " serve " in line)
-    assert line.startswith(f"{before}vllm serve 'a $(b)' --tensor-parallel-size 1")
+    assert line.startswith(f"{before}vllm serve 'a $(b)' --pipeline-parallel-size 2")
     assert json.loads("\n".join(told))["layouts"][0]["command"] == line
 
 

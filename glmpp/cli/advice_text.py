@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from glmpp.checkpoint import Checkpoint
@@ -12,14 +13,13 @@ from glmpp.dryrun.advice import (
     PLUGINS_VARIABLE,
     KnownFault,
     Tried,
-    command,
     fixed_in,
     is_in_record,
-    layout_words,
     nearest_in_record,
     nearest_line,
     serve_line,
 )
+from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.fit import NO_FIT
 from glmpp.dryrun.report import DryRunReport
 from glmpp.serving import fixes
@@ -33,8 +33,8 @@ def other_lines(options: argparse.Namespace, others: Tried | None) -> list[str]:
     if others is None or not others.tried:
         return []
     if others.loads is None:
-        return [f"no other layout of these GPUs that was tried loads: {', '.join(others.names)}"]
-    line = command(pasted(options.model), others.loads, layout_words(others.loads), os.environ.get(PLUGINS_VARIABLE))
+        return [f"no other layout of these GPUs that was tried loads and fits: {', '.join(others.names)}"]
+    line = pasted_line(options, others.loads)
     return [f"on as many GPUs {others.loads.layout} loads (tried: {', '.join(others.names)}):", f"    {line}"]
 
 
@@ -53,10 +53,10 @@ def what_to_do(
     """
     lines, known, nearest = [], fixed_in(report), nearest_in_record(checkpoint, report)
     if again is not None:
-        lines += cure_lines(options, again, "--load-format glmpp")
+        lines += cure_lines(options, report, again, "--load-format glmpp")
     if fixed is not None:
         names = ", ".join(fixed.deployment.fixes)
-        lines += cure_lines(options, fixed, f"the fix{'es' * (len(fixed.deployment.fixes) > 1)} {names}")
+        lines += cure_lines(options, report, fixed, f"the fix{'es' * (len(fixed.deployment.fixes) > 1)} {names}")
         lines += [f"    {name}: {fixes.about(name)}" for name in fixed.deployment.fixes]
     lines += [known_line(known, report)] if known else []
     lines += [nearest_line(nearest)] if nearest else []
@@ -71,15 +71,22 @@ def known_line(known: KnownFault, report: DryRunReport) -> str:
     return f"this {known.exception} is mended from vLLM {known.fixed_in} on ({known.source}); what PP=1 ends with is another"
 
 
-def cure_lines(options: argparse.Namespace, again: DryRunReport, what: str) -> list[str]:
+def cure_lines(options: argparse.Namespace, report: DryRunReport, again: DryRunReport, what: str) -> list[str]:
     """Whether the ranks that failed load with something, and the line to paste if they also fit."""
     if left := [stage for stage in again.all if not stage.loads]:
         return [f"{what} does not cure it: {label(left[:1])} {left[0].verdict}", *evidence_lines(left[0])]
     loads = f"{label(again.stages)} load{'s' * (len(again.stages) == 1)}"
-    if (found := again.fit(options.gpu_memory_utilization)) and found.fits is False:
+    whole = replace(again, stages=[*again.stages, *(stage for stage in report.stages if stage.loads)])
+    if (found := whole.fit(options.gpu_memory_utilization)) and found.fits is False:
         return [f"with {what} {loads}, but it {NO_FIT}: {shown(found.lack, MESSAGE)}"]
-    line = serve_line(pasted(options.model), again.deployment, os.environ.get(PLUGINS_VARIABLE))
+    line = pasted_line(options, again.deployment)
     return [f"with {what} {loads} (glmpp has to be installed where vLLM runs):", f"    {line}"]
+
+
+def pasted_line(options: argparse.Namespace, deployment: Deployment) -> str:
+    """The command for a server with what was asked for."""
+    asked = options.context, options.gpu_memory_utilization, os.environ.get(PLUGINS_VARIABLE)
+    return serve_line(pasted(options.model), deployment, *asked)
 
 
 def pasted(model: str) -> str:

@@ -132,9 +132,11 @@ def _cut_lines(stage: StageReport, several: bool = False) -> list[str]:
 def memory_lines(report: DryRunReport, utilization: float | None = None) -> list[str]:
     """What each rank takes, those that take the same on one line, and what the deployment has room for."""
     found = report.fit(utilization)
-    if found is None or report.overall() == DIES:
+    if found is None or report.overall() == DIES or not found.share:
         return []
-    of = f"{found.share:.0%} of the {found.gpu.memory / 1e9:.1f} GB of {found.gpu.name}"
+    of = (
+        f"{found.share:{'.0%' if found.share >= 0.01 else '.2%'}} of the {found.gpu.memory / 1e9:.1f} GB of {found.gpu.name}"
+    )
     lines = [f"memory, {of}; left out: {LEFT_OUT}"]
     alike: dict[tuple, list] = {}
     for stage, memory in zip(report.stages, found.memories):
@@ -184,7 +186,8 @@ def conclusion(report: DryRunReport, utilization: float | None = None) -> str:
     if found == LOADS:
         return "loads, complete" + ("; whether it fits was not counted" if room and room.fits is None else "")
     if found == NO_FIT:
-        return f"loads, and {NO_FIT}: {shown(room.lack, MESSAGE)}"
+        refused = any(memory.refused for memory in room.memories)
+        return f"loads, and {'vLLM refuses to serve it' if refused else NO_FIT}: {shown(room.lack, MESSAGE)}"
     if found == CANNOT_TELL:
         neither = report.control is not None and report.control.verdict == CANNOT_TELL
         return "cannot tell: " + ("PP=1 cannot be built here either" if neither else "see above")

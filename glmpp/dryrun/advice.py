@@ -181,30 +181,29 @@ def other_layouts(asked: Deployment, layers: int, experts: bool) -> list[Deploym
     return found
 
 
-def serve_line(model: str, deployment: Deployment, plugins: str | None = None) -> str:
-    """The command that starts the server with the load format, and with the deployment's fixes. Args: as in `command`."""
-    words = [*layout_words(deployment), "--load-format glmpp"]
-    if deployment.fixes:
-        words += ["--model-loader-extra-config", shlex.quote(json.dumps({"fixes": list(deployment.fixes)}))]
-    return command(model, deployment, words, plugins)
+def serve_line(
+    model: str,
+    deployment: Deployment,
+    context: int | None = None,
+    utilization: float | None = None,
+    plugins: str | None = None,
+) -> str:
+    """The command that starts a server with a deployment: with the load format where that is its guard, or has its fixes.
 
-
-def layout_words(deployment: Deployment) -> list[str]:
-    """A layout as arguments of `vllm serve`."""
+    Args:
+        context, utilization: as they were asked for, and counted with.
+        plugins: VLLM_PLUGINS as it is set where the line is pasted; None: it is not, and vLLM takes all that are installed.
+    """
     sizes = {"tensor": deployment.tp, "pipeline": deployment.pp, "data": deployment.dp}
     words = [f"--{name}-parallel-size {size}" for name, size in sizes.items() if size > 1]
     words += ["--enable-expert-parallel"] if deployment.ep else []
-    return words
-
-
-def command(model: str, deployment: Deployment, words: list[str], plugins: str | None) -> str:
-    """`vllm serve` with what it needs in its environment: the split of the layers, and the kit among vLLM's plugins.
-
-    Args:
-        words: what follows the model, quoted for a shell where they have to be.
-        plugins: VLLM_PLUGINS as it is set where the line is pasted; None: it is not, and vLLM takes all that are installed.
-    """
+    words += [f"--max-model-len {context}"] if context else []
+    words += [f"--gpu-memory-utilization {utilization:g}"] if utilization else []
+    by_kit = deployment.guard == "loader" or bool(deployment.fixes)
+    words += ["--load-format glmpp"] if by_kit else []
+    if deployment.fixes:
+        words += ["--model-loader-extra-config", shlex.quote(json.dumps({"fixes": list(deployment.fixes)}))]
     variables = [f"{PARTITION_VARIABLE}={deployment.partition}"] if deployment.partition and deployment.pp > 1 else []
-    if plugins is not None and "--load-format glmpp" in words and "glmpp" not in plugins.split(","):
+    if plugins is not None and by_kit and "glmpp" not in plugins.split(","):
         variables.append(f"{PLUGINS_VARIABLE}={shlex.quote(','.join(filter(None, [plugins, 'glmpp'])))}")
     return " ".join([*variables, "vllm serve", shlex.quote(model), *words])

@@ -136,7 +136,9 @@ class Fit:
         if memory.refused:
             return memory.why
         if room < 0:
-            return f"{memory.weights / 1e9:.1f} GB of weights on a rank, vLLM takes {taken / 1e9:.1f} GB of {self.gpu.name}"
+            by_far = -room > 1e8  # otherwise the two may be equal in GB
+            need, have = (f"{n / 1e9:.1f} GB" if by_far else f"{n:,.0f} bytes" for n in (memory.weights, taken))
+            return f"{need} of weights on a rank, vLLM takes {have} of {self.gpu.name}"
         need = memory.kv_cache.blocks_per_request * memory.kv_cache.block_bytes
         request = f"a request of {memory.kv_cache.context:,} tokens"
         return f"{request} needs {need / 2**30:.2f} GiB of KV cache on a rank, {room / 2**30:.2f} GiB are available"

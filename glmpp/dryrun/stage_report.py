@@ -99,7 +99,8 @@ class StageReport:
     def add_cuts(self, own: list[Cut], unread: list[Cut]) -> None:
         """Args: own: of this rank's; unread: by all ranks, of which those count here that this stage should have."""
         tensors = self.ledger.tensors if self.ledger and self.role == STAGE else {}
-        self.cuts = own + [cut for cut in unread if tensors.get(cut.tensor) in (LOADED, OTHER_RANK, UNEXPECTED)]
+        mine = [cut for cut in unread if tensors.get(cut.tensor) in (LOADED, OTHER_RANK, UNEXPECTED)]
+        self.cuts = own + [cut for cut in mine if cut.tensor not in self.left]  # which it has been dropped on already
         if self.cuts and self.verdict == LOADS:
             self.verdict = INCOMPLETE
 

@@ -159,7 +159,8 @@ def _check_layers(config: dict, label: str) -> None:
     layers, mtp = config["num_hidden_layers"], config.get("num_nextn_predict_layers") or 0
     for name in ("indexer_types", "index_topk_pattern", "mlp_layer_types", "layer_types"):
         if (said := config.get(name)) is not None and len(said) not in (layers, layers + mtp):
-            raise GlmppError(f"{label}: {name} has {len(said):,} entries, expected one for each of {layers:,} layers")
+            each = f"one for each of {layers:,} layers, MTP layers with or without"
+            raise GlmppError(f"{label}: {name} has {len(said):,} entries, expected {each}")
     kinds, dense = config.get("mlp_layer_types") or [], config["first_k_dense_replace"]
     if any((kind == "dense") != (layer < dense) for layer, kind in enumerate(kinds)):
         raise GlmppError(f"{label}: mlp_layer_types is not what first_k_dense_replace says, {dense:,} dense layers first")

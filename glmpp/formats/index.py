@@ -32,11 +32,11 @@ def parse_index(raw: bytes, label: str) -> dict[str, str]:
     try:
         weight_map = msgspec.json.decode(raw, type=_Index).weight_map
     except msgspec.ValidationError:
-        weight_map = None
+        raise GlmppError(f"{label}: is no JSON object with a 'weight_map' from tensors to files; get it again") from None
     except (ValueError, msgspec.DecodeError, RecursionError) as error:
         raise GlmppError(f"{label}: not readable as JSON: {error}") from None
     if not weight_map:
-        raise GlmppError(f"{label}: is no JSON object with a 'weight_map' from tensors to files; get it again")
+        raise GlmppError(f"{label}: its weight_map names no tensor, and so vLLM opens no file; get it again")
     return weight_map
 
 

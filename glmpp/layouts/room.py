@@ -32,7 +32,8 @@ def would_fit(
         :TRIES
     ]:
         if fits(run(deployment, context=context), utilization):
-            lines.append(f"{deployment.gpus} x {found.gpu.name} hold it: {deployment.layout}")
+            how = ", with --load-format glmpp" if deployment.guard == "loader" else ""
+            lines.append(f"{deployment.gpus} x {found.gpu.name} hold it: {deployment.layout}{how}")
             break
     if any(memory.room(found.gpu, utilization) <= 0 for memory in found.memories):
         return lines

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from glmpp.checkpoint import Checkpoint
-from glmpp.dryrun.advice import command
+from glmpp.dryrun.advice import serve_line
 from glmpp.dryrun.fit import LEFT_OUT
 from glmpp.layouts.layout import CRITERION, Layout, Layouts
 from glmpp.partition import PARTITION_VARIABLE
 from glmpp.words import MESSAGE, joined, shown
-
-
-def serve_line(model: str, layout: Layout, context: int, utilization: float | None, plugins: str | None = None) -> str:
-    """The command to paste. Args: plugins: as in `glmpp.dryrun.advice.command`."""
-    one = layout.deployment
-    words = [f"--tensor-parallel-size {one.tp}", f"--pipeline-parallel-size {one.pp}"]
-    words += ["--enable-expert-parallel"] if one.ep else []
-    words += [f"--max-model-len {context}", *([f"--gpu-memory-utilization {utilization}"] if utilization else [])]
-    words += ["--load-format glmpp"] if one.guard == "loader" else []
-    return command(model, one, words, plugins)
 
 
 def layouts_text(model: str, checkpoint: Checkpoint, found: Layouts, plugins: str | None = None) -> str:
@@ -44,7 +34,7 @@ def layouts_text(model: str, checkpoint: Checkpoint, found: Layouts, plugins: st
     lines += [f"{sizes:<14} not tried: {why}" for sizes, why in found.left.items()]
     lines += ["", f"best first: {CRITERION}", f"left out of the memory: {LEFT_OUT}", ""]
     serving = [one for one in found.layouts if one.serves]
-    lines += [serve_line(model, one, context, found.utilization, plugins) for one in serving]
+    lines += [serve_line(model, one.deployment, context, found.utilization, plugins) for one in serving]
     if any(one.deployment.guard == "loader" for one in serving):
         lines.append("(--load-format glmpp where vLLM's own load dies; glmpp has to be installed where vLLM runs)")
     ran = sum(one.ran for one in found.layouts)
@@ -81,5 +71,5 @@ def _as_json(model: str, one: Layout, found: Layouts, plugins: str | None) -> di
         "tokens": one.fit and one.fit.tokens,
         "tokens_with_even_split": one.even,
         "requests": one.fit and one.fit.requests,
-        "command": serve_line(model, one, found.asked[1], found.utilization, plugins) if one.serves else None,
+        "command": serve_line(model, one.deployment, found.asked[1], found.utilization, plugins) if one.serves else None,
     }

@@ -45,7 +45,7 @@ NAMES = {
     "serving": {
         "vllm.config": "get_current_vllm_config_or_none",
         "vllm.config.load:LoadConfig": "load_format model_loader_extra_config safetensors_load_strategy use_tqdm_on_load",
-        "vllm.config:ModelConfig": "architectures hf_text_config model revision runner_type",
+        "vllm.config:ModelConfig": "architectures get_total_num_hidden_layers hf_text_config model revision runner_type",
         "vllm.config:ParallelConfig": "enable_eplb",
         "vllm.config:VllmConfig": "load_config parallel_config",
         "vllm.distributed.parallel_state": "get_pp_group get_tp_group",
@@ -206,9 +206,9 @@ OPTIONAL = {
 # What objects of vLLM's are asked for with a default: the releases that have the word.
 ATTRIBUTES = {
     SEEN: (
-        "activation actorder desc_act expert_map expert_map_manager experts_cls hf_to_vllm_mapper logical_widths moe_config "
-        "nvfp4_backend output_sizes pad_size process_weights_after_loading quant_config quant_method scheme spec use_a16 "
-        "uses_meta_device weight_block_size"
+        "activation actorder desc_act expert_map expert_map_manager experts_cls hf_to_vllm_mapper logical_widths "
+        "moe_config nvfp4_backend output_sizes packed_modules_mapping pad_size process_weights_after_loading "
+        "quant_config quant_method scheme spec use_a16 uses_meta_device weight_block_size"
     ),
     (LAST_SEEN,): "_loaded_expert_biases is_unused_checkpoint_weight weight_loader_numel",
 }

@@ -68,25 +68,41 @@ def _partly(name: str, one: UnloadedParam, recorder: WriteRecorder, model: torch
         more = f" and {len(rows) - SHOWN_EXPERTS:,} more" if len(rows) > SHOWN_EXPERTS else ""
         if 0 < len(rows) < count:
             of_these = f"{len(rows):,} of {count:,} experts: {which}{more}"
-            stored = STACKED.sub("", leaf)
-            if one.tensor is None and lacking(numbers, stored, layer_of(name), recorder.order):
-                return replace(one, kind=ABSENT, why=f"the checkpoint lacks {stored} of {of_these}")
+            if one.tensor is None and (found := lacking(numbers, leaf, layer_of(name), recorder.order)):
+                return replace(one, kind=ABSENT, why=f"the checkpoint lacks {' and '.join(found)} of {of_these}")
             said += f", those of {of_these}"
+    elif one.tensor is None and (found := lacking_parts(name, recorder.order, model)):
+        return replace(one, kind=ABSENT, why=f"the checkpoint lacks {' and '.join(found)}; {said}")
     return replace(one, why=f"{said}; {one.why}")
 
 
-def lacking(numbers: Iterable[int], leaf: str, layer: str | None, names: Iterable[str]) -> bool:
-    """Whether a checkpoint has tensors of this kind for other experts of a layer, and fewer for each of these experts.
+def lacking(numbers: Iterable[int], leaf: str, layer: str | None, names: Iterable[str]) -> list[str]:
+    """What a checkpoint lacks of each of these experts and has of others of the layer, e.g. "up_proj.weight".
 
     Args:
+        leaf: of a parameter that stacks experts: "w13_weight" holds the gate and the up projection, "w2_weight" the other.
         names: of all tensors that were handed over.
     """
-    counts: dict[int, int] = defaultdict(int)
+    held: dict[int, set[str]] = defaultdict(set)
+    stored, is_down = STACKED.sub("", leaf), leaf.startswith("w2_")
     for name in names:
-        if name.endswith(f".{leaf}") and layer_of(name) == layer and (number := parse_expert_id(name)) is not None:
-            counts[number] += 1
-    most = max(counts.values(), default=0)
-    return all(counts[number] < most for number in numbers)
+        if name.endswith(f".{stored}") and layer_of(name) == layer and (number := parse_expert_id(name)) is not None:
+            part = name.rpartition(f".{number}.")[2]
+            if is_down == part.startswith(("down", "w2.")) or not STACKED.match(leaf):
+                held[number].add(part)
+    every = set().union(*held.values())
+    return sorted(every.difference(*(held[number] for number in numbers)))
+
+
+def lacking_parts(name: str, names: Iterable[str], model: torch.nn.Module) -> list[str]:
+    """Of a parameter that several tensors make up, by the model's `packed_modules_mapping`, those that did not come."""
+    path, _, leaf = name.rpartition(".")
+    outer, _, module = path.rpartition(".")
+    parts = (getattr(model, "packed_modules_mapping", None) or {}).get(module, ())
+    rename = mapped(model) or (lambda name: name)
+    held = {rename(given) for given in names}
+    absent = [f"{part}.{leaf}" for part in parts if f"{outer}.{part}.{leaf}" not in held]
+    return absent if len(absent) < len(parts) else []
 
 
 def losses(

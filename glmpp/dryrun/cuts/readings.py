@@ -89,7 +89,7 @@ class Readings:
                 elements = tuple((first, after - 1) for first, after in found)
                 cuts += [Cut(self.specs[at].name, dimension, elements) for at in ats]
         if all(count == self.size for count in self.ran.values()):
-            cuts += [Cut(spec.name, 0, ((0, max(spec.shape[:1], default=1) - 1),)) for spec in self._nobodys()]
+            cuts += [Cut(spec.name, 0, ()) for spec in self._nobodys()]
         return cuts
 
     def stages_to_run(self) -> list[int]:
