@@ -72,6 +72,17 @@ def test_no_room_is_crowded():
         assert len({path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}) <= 12, folder
 
 
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_is_read_in_one_go_and_a_function_takes_what_one_can_keep_in_mind(name):
+    """300 lines, eight parameters; a Triton kernel has no objects."""
+    source = FILES[name].read_text()
+    assert len(source.splitlines()) <= 300
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef) and name != "glmpp.triton_dequant":
+            names = [one.arg for one in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
+            assert len([one for one in names if one not in ("self", "cls")]) <= 8, function.name
+
+
 def test_the_package_imports_nothing_from_tools():
     """They are not installed with it."""
     tools = {path.stem for path in (PACKAGE.parent / "tools").iterdir() if path.suffix == ".py" or path.is_dir()}

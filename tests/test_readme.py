@@ -21,7 +21,7 @@ MODEL = "zai-org/GLM-5.1-FP8"
 
 def check(full: Checkpoint) -> str:
     report, again = (DryRunReport.load(RECORDED / f"pp8_{name}.json", full) for name in ("installed", "loader"))
-    advice = what_to_do(Namespace(model=MODEL, gpu_memory_utilization=None), full, report, again, None)
+    advice = what_to_do(Namespace(model=MODEL, context=None, gpu_memory_utilization=None), full, report, again, None)
     return "\n".join([as_text(full, report), *advice])
 
 

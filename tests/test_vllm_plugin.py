@@ -84,7 +84,8 @@ def model_with(missing: list[str], held: list[str] = (), mapper=None) -> torch.n
 
 
 def config_of(directory="", runner="generate", **text) -> SimpleNamespace:
-    return SimpleNamespace(model=str(directory), revision=None, runner_type=runner, hf_text_config=SimpleNamespace(**text))
+    said = {"model": str(directory), "revision": None, "runner_type": runner, "hf_text_config": SimpleNamespace(**text)}
+    return SimpleNamespace(**said, get_total_num_hidden_layers=lambda: text.get("num_hidden_layers", 0))
 
 
 def loader_of(plugin, **options):

@@ -1,5 +1,4 @@
-"""Every name of vLLM that the kit relies on, by the room that does. They are vLLM's to move; when one has, the message says
-which.
+"""Every name of vLLM that the kit relies on, by the room that does; when vLLM has moved one, the message says which.
 
 All of `NAMES` were seen in the releases of `SEEN` (`make test-matrix`). `test_vllm_contract.py` reads the source of the kit:
 what it touches is listed, and what is listed it touches.
@@ -22,7 +21,6 @@ SEEN = OLD, FIRST_FIXED, LAST_SEEN = "0.22.1", "0.23.0", "0.33.0"
 LOAD_FORMAT, DRY_RUN = "the load format", "the dry run"
 PRETENDED = "the pretended GPU"
 KV_CACHE = "the account of the KV cache"
-
 
 STILL_WORKS = {
     LOAD_FORMAT: "vLLM's own load formats, and everything of the kit that does not import vLLM",

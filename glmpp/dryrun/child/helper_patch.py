@@ -29,8 +29,8 @@ class HelperPatch:
         self.buffers: list[dict] = []  # one for each call of load_weights: there is one call per run of names
         self.missing: dict[int, list[str]] = {}
 
-    def install(self) -> list[str]:
-        """Patch the modules that are loaded by now; returns their names."""
+    def install(self, model: torch.nn.Module) -> list[str]:
+        """Patch the modules that are loaded by now, for a load of a model; returns their names."""
         patched = []
         if self.mode in ("installed", "loader"):
             return patched
@@ -40,7 +40,7 @@ class HelperPatch:
             original = self.originals.setdefault(name, getattr(module, HELPER))
             if self.mode == "helper":
                 follows = self.callers is None or name.rsplit(".", 1)[-1] in self.callers
-                setattr(module, HELPER, self.adapted() if follows else self.helper)
+                setattr(module, HELPER, self.adapted(model) if follows else self.helper)
             elif "pp_missing_layer_names" in inspect.signature(original).parameters:
                 setattr(module, HELPER, self.blinded(original))
             else:
@@ -48,13 +48,13 @@ class HelperPatch:
             patched.append(name)
         return patched
 
-    def adapted(self):
+    def adapted(self, model: torch.nn.Module):
         """The kit's helper behind vLLM's call: whatever the release passes, the sixth argument is computed here."""
 
         def call(name, tensor, buffer, params, loaded, *_, **__):
             if id(buffer) not in self.missing:  # the buffer is kept, so that no id is a dead one's
                 self.buffers.append(buffer)
-                self.missing[id(buffer)] = missing_prefixes(calling_module(sys._getframe(1)))
+                self.missing[id(buffer)] = missing_prefixes(module_of(params, model))
             return self.helper(name, tensor, buffer, params, loaded, self.missing[id(buffer)])
 
         return call
@@ -88,13 +88,7 @@ def load_function(place: str):
         raise GlmppError(f"the helper {place!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def calling_module(frame) -> torch.nn.Module:
-    """The model whose `load_weights` is calling."""
-    while True:
-        variables = frame.f_locals
-        found = variables.get("self")
-        if type(variables) is dict and variables is not frame.f_globals:
-            variables.clear()  # a copy that would keep tensors alive (Python < 3.13)
-        if isinstance(found, torch.nn.Module):
-            return found
-        frame = frame.f_back
+def module_of(params: dict[str, torch.nn.Parameter], model: torch.nn.Module) -> torch.nn.Module:
+    """The module of a model whose `named_parameters` these are."""
+    name, param = next(iter(params.items()))
+    return next(module for module in model.modules() if dict(module.named_parameters()).get(name) is param)

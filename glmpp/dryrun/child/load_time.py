@@ -130,7 +130,7 @@ class Bench:
             self.config.load_config.model_loader_extra_config = {"reader": self.request.reader}
         for parameter in self.model.parameters():
             parameter.data.view(torch.uint8).fill_(0)  # so that no load pays for the first touch of its pages
-        self.stages.guard.install()
+        self.stages.guard.install(self.model)
 
     def load(self, weights: list | None = None) -> dict:
         """One load; from a list in memory if one is given, otherwise by the loader that vLLM chooses."""
