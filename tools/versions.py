@@ -45,6 +45,7 @@ SUITES = [
     "tests/test_vllm_quantised.py",
     "tests/test_vllm_memory.py",
     "tests/test_vllm_layouts.py",
+    "tests/test_vllm_crossing.py",
     "tests/test_vllm_fixes.py",
     "tests/test_vllm_reference.py",
 ]

@@ -22,6 +22,9 @@ from glmpp.dryrun.advice import (
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.fit import NO_FIT
 from glmpp.dryrun.report import DryRunReport
+from glmpp.dryrun.stage_report import LOADS
+from glmpp.layouts.uncut import Uncut
+from glmpp.partition import PARTITION_VARIABLE
 from glmpp.serving import fixes
 from glmpp.words import MESSAGE, printable, shown
 
@@ -36,6 +39,19 @@ def other_lines(options: argparse.Namespace, others: Tried | None) -> list[str]:
         return [f"no other layout of these GPUs that was tried loads and fits: {', '.join(others.names)}"]
     line = pasted_line(options, others.loads)
     return [f"on as many GPUs {others.loads.layout} loads (tried: {', '.join(others.names)}):", f"    {line}"]
+
+
+def split_lines(options: argparse.Namespace, found: Uncut | None) -> list[str]:
+    """A split that cuts nothing, and the line to paste if it loads and fits."""
+    if found is None:
+        return []
+    if found.report is None:
+        return ["", f"no split into {options.pp} stages cuts nothing; into {found.most} there is one"]
+    split, line = found.report.deployment.partition, pasted_line(options, found.report.deployment)
+    answer = found.report.overall(options.gpu_memory_utilization)
+    if answer != LOADS:
+        return ["", f"a split that cuts nothing, {PARTITION_VARIABLE}={split}: {answer}"]
+    return ["", "with a split that cuts nothing it loads, and nothing is read across:", f"    {line}"]
 
 
 def what_to_do(

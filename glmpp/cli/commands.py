@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from glmpp.cli.advice_text import other_lines, pasted, what_to_do
+from glmpp.cli.advice_text import other_lines, pasted, split_lines, what_to_do
 from glmpp.cli.model import open_checkpoint
 from glmpp.cli.parser import make_parser
 from glmpp.cli.report_json import as_json
@@ -17,7 +17,7 @@ from glmpp.dryrun.advice import PLUGINS_VARIABLE, try_fixes, try_layouts, try_lo
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.fit import NO_FIT
-from glmpp.dryrun.stage_report import CANNOT_TELL, DIES, INCOMPLETE, LOADS
+from glmpp.dryrun.stage_report import CANNOT_TELL, CROSSES, DIES, INCOMPLETE, LOADS
 from glmpp.errors import GlmppError
 from glmpp.formats.glm5 import ALL_NAMES, reduced_config
 from glmpp.gpus import CPU
@@ -25,11 +25,12 @@ from glmpp.layouts import plan as plans
 from glmpp.layouts.room import would_fit
 from glmpp.layouts.search import layouts
 from glmpp.layouts.text import layouts_json, layouts_text
+from glmpp.layouts.uncut import try_uncut
 from glmpp.partition import PARTITION_VARIABLE, parse_counts
 from glmpp.words import joined, printable
 
 # What else ends with 2 or more, `glmpp.cli.ending` says.
-EXIT_CODES = {LOADS: 0, DIES: 1, INCOMPLETE: 1, CANNOT_TELL: 2, NO_FIT: 1}
+EXIT_CODES = {LOADS: 0, DIES: 1, INCOMPLETE: 1, CANNOT_TELL: 2, NO_FIT: 1, CROSSES: 1}
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -71,12 +72,13 @@ def _check(options: argparse.Namespace) -> int:
     again, fixed = try_load_format(checkpoint, report, **how), try_fixes(checkpoint, report, **how)
     loading = next((one for one in (again, fixed) if one and one.loads), None)
     others = None if loading else try_layouts(checkpoint, report, share, **how)
+    other_split = try_uncut(checkpoint, loading or report, **how)
     room = would_fit(checkpoint, loading or report, share, **how)
     if options.json:
-        print(json.dumps(as_json(checkpoint, report, again, share, fixed, room, others), indent=1))
+        print(json.dumps(as_json(checkpoint, report, again, share, fixed, room, others, other_split), indent=1))
     else:
         print(as_text(checkpoint, report, options.each, share))
-        lines = what_to_do(options, checkpoint, report, again, fixed)
+        lines = [*what_to_do(options, checkpoint, report, again, fixed), *split_lines(options, other_split)]
         if lines := [*lines, *([""] if room or others else []), *room, *other_lines(options, others)]:
             print(joined(lines))
     return EXIT_CODES[report.overall(share)]

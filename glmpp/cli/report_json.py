@@ -10,6 +10,7 @@ from glmpp.dryrun.advice import Tried, fixed_in, nearest_in_record
 from glmpp.dryrun.fit import LEFT_OUT, Fit
 from glmpp.dryrun.report import DryRunReport
 from glmpp.dryrun.stage_report import StageReport
+from glmpp.layouts.uncut import Uncut
 
 SCHEMA_VERSION = 8
 
@@ -22,6 +23,7 @@ def as_json(
     fixed: DryRunReport | None = None,
     would_fit: Sequence[str] = (),
     others: Tried | None = None,
+    split: Uncut | None = None,
 ) -> dict:
     """The report as plain values; `tests/check.schema.json` is its schema.
 
@@ -30,6 +32,7 @@ def as_json(
         utilization: share of a GPU's memory that vLLM may take; default what it takes by default.
         fixed: the same with the fixes that are known.
         would_fit: what was tried and does, see `glmpp.layouts.room`.
+        split: what was tried in place of one that is read across, see `glmpp.layouts.uncut`.
         others: layouts of the same GPUs that were tried, see `glmpp.dryrun.advice.try_layouts`.
     """
     known, found = fixed_in(report), report.fit(utilization)
@@ -64,6 +67,9 @@ def as_json(
         "other_layouts": others and {"tried": others.names, "loads": others.loads and others.loads.layout},
         "stages": [_stage_json(stage, found) for stage in report.stages],
         "control": None if report.control is None else _stage_json(report.control),
+        "across_the_cuts": [asdict(one) for one in report.crossings],
+        "split_that_cuts_nothing": split
+        and {"partition": split.report and split.report.deployment.partition, "most_stages": split.most},
         "stand_ins": report.stand_ins,
         "with_load_format": again
         and {"verdict": again.overall(utilization), "stages": [_stage_json(stage) for stage in again.stages]},

@@ -12,6 +12,7 @@ from glmpp.dryrun.messages import NO_DATA
 from glmpp.dryrun.report import DryRunReport
 from glmpp.dryrun.stage_report import (
     CANNOT_TELL,
+    CROSSES,
     DIES,
     DRAFTER,
     INCOMPLETE,
@@ -22,6 +23,8 @@ from glmpp.dryrun.stage_report import (
 )
 from glmpp.ledger import CUT, DROPPED
 from glmpp.words import MESSAGE, joined, quoted, shown, some
+
+MANY = 4  # lines of a kind
 
 
 def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, utilization: float | None = None) -> str:
@@ -47,7 +50,7 @@ def as_text(checkpoint: Checkpoint, report: DryRunReport, each: bool = False, ut
     for alike in ends.values():
         lines.append(f"{label(alike):<{width}} layers {_layers(alike):<8} {alike[0].verdict}")
         lines += evidence_lines(alike[0], several=len(alike) > 1)
-    lines += held_lines(report)
+    lines += held_lines(report) + crossing_lines(report)
     lines += ["", *lines_of_memory] if (lines_of_memory := memory_lines(report, utilization)) else []
     lines += ["", "stand-ins: " + ", ".join(map(shown, report.stand_ins))]
     if data := sorted({stage.data for stage in report.all if stage.data != NO_DATA and not stage.failures}):
@@ -104,6 +107,14 @@ def held_lines(report: DryRunReport) -> list[str]:
     most = max(holding, key=lambda stage: sum(stage.held.values()))
     size, first = f"{sum(most.held.values()) / 1e9:,.3f} GB of other stages' tensors", shown(next(iter(most.held)))
     return ["", f"{label(holding)} hold{'s' * (len(holding) == 1)} up to {size} while loading, e.g. {first}"]
+
+
+def crossing_lines(report: DryRunReport) -> list[str]:
+    """What stages read across their cuts, and the split to take in place of this one."""
+    told = [f"    {one}: layer {one.layer} reads what layer {one.computed_by} writes" for one in report.crossings]
+    if len(told) > MANY:
+        told[MANY:] = [f"    and {len(told) - MANY} more"]
+    return ["", "read across the cuts, where vLLM hands over nothing but hidden states:", *told] if told else []
 
 
 def _left_lines(stage: StageReport) -> list[str]:
@@ -185,6 +196,10 @@ def conclusion(report: DryRunReport, utilization: float | None = None) -> str:
     found, room = report.overall(utilization), report.fit(utilization)
     if found == LOADS:
         return "loads, complete" + ("; whether it fits was not counted" if room and room.fits is None else "")
+    if found == CROSSES:
+        stages = len({one.stage for one in report.crossings})
+        more = f"; {stages - 1} more stage{'s do' if stages > 2 else ' does'} so" if stages > 1 else ""
+        return f"loads, and {report.crossings[0]}{more}"
     if found == NO_FIT:
         refused = any(memory.refused for memory in room.memories)
         return f"loads, and {'vLLM refuses to serve it' if refused else NO_FIT}: {shown(room.lack, MESSAGE)}"

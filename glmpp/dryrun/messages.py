@@ -212,6 +212,7 @@ class StageResult(Struct, kw_only=True, omit_defaults=True, tag="stage", tag_fie
         digests: SHA-256 per parameter (weights "real" only).
         why: what keeps a verdict from being told, where that is no exception.
         unplaced: parameter -> elements, at most, that were written at an index of which only data would tell where it is.
+        carried: see `glmpp.dryrun.child.built_model.carried`.
         columns: column of the ledger, and how many tensors of the checkpoint in a row are in it; None: nothing was built.
         parameters: name -> elements written, of how many.
         filled, padding: see `glmpp.ledger.Ledger`.
@@ -239,6 +240,7 @@ class StageResult(Struct, kw_only=True, omit_defaults=True, tag="stage", tag_fie
     digests: dict[str, str] = {}
     why: str = ""
     unplaced: dict[str, int] = {}
+    carried: dict[str, dict[int, int]] = {}
     columns: list[tuple[str, int]] | None = None
     parameters: dict[str, tuple[int, int]] = {}
     filled: dict[str, int] = {}

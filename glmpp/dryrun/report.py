@@ -10,6 +10,7 @@ import msgspec
 
 from glmpp import records
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.cuts.crossing import Crossing, crossings
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.fit import NO_FIT, Fit
 from glmpp.dryrun.messages import End, Message, Ready, Run, StageResult
@@ -17,6 +18,7 @@ from glmpp.dryrun.stage_report import (
     CANNOT_BUILD,
     CANNOT_TELL,
     CONTROL,
+    CROSSES,
     DIES,
     DRAFTER,
     INCOMPLETE,
@@ -83,6 +85,7 @@ class DryRunReport:
         drafters: the MTP model on the last stage, on its first and its last shard, when asked for.
         versions: of python, vllm, torch, transformers in the child.
         stand_ins: part -> what stands in for it and why, on any stage.
+        crossings: what stages read across their cuts, those that were not run included.
         question: what it is the answer to, as it is recorded.
         messages: what the child sent, as it came.
         recorded: None for a live run; otherwise when and where the shown result was recorded.
@@ -99,6 +102,7 @@ class DryRunReport:
     question: Question = field(repr=False, default=Question())
     messages: list[Message] = field(repr=False, default_factory=list)
     recorded: str | None = None
+    crossings: list[Crossing] = field(default_factory=list)
 
     @property
     def pp_size(self) -> int:
@@ -120,18 +124,19 @@ class DryRunReport:
 
     @property
     def loads(self) -> bool:
-        """Whether every stage that was run loads (the control and the drafter included)."""
-        return all(report.loads for report in self.all)
+        """Whether every stage that was run loads, the control and the drafter included, and nothing is read across a cut."""
+        return all(report.loads for report in self.all) and not self.crossings
 
     def overall(self, utilization: float | None = None) -> str:
         """LOADS if every stage and the control do, completely, and it fits as far as it was counted; otherwise the first of
-        DIES, INCOMPLETE, NO_FIT, CANNOT_TELL. Args: utilization: as in `fit`."""
+        DIES, INCOMPLETE, CROSSES, NO_FIT, CANNOT_TELL. Args: utilization: as in `fit`."""
         verdicts = {stage.verdict for stage in self.all}
         if verdicts & {DIES, CANNOT_BUILD}:
             return DIES
         if (found := self.fit(utilization)) and found.fits is False:
             verdicts.add(NO_FIT)
-        return next((verdict for verdict in (INCOMPLETE, NO_FIT, CANNOT_TELL) if verdict in verdicts), LOADS)
+        verdicts |= {CROSSES} if self.crossings else set()
+        return next((verdict for verdict in (INCOMPLETE, CROSSES, NO_FIT, CANNOT_TELL) if verdict in verdicts), LOADS)
 
     def fit(self, utilization: float | None = None) -> Fit | None:
         """What room the deployment has for tokens; None on a CPU, or if a stage was not built.
@@ -253,6 +258,7 @@ def assemble(
         question=question,
         messages=messages,
         recorded=recorded,
+        crossings=crossings(results, stages),
     )
 
 

@@ -14,6 +14,7 @@ from glmpp.partition import Stage
 PARTLY = "written in part"
 LOADS, DIES, CANNOT_BUILD = "loads", "dies", "cannot be built"
 INCOMPLETE, CANNOT_TELL = "loads, is not complete", "cannot tell"
+CROSSES = "loads, reads across a cut"  # of all stages together
 STAGE, DRAFTER, CONTROL = "stage", "MTP drafter", "PP=1 control"
 
 

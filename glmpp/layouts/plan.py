@@ -7,12 +7,13 @@ from dataclasses import replace
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.fit import NO_FIT
-from glmpp.formats.config import layer_count_said
+from glmpp.formats.config import layer_count_said, text_config
 from glmpp.layouts.layer_list import layer_list
 from glmpp.layouts.split import balance
 from glmpp.partition import (
     MAX_GPUS,
     PARTITION_VARIABLE,
+    Stage,
     part_sizes,
     partition_layers,
     stage_bytes,
@@ -85,11 +86,16 @@ def plan(checkpoint: Checkpoint, deployment: Deployment, gpu_gb: float | None = 
     if rest:
         tensors, size = map(sum, zip(*rest))
         lines.append(f"{'no stage':<16} {tensors:>9,} {size / 1e9:>9.3f}  MTP layers, and parts beside {shown(layers)}")
-    balanced = replace(deployment, layer_counts=balance(checkpoint, deployment.pp, deployment.drafter))
+    starts = computing_layers(checkpoint)
+    counts = balance(checkpoint, deployment.pp, deployment.drafter, starts)
+    balanced = replace(deployment, layer_counts=counts or balance(checkpoint, deployment.pp, deployment.drafter))
     smallest = max(stage_bytes(checkpoint, balanced.stages(checkpoint.config, layer_list=layers)))
     lines += ["", f"balanced: {PARTITION_VARIABLE}={balanced.partition}"]
-    saved = f"{100 * (1 - smallest / max(sizes)):.1f} % less" if smallest < max(sizes) else "no less"
-    lines.append(f"its largest stage has {smallest / 1e9:.3f} GB, {saved} than {max(sizes) / 1e9:.3f} GB")
+    change = 100 * (smallest / max(sizes) - 1)
+    than = f"{abs(change):.1f} % {'more' if change > 0 else 'less'} than" if change else "as"
+    lines.append(f"its largest stage has {smallest / 1e9:.3f} GB, {than} the {max(sizes) / 1e9:.3f} GB of this one")
+    if starts is not None:
+        lines += shared_indices_lines(stages, starts, counts is not None)
     if gpu_gb and tp_size > 1:
         lines.append(f"at most: as if TP={tp_size} shared every tensor; what each GPU holds whole `glmpp check` counts")
     fits = gpu_gb is None or max(sizes) <= gpu_gb * 1e9 * tp_size
@@ -98,3 +104,20 @@ def plan(checkpoint: Checkpoint, deployment: Deployment, gpu_gb: float | None = 
         enough = smallest_layouts(checkpoint, deployment, gpu_gb * 1e9)[:1]
         lines += [f"{one.gpus} such GPUs hold the weights, and nothing else is counted: {one.layout}" for one in enough]
     return joined(lines), fits
+
+
+def computing_layers(checkpoint: Checkpoint) -> list[int] | None:
+    """Layers that compute their own top-k indices, by the config's `indexer_types`; None if it says nothing of that."""
+    types = text_config(checkpoint.config).get("indexer_types")
+    return [layer for layer, kind in enumerate(types) if kind != "shared"] if isinstance(types, list) else None
+
+
+def shared_indices_lines(stages: list[Stage], starts: list[int], is_uncut: bool) -> list[str]:
+    """Whether the stages of a split, and of the balanced one, begin with a layer that computes its own top-k indices."""
+    cut = ", ".join(str(stage.rank) for stage in stages[1:] if stage.layers and stage.layers[0] not in starts)
+    lines = [
+        f"stages {cut} begin with a layer that reads the top-k indices of the stage before, which vLLM does not hand over:",
+        "    it loads, and answers from memory that nobody has written",
+    ]
+    balanced = "cuts nothing" if is_uncut else f"does so, too: at most {len(starts)} stages cut nothing"
+    return [*(lines if cut else []), f"the balanced split {balanced}"]

@@ -10,20 +10,21 @@ from pathlib import Path
 import msgspec
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.cuts.crossing import crossings, uncut
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import Options, other_ranks, stage_request, with_ranks
 from glmpp.dryrun.fit import Fit, Memory
 from glmpp.dryrun.installed import NO_VLLM, vllm_version
 from glmpp.dryrun.messages import Message, Run, StageResult
 from glmpp.dryrun.report import DryRunReport, assemble
-from glmpp.dryrun.stage_report import INCOMPLETE, LOADS, StageReport
+from glmpp.dryrun.stage_report import CROSSES, INCOMPLETE, LOADS, StageReport
 from glmpp.dryrun.workers import TIMEOUT, run_stages
 from glmpp.errors import GlmppError, positive, whole
 from glmpp.formats.config import has_experts, text_config
 from glmpp.gpus import CPU, GPUS, gpu_of
 from glmpp.layouts.layer_list import layer_list
 from glmpp.layouts.layout import Layout, Layouts
-from glmpp.layouts.split import balance_cache, cache_cost, largest
+from glmpp.layouts.split import balance, balance_cache, cache_cost, largest
 from glmpp.partition import MAX_GPUS
 from glmpp.progress import progress_bar
 from glmpp.records import digest, recording
@@ -108,6 +109,7 @@ class Search:
     Attributes:
         deployments: what is tried.
         left: what is not -> why.
+        starts: layers that a stage can begin with and read nothing of another's but hidden states.
         kinds: of each main layer, what tells it from others: names, dtypes and shapes of its tensors, and its type.
     """
 
@@ -122,7 +124,7 @@ class Search:
         if base.gpu == CPU:
             raise GlmppError(f"--gpu {base.gpu}: whether a model fits is asked of a GPU: {', '.join(GPUS)}")
         self.checkpoint, self.base, self.options, self.utilization = checkpoint, base, options, utilization
-        self.versions, self.left = {}, {}
+        self.versions, self.left, self.starts = {}, {}, []
         self.kinds = layer_kinds(checkpoint)
         self.deployments = []
         experts = has_experts(checkpoint.config)
@@ -161,10 +163,12 @@ class Search:
                 bar.total += len(between)
                 more = run_stages(self.checkpoint, request, between, bar, timeout=self.options.timeout)
                 messages = with_ranks(messages, more)
-        found = []
+        found, all_results = [], [one for one in messages if isinstance(one, StageResult)]
         for at, (deployment, stages) in enumerate(zip(deployments, chosen)):
             report = assemble(of_layout(messages, at), self.checkpoint, deployment)
-            self.versions = report.versions
+            split = deployment.stages(self.checkpoint.config)
+            report.crossings = crossings(all_results, split, self.kinds)
+            self.versions, self.starts = report.versions, uncut(all_results, len(self.kinds), self.kinds)
             found.append(self.layout(report, stages))
         return found
 
@@ -184,12 +188,17 @@ class Search:
         first = {one.stage.rank: one for one in reversed(report.stages)}  # ranks, of which the first is the fullest
         memories = [first[rank].memory for rank in stages]
         found = Fit(memories, gpu_of(self.base.gpu), self.utilization) if all(memories) else None
-        verdict = LOADS if failing is None else failing.verdict
-        why = reason(failing) if failing else next((memory.why for memory in memories if memory and memory.why), "")
+        verdict = failing.verdict if failing else CROSSES if report.crossings else LOADS
+        why = next((memory.why for memory in memories if memory and memory.why), "")
+        if verdict != LOADS:
+            why = reason(failing) if failing else str(report.crossings[0])
         return Layout(report.deployment, verdict, why, found, None, len(report.stages))
 
     def better(self, one: Layout) -> list[int] | None:
-        """Layers per stage that leave enough more tokens than vLLM's split, by what each layer takes; None if none do."""
+        """Layers per stage that cut nothing, or leave enough more tokens than vLLM's split by what each layer takes; None if
+        none do."""
+        if one.verdict == CROSSES:
+            return balance(self.checkpoint, one.deployment.pp, starts=self.starts)
         if one.deployment.pp == 1 or one.fit is None or not one.fit.known:
             return None
         stages = one.deployment.stages(self.checkpoint.config)
@@ -220,7 +229,10 @@ class Search:
         for one in even:
             other = others.get(one.deployment)
             worth = other is not None and other.verdict == LOADS and other.tokens > WORTH_IT * one.tokens
-            found.append((other, one.tokens) if worth else (one, None))
+            if other is not None and other.verdict == LOADS and one.verdict == CROSSES:
+                found.append((other, None))
+            else:
+                found.append((other, one.tokens) if worth else (one, None))
         return found
 
 

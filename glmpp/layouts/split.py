@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, pairwise
 
 from glmpp.checkpoint import Checkpoint
@@ -12,7 +12,9 @@ from glmpp.layouts.layer_list import layer_list
 from glmpp.partition import make_stages, part_sizes
 
 
-def balance(checkpoint: Checkpoint, pp_size: int, drafter: bool = False) -> list[int]:
+def balance(
+    checkpoint: Checkpoint, pp_size: int, drafter: bool = False, starts: Collection[int] | None = None
+) -> list[int] | None:
     """Layers per stage that make the largest stage, in checkpoint bytes, as small as it can be.
 
     Every stage holds at least one layer. Among splits with the same largest stage the one with the smallest sum of
@@ -20,6 +22,10 @@ def balance(checkpoint: Checkpoint, pp_size: int, drafter: bool = False) -> list
 
     Args:
         drafter: count the MTP layer on the last stage.
+        starts: layers that a stage may begin with; None: all.
+
+    Returns:
+        None if there are too few layers that a stage may begin with.
     """
     config, layers = checkpoint.config, layer_list(checkpoint)
     num_layers = layer_count(config)
@@ -31,7 +37,24 @@ def balance(checkpoint: Checkpoint, pp_size: int, drafter: bool = False) -> list
     for end in ends:
         sizes[end.layers[-1 if end.is_last else 0]] += sum(nbytes for part, nbytes in beside if end.owns_part(part))
     below = [0, *accumulate(sizes)]
+    if starts is not None:
+        return split_at(starts, num_layers, pp_size, lambda start, stop: below[stop] - below[start])
     return best_split(num_layers, pp_size, lambda start, stop: below[stop] - below[start])
+
+
+def split_at(starts: Collection[int], num_layers: int, pp_size: int, cost: Callable[[int, int], float]) -> list[int] | None:
+    """As `best_split`, of the splits whose stages begin with these layers; None if there is none."""
+    found: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0, 0, ())}  # stop -> largest, squares, layers per stage
+    for rank in range(pp_size):
+        stops = [num_layers] if rank == pp_size - 1 else sorted({*starts} - {0})
+        before, found = found, {}
+        for start, (most, squares, counts) in before.items():
+            for stop in stops:
+                if stop > start:
+                    here = cost(start, stop)
+                    now = (max(most, here), squares + here**2, (*counts, stop - start))
+                    found[stop] = min(found.get(stop, now), now)
+    return list(found[num_layers][2]) if num_layers in found else None
 
 
 def balance_cache(

@@ -29,6 +29,8 @@ def layouts_text(model: str, checkpoint: Checkpoint, found: Layouts, plugins: st
             lines.append(
                 f"{'':<15}with {PARTITION_VARIABLE}={one.deployment.partition}; {one.even:,} tokens with vLLM's split"
             )
+        elif one.deployment.partition:
+            lines.append(f"{'':<15}with {PARTITION_VARIABLE}={one.deployment.partition}; vLLM's split is read across")
         if one.why:
             lines.append(f"{'':<15}{shown(one.why, MESSAGE)}")
     lines += [f"{sizes:<14} not tried: {why}" for sizes, why in found.left.items()]

@@ -1,21 +1,19 @@
-"""What vLLM chose for a model that it has built: attention backends, kernels of the linear layers, MoE backends.
-
-Names are vLLM's own. Nothing is chosen here: what is there is read from the built modules.
-"""
+"""What is read from a model that vLLM has built: the kernels that it chose, and what its layers hand each other."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from enum import Enum
 from typing import Any
 
 import torch
+from vllm.model_executor.models.utils import PPMissingLayer
 
 KERNELS, METHODS = "vllm.model_executor.kernels.", "vllm.model_executor.layers.quantization."
 
 
 def selected_kernels(model: torch.nn.Module) -> dict[str, dict[str, int]]:
-    """Number of layers for each choice.
+    """Number of layers for each choice, by vLLM's own names.
 
     Returns:
         attention: name of the backend, e.g. "FLASHMLA_SPARSE".
@@ -61,3 +59,28 @@ def _moe_backend(method: Any) -> str | None:
         if isinstance(one, Enum) and type(one).__name__.endswith("Backend"):
             return one.name
     return getattr(vars(method).get("experts_cls"), "__name__", None)
+
+
+def layer_list(model: torch.nn.Module, num_layers: int) -> dict[str, torch.nn.Module | None]:
+    """The main layers by what their names begin with, None for those of other stages; {} if a model has no such list."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
+            return {f"{path}.{at}.": None if isinstance(one, PPMissingLayer) else one for at, one in enumerate(module)}
+    return {}
+
+
+def carried(model: torch.nn.Module, num_layers: int) -> dict[str, dict[int, int]]:
+    """Tensors that several main layers refer to and that are no parameter and no buffer -> layer -> modules that do.
+
+    One layer writes such a tensor and a later one reads it: it is handed on beside the hidden states. A layer that computes
+    it has a module more that refers to it than one that reads it alone.
+    """
+    held: dict[int, dict[int, int]] = defaultdict(Counter)
+    names: dict[int, str] = {}
+    for at, layer in enumerate(layer_list(model, num_layers).values()):
+        for module in layer.modules() if layer is not None else ():
+            for name, value in vars(module).items():
+                if isinstance(value, torch.Tensor) and value.numel() > 1:
+                    held[id(value)][at] += 1
+                    names.setdefault(id(value), name)
+    return {names[one]: dict(layers) for one, layers in held.items() if len(layers) > 1}

@@ -12,10 +12,10 @@ import torch
 from torch.nn.parameter import is_lazy
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from glmpp.dryrun.child.build import Built, ModelBuilder
+from glmpp.dryrun.child.built_model import layer_list
 from glmpp.dryrun.fit import Memory
 from glmpp.dryrun.messages import Run
 from glmpp.dryrun.pretend.failures import REFUSAL, is_kits, kind_of
@@ -65,14 +65,6 @@ def _shared(run: Run) -> tuple[str, ...]:
     """Ends of the names of parameters that a drafter shares with the main model: the embedding only where that has one."""
     ends = SHARED_BY_DRAFTER if run.drafter else ()
     return tuple(end for end in ends if run.pp_size == 1 or "embed" not in end)
-
-
-def layer_list(model: torch.nn.Module, num_layers: int) -> dict[str, torch.nn.Module | None]:
-    """The main layers by what their names begin with, None for those of other stages; {} if a model has no such list."""
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
-            return {f"{path}.{at}.": None if isinstance(one, PPMissingLayer) else one for at, one in enumerate(module)}
-    return {}
 
 
 def prepare_attention(built: Built, device: str) -> None:

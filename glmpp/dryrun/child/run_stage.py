@@ -16,11 +16,11 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from glmpp.dryrun.child.build import Built, ModelBuilder
+from glmpp.dryrun.child.built_model import carried, selected_kernels
 from glmpp.dryrun.child.dummy_weights import DummyWeights, answer_for_headers
 from glmpp.dryrun.child.helper_patch import HelperPatch
 from glmpp.dryrun.child.load import StageLoad
 from glmpp.dryrun.child.memory import memory
-from glmpp.dryrun.child.selected_kernels import selected_kernels
 from glmpp.dryrun.child.tensor_outcomes import TensorOutcomes
 from glmpp.dryrun.messages import MADE_UP, NO_DATA, REAL, Run, StageRequest, StageResult
 from glmpp.dryrun.pretend.failures import (
@@ -201,7 +201,8 @@ class Stages:
         run, device, data = result.run, result.device, result.data
         lazy = [name for name, parameter in built.model.named_parameters() if is_lazy(parameter)]
         result.backends = selected_kernels(built.model)
-        result.patched = self.guard.install()
+        result.carried = {} if run.drafter else carried(built.model, self.builder.num_layers)
+        result.patched = self.guard.install(built.model)
         places = tensors_on(device) if moves else contextlib.nullcontext()
         load = StageLoad(built, self.guard, lambda *how: self.loader(*how, data=data), self.source.nbytes, device)
         started = time.perf_counter()
