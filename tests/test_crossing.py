@@ -20,13 +20,16 @@ FULL = [0, 1, 2, *range(6, 78, 4)]  # GLM-5.2: `index_skip_topk_offset` 3, `inde
 CONFIG = {"num_hidden_layers": 12}
 
 
-def result(layers: dict[int, int], **run) -> StageResult:
+COMPUTES, READS, OTHER = ["Attention 4", "Indexer 1", "Op 1"], ["Attention 4"], ["Attention 128"]
+
+
+def result(layers: dict[int, list[str]], **run) -> StageResult:
     return StageResult(run=Run(**run), carried={"buffer": layers} if layers else {})
 
 
 def schedule(computes: str) -> StageResult:
-    """Of "ccrr": two layers that compute and two that read."""
-    return result({layer: {"c": 3, "r": 1}[one] for layer, one in enumerate(computes) if one != "-"})
+    """Of "ccr-": two layers that compute, one that reads, and one that only refers to it."""
+    return result({layer: {"c": COMPUTES, "r": READS, "-": OTHER}[one] for layer, one in enumerate(computes)})
 
 
 def reads_across(computes: str, start: int, stop: int) -> bool:
@@ -54,13 +57,15 @@ def test_a_crossing_is_where_a_stage_begins_with_a_reader(computes, pp, random):
 
 
 def test_layers_of_several_ranks_are_put_together_and_a_drafter_is_left_out():
-    stages = [result({0: 3, 1: 1}), result({2: 3, 3: 1}, stage=1, pp_size=2), result({4: 9}, drafter=True)]
-    assert computing(stages) == {"buffer": {0: True, 1: False, 2: True, 3: False}}
-    assert computing([result({0: 3, 1: 3})]) == {} == computing([result({})])
+    stages = [result({0: COMPUTES, 1: READS}), result({2: COMPUTES, 3: READS}, stage=1, pp_size=2)]
+    assert computing([*stages, result({4: COMPUTES * 2}, drafter=True)]) == {
+        "buffer": {0: True, 1: False, 2: True, 3: False}
+    }
+    assert computing([result({0: COMPUTES, 1: COMPUTES, 2: OTHER})]) == {} == computing([result({})])
 
 
 def test_a_layer_that_was_not_run_is_taken_for_one_of_its_kind():
-    ran = [result({0: 3, 1: 1})]
+    ran = [result({0: COMPUTES, 1: READS})]
     assert computing(ran, "abab") == {"buffer": {0: True, 1: False, 2: True, 3: False}}
     assert [one.stage for one in crossings(ran, make_stages({"num_hidden_layers": 4}, 2, [3, 1]), "abab")] == [1]
 

@@ -13,6 +13,7 @@ from glmpp import cli
 from glmpp.checkpoint import Checkpoint
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
+from glmpp.dryrun.installed import vllm_version
 from glmpp.dryrun.stage_report import CANNOT_TELL
 
 pytest.importorskip("vllm")
@@ -63,10 +64,13 @@ CASES = {
     ),
     "correction": (lambda: of_qwen3_moe("mlp.gate.e_score_correction_bias", 8), "model.layers.0.mlp.gate.e_score_corr"),
 }
+# Qwen3-MoE of newer releases looks each tensor up, but for biases and what its quantisation may have left.
+BY_NAME = {"layer scale", "router scale", "scale of a norm", "zero expert", "more layers than the config"}
+SAYS_IT_ITSELF = tuple(map(int, vllm_version().split(".")[:2])) >= (0, 30)
 LOADED = {
     "zeros": lambda: qkv_biases(0.0),
     "mask": lambda: of_qwen3_moe("self_attn.bias", 1, 1, 8, 8),
-    "scales of the cache": lambda: of_qwen3_moe("self_attn.k_scale", 1),
+    **({} if SAYS_IT_ITSELF else {"scales of the cache": lambda: of_qwen3_moe("self_attn.k_scale", 1)}),
     "frequencies": lambda: of_qwen3_moe("self_attn.rotary_emb.inv_freq", 64),
     "as they are": lambda: (llama(LLAMA), LLAMA),
 }
@@ -83,9 +87,12 @@ def check(folder: Path, capsys, *arguments: str) -> tuple[int, str]:
 def test_it_is_no_complete_load(tmp_path, capsys, case, split):
     make, name = CASES[case]
     code, out = check(write(tmp_path / "model", *make()), capsys, *split)
-    assert code == 1 and f"    dropped: {name}" in out and " dropped\n" in out, out
+    assert code == 1, out
+    if SAYS_IT_ITSELF and case in BY_NAME:
+        assert f"    ValueError: There is no module or parameter named {'.'.join(name.split('.')[1:3])!r}"[:-1] in out, out
+        return
     why = "the config says 2 layers" if case.startswith("more layers") else "the model has no parameter for it"
-    assert f"        dropped: {why}\n" in out
+    assert f"    dropped: {name}" in out and " dropped\n" in out and f"        dropped: {why}\n" in out, out
 
 
 @pytest.mark.parametrize("split", [(), ("--pp", "2"), ("--tp", "2")])

@@ -240,7 +240,7 @@ class StageResult(Struct, kw_only=True, omit_defaults=True, tag="stage", tag_fie
     digests: dict[str, str] = {}
     why: str = ""
     unplaced: dict[str, int] = {}
-    carried: dict[str, dict[int, int]] = {}
+    carried: dict[str, dict[int, list[str]]] = {}
     columns: list[tuple[str, int]] | None = None
     parameters: dict[str, tuple[int, int]] = {}
     filled: dict[str, int] = {}

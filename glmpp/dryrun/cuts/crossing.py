@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -31,24 +31,30 @@ class Crossing:
 
 
 def computing(results: Iterable[StageResult], kinds: Sequence | None = None) -> dict[str, dict[int, bool]]:
-    """Tensor -> layer that refers to it -> whether it computes it; of tensors that some layers compute and others read.
+    """Tensor -> layer -> whether it computes it or reads it; of tensors that some layers compute and others read.
+
+    A layer that has other modules, or others' numbers, refers to a tensor for other reasons and is left out.
 
     Args:
         results: of ranks that hold the layers between them, or of the PP=1 control.
         kinds: of each layer; one that was not run is taken for one of its kind.
     """
-    modules: dict[str, dict[int, int]] = defaultdict(dict)
+    modules: dict[str, dict[int, list[str]]] = defaultdict(dict)
     for result in results:
         for tensor, layers in () if result.run.drafter else result.carried.items():
             modules[tensor] |= layers
-    for layers in modules.values():
-        like = {kinds[layer]: count for layer, count in layers.items()} if kinds else {}
+    found = {}
+    for tensor, layers in modules.items():
+        like = {kinds[layer]: those for layer, those in layers.items()} if kinds else {}
         layers |= {at: like[kind] for at, kind in enumerate(kinds or ()) if kind in like and at not in layers}
-    return {
-        tensor: {layer: count == max(layers.values()) for layer, count in sorted(layers.items())}
-        for tensor, layers in modules.items()
-        if len({*layers.values()}) > 1
-    }
+        most = max(map(len, layers.values()))
+        computing = [Counter(those) for those in layers.values() if len(those) == most]
+        readers = {
+            at for at, those in layers.items() if len(those) < most and any(Counter(those) <= one for one in computing)
+        }
+        if readers:
+            found[tensor] = {at: at not in readers for at in sorted(layers) if at in readers or len(layers[at]) == most}
+    return found
 
 
 def crossings(results: Iterable[StageResult], stages: Sequence[Stage], kinds: Sequence | None = None) -> list[Crossing]:
