@@ -117,7 +117,7 @@ def shared_indices_lines(stages: list[Stage], starts: list[int], is_uncut: bool)
     cut = ", ".join(str(stage.rank) for stage in stages[1:] if stage.layers and stage.layers[0] not in starts)
     lines = [
         f"stages {cut} begin with a layer that reads the top-k indices of the stage before, which vLLM does not hand over:",
-        "    it loads, and answers from memory that nobody has written",
+        "    it loads, and reads memory that nobody has written",
     ]
     balanced = "cuts nothing" if is_uncut else f"does so, too: at most {len(starts)} stages cut nothing"
     return [*(lines if cut else []), f"the balanced split {balanced}"]
