@@ -37,6 +37,8 @@ def init_groups(rank: int, size: int, tp_size: int, init_file: str) -> None:
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(size, rank, f"file://{init_file}", rank, backend="gloo")
         parallel_state.initialize_model_parallel(tp_size, size // tp_size)
+    if size > 1:
+        torch.distributed.barrier()  # or one that is done early is gone before others have reached it
 
 
 def pretend(run: Run) -> None:
