@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from difflib import SequenceMatcher
 from itertools import accumulate
@@ -94,13 +94,13 @@ def lacking(numbers: Iterable[int], leaf: str, layer: str | None, names: Iterabl
     return sorted(every.difference(*(held[number] for number in numbers)))
 
 
-def lacking_parts(name: str, names: Iterable[str], model: torch.nn.Module) -> list[str]:
+def lacking_parts(name: str, names: Collection[str], model: torch.nn.Module) -> list[str]:
     """Of a parameter that several tensors make up, by the model's `packed_modules_mapping`, those that did not come."""
     path, _, leaf = name.rpartition(".")
     outer, _, module = path.rpartition(".")
     parts = (getattr(model, "packed_modules_mapping", None) or {}).get(module, ())
     rename = mapped(model) or (lambda name: name)
-    held = {rename(given) for given in names}
+    held = {*names, *map(rename, names)}  # some releases map a part to the parameter itself
     absent = [f"{part}.{leaf}" for part in parts if f"{outer}.{part}.{leaf}" not in held]
     return absent if len(absent) < len(parts) else []
 
