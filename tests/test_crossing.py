@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from itertools import accumulate, combinations, pairwise
 
 import pytest
@@ -9,9 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmpp.checkpoint import Checkpoint
+from glmpp.cli.advice_text import cure_lines
+from glmpp.dryrun.advice import with_cure
 from glmpp.dryrun.cuts.crossing import computing, crossings, uncut
 from glmpp.dryrun.deployment import Deployment
-from glmpp.dryrun.messages import Run, StageResult
+from glmpp.dryrun.messages import Holder, Run, StageResult
+from glmpp.dryrun.report import DryRunReport
+from glmpp.dryrun.stage_report import CROSSES, DIES, LOADS, StageReport
 from glmpp.layouts.plan import plan
 from glmpp.layouts.split import balance, split_at
 from glmpp.partition import make_stages, stage_bytes
@@ -24,7 +29,12 @@ COMPUTES, READS, OTHER = ["Attention 4", "Indexer 1", "Op 1"], ["Attention 4"], 
 
 
 def result(layers: dict[int, list[str]], **run) -> StageResult:
-    return StageResult(run=Run(**run), carried={"buffer": layers} if layers else {})
+    """Of modules by class and ratio; each knows the number of its layer, too."""
+    held = {
+        at: [Holder(one.split()[0], {"ratio": int(one.split()[1]), "layer": at}) for one in modules]
+        for at, modules in layers.items()
+    }
+    return StageResult(run=Run(**run), carried={"buffer": held} if held else {})
 
 
 def schedule(computes: str) -> StageResult:
@@ -104,6 +114,24 @@ def test_a_plan_of_glm_5_2_says_what_vllms_split_cuts_and_has_one_that_cuts_noth
     assert "at most 21 stages cut nothing" in plan(checkpoint, Deployment(22, gpu="cpu"))[0]
     stages = make_stages(checkpoint.config, 8, counts)
     assert max(stage_bytes(checkpoint, stages)) == pytest.approx(118.493e9, rel=1e-4)
+
+
+def test_what_a_cure_leaves_read_across_has_no_line_to_paste():
+    """The ranks that failed load with it. Whether something is read across, the ranks before tell."""
+    stages = make_stages(CONFIG, 2)
+    crossed = crossings([schedule("ccrrccrrccrr")], make_stages(CONFIG, 2, [7, 5]))
+    before = [StageReport(stages[0], LOADS), StageReport(stages[1], DIES)]
+    rest = (None, [], {"vllm": "x"}, {}, 1.0, 1)
+    report = DryRunReport(Deployment(2, gpu="cpu"), before, *rest, crossings=crossed)
+    again = DryRunReport(Deployment(2, gpu="cpu", guard="loader"), [StageReport(stages[1], LOADS)], *rest)
+    options = Namespace(model="m", context=None, gpu_memory_utilization=None)
+    assert cure_lines(options, report, again, "x") == [
+        "with x stage 1 loads, but stage 1 reads buffer that stage 0 computes"
+    ]
+    whole = with_cure(report, again)
+    assert [stage.verdict for stage in whole.stages] == [LOADS] * 2 and whole.overall() == CROSSES
+    report.crossings = []
+    assert "    vllm serve m --pipeline-parallel-size 2 --load-format glmpp" in cure_lines(options, report, again, "x")
 
 
 def test_a_plan_of_glm_5_1_says_nothing_of_it(full):

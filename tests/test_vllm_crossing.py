@@ -6,18 +6,24 @@ import json
 
 import jsonschema
 import pytest
+import torch
 from conftest import ROOT
 
 from glmpp import cli
 from glmpp.checkpoint import Checkpoint
+from glmpp.dryrun.cuts.crossing import crossings
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.installed import vllm_version
+from glmpp.dryrun.messages import Run, StageResult
 from glmpp.dryrun.stage_report import CROSSES, LOADS
 from glmpp.formats.glm5 import reduced_config
 from glmpp.layouts.search import layouts
+from glmpp.partition import Stage, make_stages
 
 pytest.importorskip("vllm")
+from vllm.model_executor.models.utils import PPMissingLayer
+
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("no_partition_variable")]
 BUFFER = "topk_indices_buffer"
 SCHEDULED = tuple(map(int, vllm_version().split(".")[:2])) >= (0, 30)  # the class knows layers without an indexer
@@ -38,17 +44,53 @@ def test_where_every_layer_has_an_indexer_the_buffer_is_seen_and_nothing_is_read
     assert report.loads and report.crossings == []
     if gpu == "h200":
         held = report.control.result.carried[BUFFER]
-        assert len(held) == 12 and len({tuple(modules) for modules in held.values()}) == 1
+        assert len(held) == 12 and len({str(modules) for modules in held.values()}) == 1
+
+
+class Reader(torch.nn.Module):
+    def __init__(self, buffer: torch.Tensor, at: int, ratio: int):
+        super().__init__()
+        self.buffer, self.layer, self.ratio = buffer, at, ratio
+
+
+def model_of(kinds: str, buffer: torch.Tensor, here: range) -> torch.nn.Module:
+    """A stage of layers that compute ("c"), read ("r", by a view), or refer to the buffer for another reason ("o")."""
+    model, layers = torch.nn.Module(), []
+    for at, kind in enumerate(kinds):
+        layer = Reader(buffer[:] if kind == "r" else buffer, at, 128 if kind == "o" else 4)
+        if kind == "c":
+            layer.indexer = Reader(buffer, at, 4)
+        layers.append(layer if at in here else PPMissingLayer())
+    model.layers, model.buffer = torch.nn.ModuleList(layers), buffer
+    return model
+
+
+@pytest.mark.parametrize("kinds", ["crrc", "cror", "cccc", "coco"])
+@pytest.mark.parametrize("counts", [[4], [2, 2], [1, 3], [1, 1, 1, 1]])
+def test_views_and_stages_of_one_layer_are_seen(kinds, counts):
+    from glmpp.dryrun.child.built_model import carried
+
+    stages = make_stages({"num_hidden_layers": 4}, len(counts), counts)
+    seen = [carried(model_of(kinds, torch.zeros(8), stage.layers), 4) for stage in stages]
+    results = [StageResult(run=Run(stage=at, pp_size=len(counts)), carried=one) for at, one in enumerate(seen)]
+    expected = [stage.rank for stage in stages[1:] if "c" in kinds[: stage.layers[0]] and reads_first(kinds, stage)]
+    assert [one.stage for one in crossings(results, stages)] == expected
+
+
+def reads_first(kinds: str, stage: Stage) -> bool:
+    return next((kinds[at] for at in stage.layers if kinds[at] != "o"), "") == "r"
 
 
 @needs_schedule
 @pytest.mark.parametrize(
     ("counts", "crossed"),
     [([6, 6], []), ([5, 7], [(1, 5, 2)]), ([7, 5], [(1, 7, 6)]), ([8, 4], [(1, 8, 6)]), ([2, 4, 4, 2], []),
-     ([6, 2, 2, 2], [(2, 8, 6)]), ([3, 1, 8], [(1, 3, 2), (2, 4, 2)])],
+     ([6, 2, 2, 2], [(2, 8, 6)]), ([3, 1, 8], [(1, 3, 2), (2, 4, 2)]),
+     ([1] * 12, [(at, at, max(one for one in (2, 6, 10) if one < at)) for at in (3, 4, 5, 7, 8, 9, 11)])],
 )  # fmt: skip
 def test_a_stage_that_begins_with_a_shared_layer_reads_across(tiny_52, counts, crossed):
-    report = dry_run(tiny_52, Deployment(len(counts), layer_counts=counts, gpu="h200"), progress=False)
+    deployment = Deployment(len(counts), layer_counts=counts, gpu="h200")
+    report = dry_run(tiny_52, deployment, control=False, progress=False)
     assert [(one.stage, one.layer, one.computed_by) for one in report.crossings] == crossed
     assert {one.verdict for one in report.all} == {LOADS} and {one.tensor for one in report.crossings} <= {BUFFER}
     assert report.overall() == (CROSSES if crossed else LOADS) and report.loads == (not crossed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from glmpp.checkpoint import Checkpoint
@@ -18,6 +17,7 @@ from glmpp.dryrun.advice import (
     nearest_in_record,
     nearest_line,
     serve_line,
+    with_cure,
 )
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.fit import NO_FIT
@@ -92,7 +92,9 @@ def cure_lines(options: argparse.Namespace, report: DryRunReport, again: DryRunR
     if left := [stage for stage in again.all if not stage.loads]:
         return [f"{what} does not cure it: {label(left[:1])} {left[0].verdict}", *evidence_lines(left[0])]
     loads = f"{label(again.stages)} load{'s' * (len(again.stages) == 1)}"
-    whole = replace(again, stages=[*again.stages, *(stage for stage in report.stages if stage.loads)])
+    whole = with_cure(report, again)
+    if whole.crossings:
+        return [f"with {what} {loads}, but {whole.crossings[0]}"]
     if (found := whole.fit(options.gpu_memory_utilization)) and found.fits is False:
         return [f"with {what} {loads}, but it {NO_FIT}: {shown(found.lack, MESSAGE)}"]
     line = pasted_line(options, again.deployment)

@@ -13,7 +13,7 @@ from glmpp.cli.model import open_checkpoint
 from glmpp.cli.parser import make_parser
 from glmpp.cli.report_json import as_json
 from glmpp.cli.report_text import as_text
-from glmpp.dryrun.advice import PLUGINS_VARIABLE, try_fixes, try_layouts, try_load_format
+from glmpp.dryrun.advice import PLUGINS_VARIABLE, try_fixes, try_layouts, try_load_format, with_cure
 from glmpp.dryrun.deployment import Deployment
 from glmpp.dryrun.dry_run import dry_run
 from glmpp.dryrun.fit import NO_FIT
@@ -70,7 +70,7 @@ def _check(options: argparse.Namespace) -> int:
     how["context"] = options.context
     report = dry_run(checkpoint, deployment, ranks=options.ranks, all_failures=options.all, **how)
     again, fixed = try_load_format(checkpoint, report, **how), try_fixes(checkpoint, report, **how)
-    loading = next((one for one in (again, fixed) if one and one.loads), None)
+    loading = next((with_cure(report, one) for one in (again, fixed) if one and all(stage.loads for stage in one.all)), None)
     others = None if loading else try_layouts(checkpoint, report, share, **how)
     other_split = try_uncut(checkpoint, loading or report, **how)
     room = would_fit(checkpoint, loading or report, share, **how)

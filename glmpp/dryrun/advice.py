@@ -131,6 +131,13 @@ def try_fixes(checkpoint: Checkpoint, report: DryRunReport, **how) -> DryRunRepo
     return dry_run(checkpoint, deployment, ranks=failing, control=report.control is not None, **how)
 
 
+def with_cure(report: DryRunReport, again: DryRunReport) -> DryRunReport:
+    """A deployment as a whole: the failing ranks with what may cure them, and beside them those that load without."""
+    stages = sorted([*again.stages, *(stage for stage in report.stages if stage.loads)], key=lambda stage: stage.rank)
+    messages = [*report.messages, *again.messages]
+    return replace(again, stages=stages, messages=messages, crossings=again.crossings or report.crossings)
+
+
 @dataclass(frozen=True)
 class Tried:
     """Layouts of the same GPUs that were tried in place of one that fails, the first that loads the last of them."""

@@ -190,6 +190,13 @@ class Reads(Struct):
     kinds: list[list[tuple[int, int, list[tuple[int, int]]]]]
 
 
+class Holder(Struct, frozen=True):
+    """A module that refers to a tensor: its class, and the whole numbers that it has."""
+
+    kind: str
+    numbers: dict[str, int] = {}
+
+
 class StageResult(Struct, kw_only=True, omit_defaults=True, tag="stage", tag_field="kind"):
     """What was run of a stage, and what was seen.
 
@@ -240,7 +247,7 @@ class StageResult(Struct, kw_only=True, omit_defaults=True, tag="stage", tag_fie
     digests: dict[str, str] = {}
     why: str = ""
     unplaced: dict[str, int] = {}
-    carried: dict[str, dict[int, list[str]]] = {}
+    carried: dict[str, dict[int, list[Holder]]] = {}
     columns: list[tuple[str, int]] | None = None
     parameters: dict[str, tuple[int, int]] = {}
     filled: dict[str, int] = {}

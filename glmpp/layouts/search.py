@@ -163,12 +163,13 @@ class Search:
                 bar.total += len(between)
                 more = run_stages(self.checkpoint, request, between, bar, timeout=self.options.timeout)
                 messages = with_ranks(messages, more)
-        found, all_results = [], [one for one in messages if isinstance(one, StageResult)]
+        found, results = [], [one for one in messages if isinstance(one, StageResult)]
+        self.starts = uncut(results, len(self.kinds), self.kinds)
         for at, (deployment, stages) in enumerate(zip(deployments, chosen)):
             report = assemble(of_layout(messages, at), self.checkpoint, deployment)
-            split = deployment.stages(self.checkpoint.config)
-            report.crossings = crossings(all_results, split, self.kinds)
-            self.versions, self.starts = report.versions, uncut(all_results, len(self.kinds), self.kinds)
+            # Of stages that were not run, and by what the ranks of other layouts have.
+            report.crossings = crossings(results, deployment.stages(self.checkpoint.config), self.kinds)
+            self.versions = report.versions
             found.append(self.layout(report, stages))
         return found
 

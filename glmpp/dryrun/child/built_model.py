@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from enum import Enum
 from typing import Any
 
 import torch
 from vllm.model_executor.models.utils import PPMissingLayer
+
+from glmpp.dryrun.messages import Holder
+from glmpp.serving.read_tracking import storage_of
 
 KERNELS, METHODS = "vllm.model_executor.kernels.", "vllm.model_executor.layers.quantization."
 
@@ -70,37 +72,27 @@ def layer_list(model: torch.nn.Module, num_layers: int) -> dict[str, torch.nn.Mo
     return {}
 
 
-def carried(model: torch.nn.Module, num_layers: int) -> dict[str, dict[int, list[str]]]:
-    """Tensors that several main layers refer to and that are no parameter and no buffer -> layer -> modules that do.
+def carried(model: torch.nn.Module, num_layers: int) -> dict[str, dict[int, list[Holder]]]:
+    """Tensors of several places of a model that are no parameter and no buffer -> main layer -> modules that refer to them.
 
     One layer writes such a tensor and a later one reads it: it is handed on beside the hidden states. A layer that computes
     it has a module more that refers to it than one that reads it alone, which otherwise has modules like its own.
-
-    Returns:
-        Of each module its class, and a digest of the whole numbers that it has but for those that are its layer's number.
     """
-    layers = {at: layer for at, layer in enumerate(layer_list(model, num_layers).values()) if layer is not None}
-    held: dict[int, dict[int, list[torch.nn.Module]]] = defaultdict(lambda: defaultdict(list))
+    layers = layer_list(model, num_layers).values()
+    place = {id(module): at for at, layer in enumerate(layers) if layer is not None for module in layer.modules()}
+    held: dict[int, dict[int | None, list[torch.nn.Module]]] = defaultdict(lambda: defaultdict(list))
     names: dict[int, str] = {}
-    for at, layer in layers.items():
-        for module in layer.modules():
-            for name, value in vars(module).items():
-                if isinstance(value, torch.Tensor) and value.numel() > 1:
-                    held[id(value)][at].append(module)
-                    names.setdefault(id(value), name)
-    return {names[one]: _alike(modules) for one, modules in held.items() if len(modules) > 1}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.numel() > 1 and (storage := storage_of(value)) is not None:
+                held[storage][place.get(id(module))].append(module)
+                names.setdefault(storage, name)
+    found: dict[str, dict[int, list[Holder]]] = {}
+    for storage, modules in held.items():
+        if len(modules) > 1:
+            found[names[storage]] = {at: [*map(_holder, those)] for at, those in modules.items() if at is not None}
+    return found
 
 
-def _alike(modules: dict[int, list[torch.nn.Module]]) -> dict[int, list[str]]:
-    """Layer -> what tells its modules from others."""
-    numbers = {
-        at: [{name: value for name, value in vars(module).items() if type(value) is int} for module in those]
-        for at, those in modules.items()
-    }
-    own = set.intersection(*({n for one in each for n, v in one.items() if v == at} for at, each in numbers.items()))
-
-    def said(module: torch.nn.Module, numbers: dict[str, int]) -> str:
-        rest = sorted((name, value) for name, value in numbers.items() if name not in own)
-        return f"{type(module).__name__} {hashlib.sha256(str(rest).encode()).hexdigest()[:8]}"
-
-    return {at: sorted(map(said, those, numbers[at])) for at, those in modules.items()}
+def _holder(module: torch.nn.Module) -> Holder:
+    return Holder(type(module).__name__, {name: value for name, value in vars(module).items() if type(value) is int})

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from glmpp.dryrun.messages import StageResult
+from glmpp.dryrun.messages import Holder, StageResult
 from glmpp.partition import Stage
 
 
@@ -39,22 +39,35 @@ def computing(results: Iterable[StageResult], kinds: Sequence | None = None) -> 
         results: of ranks that hold the layers between them, or of the PP=1 control.
         kinds: of each layer; one that was not run is taken for one of its kind.
     """
-    modules: dict[str, dict[int, list[str]]] = defaultdict(dict)
+    held: dict[str, dict[int, list[Holder]]] = defaultdict(dict)
     for result in results:
         for tensor, layers in () if result.run.drafter else result.carried.items():
-            modules[tensor] |= layers
+            held[tensor] |= layers
     found = {}
-    for tensor, layers in modules.items():
-        like = {kinds[layer]: those for layer, those in layers.items()} if kinds else {}
-        layers |= {at: like[kind] for at, kind in enumerate(kinds or ()) if kind in like and at not in layers}
-        most = max(map(len, layers.values()))
-        computing = [Counter(those) for those in layers.values() if len(those) == most]
-        readers = {
-            at for at, those in layers.items() if len(those) < most and any(Counter(those) <= one for one in computing)
-        }
+    for tensor, layers in held.items():
+        modules = alike(layers)
+        like = {kinds[layer]: those for layer, those in modules.items()} if kinds else {}
+        modules |= {at: like[kind] for at, kind in enumerate(kinds or ()) if kind in like and at not in modules}
+        most = max(those.total() for those in modules.values())
+        whole = [those for those in modules.values() if those.total() == most]
+        readers = {at for at, those in modules.items() if those.total() < most and any(those <= one for one in whole)}
         if readers:
-            found[tensor] = {at: at not in readers for at in sorted(layers) if at in readers or len(layers[at]) == most}
+            found[tensor] = {at: at not in readers for at in sorted(modules) if at in readers or modules[at] in whole}
     return found
+
+
+def alike(layers: dict[int, list[Holder]]) -> dict[int, Counter]:
+    """Layer -> its modules by what tells them from others: class and numbers, but for a number that is the layer's own."""
+    own: dict[tuple[str, str], bool] = {}  # class, name of a number -> whether it is the layer's in every layer
+    for at, modules in layers.items():
+        for module in modules:
+            for name, value in module.numbers.items():
+                own[module.kind, name] = own.get((module.kind, name), True) and value == at
+
+    def said(module: Holder) -> tuple:
+        return module.kind, *sorted(item for item in module.numbers.items() if not own[module.kind, item[0]])
+
+    return {at: Counter(map(said, modules)) for at, modules in layers.items()}
 
 
 def crossings(results: Iterable[StageResult], stages: Sequence[Stage], kinds: Sequence | None = None) -> list[Crossing]:
